@@ -1,0 +1,169 @@
+"""Checkpoints: published weight files in, published weight files out, and never half a file.
+
+    folder or file ──read_tensors──▶ {name: tensor} ──fill──▶ model        (from_pretrained)
+    model ──write_tensors──▶ model.safetensors                             (save_pretrained)
+
+    out/NAME/                     a run
+      step_00001000/              one checkpoint: the weights in their published layout …
+        ema/                      … the same again for the averaged weights, preferred for sampling
+        training/                 … and what only a resumed training needs (optimizer, discriminator)
+        state.json
+      latest -> step_00001000     the newest complete step
+
+Everything is written beside its final name and renamed when it is whole: a kill at any instant leaves
+the last good file. Tensors are read as data only: safetensors, or pickles with `weights_only`.
+
+Read next: data.py.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from settings import UserError
+
+# ---- one file --------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path):
+    """Gives a temporary path beside `path`; renames it to `path` when the block ends without an error.
+
+    Works for files and folders (make the folder yourself). The data is flushed to disk first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
+            if file.is_file():
+                with open(file, "rb") as f:
+                    os.fsync(f.fileno())
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+    finally:
+        if beside.is_dir() and not beside.is_symlink():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with written_whole(path) as beside:
+        beside.write_text(text)
+
+
+def write_tensors(path, tensors, metadata=None):
+    """A safetensors file of `tensors`; shared or strided storage is copied out first."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with written_whole(path) as beside:
+        save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# ---- weights ---------------------------------------------------------------------------------
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+
+
+def read_tensors(path):
+    """All tensors of a weight file, or of a folder that holds one, whole or in shards: {name: tensor}."""
+    path = Path(path)
+    if path.is_dir():
+        for name in WEIGHT_FILES:
+            if (path / name).exists():
+                return read_tensors(path / name)
+            if (path / f"{name}.index.json").exists():
+                return _read_shards(path / f"{name}.index.json")
+        raise UserError(f"{path}: no weights in this folder (looked for {', '.join(WEIGHT_FILES)})")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    except Exception as error:  # torch.load raises many kinds, and some span pages
+        raise UserError(f"{path}: not a plain file of tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: holds a {type(tensors).__name__}, not a table of tensors")
+    return tensors
+
+
+def _read_shards(index):
+    tensors = {}
+    for shard in sorted(set(read_json(index)["weight_map"].values())):
+        if not (index.parent / shard).exists():
+            raise UserError(f"{index}: names {shard}, which is not there")
+        tensors |= read_tensors(index.parent / shard)
+    return tensors
+
+
+def fill(model, tensors, path, dtype=None, device="cpu"):
+    """Puts `tensors` into `model` (built on the meta device), every one of them, or says which is wrong.
+
+    dtype None keeps each weight as it is stored.
+    """
+    own = model.state_dict()
+    for name in own.keys() - tensors.keys():
+        raise UserError(f"{path}: {name} is missing ({len(own.keys() - tensors.keys())} tensors are)")
+    for name in tensors.keys() - own.keys():
+        raise UserError(f"{path}: {name} belongs to no part of {type(model).__name__}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity")
+    model.load_state_dict({k: t.to(device, dtype) for k, t in tensors.items()}, assign=True)
+    return model
+
+
+def resolve(path):
+    """The folder of weights that `path` means: of a run, its newest step's, averaged where they are kept."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    newest = latest_step(path)
+    if newest is None:
+        return path
+    return newest / "ema" if (newest / "ema").is_dir() else newest
+
+
+# ---- the steps of a run ----------------------------------------------------------------------
+
+
+def steps(run):
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(p for p in Path(run).glob("step_*") if p.name[5:].isdigit() and p.is_dir())
+
+
+def latest_step(run):
+    return next(reversed(steps(run)), None)
+
+
+@contextmanager
+def new_step(run, step, keep=0):
+    """Gives a folder to fill, which then appears whole as run/step_XXXXXXXX; the `keep` newest stay (0: all)."""
+    folder = Path(run) / f"step_{step:08d}"
+    with written_whole(folder) as beside:
+        beside.mkdir()
+        yield beside
+    with written_whole(Path(run) / "latest") as beside:
+        beside.symlink_to(folder.name)
+    for old in steps(run)[:-keep] if keep else []:
+        shutil.rmtree(old)

@@ -1,0 +1,592 @@
+"""One training loop for every model.
+
+    python train.py --config configs/tiny_vqgan.toml                    seconds, to see that it works
+    python train.py --config configs/demo_lvm.toml train.steps=200      any key can be overridden
+    torchrun --nproc-per-node 8 train.py --config configs/lvm.toml      one process per GPU
+
+The loop knows nothing of pictures or tokens. It asks a *task*, which has
+
+    modules   {phase: the module that phase trains}; a GAN has two phases, everything else one
+    batch     (step, microstep, rows) → arrays; depends on the seed and these numbers only
+    loss      (phase, batch, step) → a scalar to descend, and values to log
+
+and does the rest: mixed precision, gradient accumulation, clipping, AdamW, learning rate, averaged
+weights, several processes, held-out loss, samples, checkpoints.
+
+    for step:  for phase:  for microstep:  batch → loss → backward
+                           clip → AdamW
+               average → log → evaluate → sample → save
+
+How a run starts: (1) resume from its newest complete checkpoint; else (2) from `model.init`, a run or a
+published folder; else (3) from scratch. Because batches and random draws are functions of (seed, step,
+phase, microstep, row), a checkpoint needs no random state: a resumed run ends with the same bits as an
+unbroken one, and the number of processes changes nothing but rounding.
+
+Read before: model.py, vqgan.py. Read next: sample.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._functorch import config as functorch_config
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import settings
+from data import DataSettings, PictureRows, TokenRows, prefetch, save_grid
+from model import SIZES, LLaMA, LLaMAConfig
+from settings import OptimSettings, RunSettings, TrainSettings, UserError
+from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
+
+# ---- settings: which sections a run of each kind has -----------------------------------------
+
+
+@dataclass(frozen=True)
+class VQGANSection(VQGANConfig):
+    kind: str = "vqgan"
+    init: str = ""  # a run or a published folder to start from
+
+
+@dataclass(frozen=True)
+class LLaMASection(LLaMAConfig):
+    kind: str = "llama"
+    init: str = ""
+    size: str = ""  # a published size by name; keys beside it override its numbers
+
+
+@dataclass(frozen=True)
+class VQGANRun:
+    run: RunSettings
+    model: VQGANSection
+    data: DataSettings
+    train: TrainSettings
+    loss: VQGANLossConfig = field(default_factory=VQGANLossConfig)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+@dataclass(frozen=True)
+class LLaMARun:
+    run: RunSettings
+    model: LLaMASection
+    data: DataSettings
+    train: TrainSettings
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+RUNS = {"vqgan": VQGANRun, "llama": LLaMARun}
+
+
+def read_run(path, overrides=()):
+    """The configuration at `path` → (settings, the keys of [model] that were written down)."""
+    values = settings.read(path, overrides)
+    model = values.setdefault("model", {})
+    if model.get("kind") not in RUNS:
+        raise UserError(f'{path}: model.kind is "{model.get("kind", "")}", must be one of {", ".join(RUNS)}')
+    if size := model.get("size"):
+        if model["kind"] != "llama" or size not in SIZES:
+            raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(SIZES)}')
+        values["model"] = SIZES[size] | model
+    return settings.build(RUNS[model["kind"]], values), set(model)
+
+
+# ---- several processes -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those torchrun started (rank 0 of 1 without it)."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def rows(self, batch_size):
+        """The slice of a global batch that is ours."""
+        share = batch_size // self.world
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def mean(self, values):
+        """{name: scalar} averaged over all ranks, as floats."""
+        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
+        if self.world > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.world).tolist(), strict=True))
+
+
+def start_ranks(device):
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Ranks(rank, world, torch.device(device))
+
+
+# ---- start: resume, init or scratch ----------------------------------------------------------
+
+
+def start_model(cls, config_class, section, given, resume):
+    """A float32 model from `resume` (a step's folder), else section.init, else fresh.
+
+    A key of [model] that was written down must agree with what is loaded.
+    """
+    names = [f.name for f in dataclasses.fields(config_class)]
+    folder = resume or section.init
+    if not folder:
+        return cls(config_class(**{name: getattr(section, name) for name in names}))
+    model = cls.from_pretrained(folder, dtype=torch.float32).train()
+    for name in given & set(names):
+        if (asked := getattr(section, name)) != (found := getattr(model.config, name)):
+            raise UserError(f"model.{name} is {asked} in the configuration but {found} in {folder}")
+    return model
+
+
+# ---- tasks -----------------------------------------------------------------------------------
+
+
+class VQGANTask:
+    """Pictures → codes → pictures, with a discriminator as the second phase where loss.gan > 0."""
+
+    unit = "images"
+
+    def __init__(self, s, given, ranks, resume):
+        self.settings, self.ranks = s, ranks
+        if s.train.activation_checkpointing:
+            raise UserError("train.activation_checkpointing is for model.kind llama only")
+        self.model = start_model(VQGAN, VQGANConfig, s.model, given, resume)
+        self.model.quantize.with_entropy = s.loss.entropy > 0
+        self.modules = {"generator": self.model}
+        if s.loss.gan:
+            self.modules["discriminator"] = Discriminator()
+        if s.loss.gan and s.loss.adaptive:
+            # λ walks part of the graph twice, so a compiled forward must not give its buffers away
+            functorch_config.donated_buffer = False
+        self.judge = VQGANLoss(s.loss).to(ranks.device)
+        self.pictures = PictureRows(s.data, s.train.seed)
+        self.counts = torch.zeros(self.model.config.num_embeddings, device=ranks.device)  # since the last redraw
+        self.kept = {}  # reconstructions of this step, judged again by the discriminator's phase
+        self.items_per_row = 1
+
+    def active(self, phase, step):
+        return phase == "generator" or step >= self.settings.loss.disc_start
+
+    def batch(self, step, microstep, rows):
+        return self.pictures.batch(step, microstep, rows)  # (B, side, side, 3) uint8
+
+    def loss(self, phase, wrapped, batch, step, microstep):
+        images = to_images(batch, self.ranks.device)
+        if phase == "discriminator":
+            return self.judge.discriminator(images, self.kept.pop(microstep), wrapped)
+        reconstruction, codes, losses = wrapped(images)
+        discriminator = self.modules.get("discriminator")
+        with frozen(discriminator):
+            loss, values = self.judge.generator(self.model, images, reconstruction, losses, discriminator, step)
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        self.images = images
+        if discriminator and self.active("discriminator", step):
+            self.kept[microstep] = reconstruction.detach()
+        return loss, values
+
+    @torch.no_grad()
+    def after_step(self, step):
+        """Moves codebook entries that nothing used lately onto vectors of the current batch."""
+        every = self.settings.loss.redraw_every
+        if not every or step % every:
+            return
+        latents = self.model.latents(self.images)
+        if self.ranks.world > 1:
+            gathered = [torch.empty_like(latents) for _ in range(self.ranks.world)]
+            dist.all_gather(gathered, latents.contiguous())
+            latents = torch.cat(gathered)  # in the order of the rows, whatever the number of ranks
+            dist.all_reduce(self.counts)
+        draws = torch.Generator().manual_seed(self.settings.train.seed + step)
+        self.model.quantize.redraw(self.counts == 0, latents, draws)
+        self.counts.zero_()
+
+    def evaluate(self):
+        """Over held-out pictures: PSNR in dB (mean over pictures) and how much of the codebook they use."""
+        t = self.settings.train
+        pictures = self.pictures.held_out(t.eval_batches * t.batch_size)
+        counts, psnrs = torch.zeros_like(self.counts), []
+        for start in range(0, len(pictures), t.batch_size):
+            images = to_images(pictures[start : start + t.batch_size], self.ranks.device)
+            reconstruction, codes, _ = self.model(images)
+            psnrs.append(-10 * (reconstruction.float().clamp(0, 1) - images).pow(2).mean((1, 2, 3)).log10())
+            counts += torch.bincount(codes.flatten(), minlength=len(counts))
+        used, perplexity = usage(counts)
+        return {"held_out_psnr": torch.cat(psnrs).mean(), "code_usage": used, "code_perplexity": perplexity}
+
+    def sample(self, path):
+        """Held-out pictures above their reconstructions."""
+        pictures = self.pictures.held_out(8)
+        reconstruction, _, _ = self.model(to_images(pictures, self.ranks.device))
+        save_grid([list(pictures), to_pictures(reconstruction)], path)
+
+    def state(self):
+        """What a resumed run needs beside weights and optimizers: {name: tensor}."""
+        return {"counts": self.counts}
+
+    def load_state(self, tensors):
+        self.counts.copy_(tensors["counts"])
+
+
+class LLaMATask:
+    """Rows of tokens → next-token prediction. With data.tokenizer, the samples are pictures."""
+
+    unit = "tokens"
+
+    def __init__(self, s, given, ranks, resume):
+        self.settings, self.ranks = s, ranks
+        self.model = start_model(LLaMA, LLaMAConfig, s.model, given, resume)
+        self.model.activation_checkpointing = s.train.activation_checkpointing
+        self.modules = {"model": self.model}
+        c = self.model.config
+        if not s.data.rows:
+            raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
+
+        def rows(paths, **options):
+            return TokenRows(paths, c.max_seq_len, s.train.batch_size, s.train.seed, vocab_size=c.vocab_size, **options)
+
+        self.rows = rows(s.data.rows, weights=s.data.weights)
+        self.held_out = rows(s.data.held_out, shuffle=False) if s.data.held_out else None
+        self.items_per_row = c.max_seq_len
+
+    def active(self, phase, step):
+        return True
+
+    def batch(self, step, microstep, rows):
+        return np.stack(self.rows.batch(step * self.settings.train.accumulate + microstep, rows))  # (2, B, T)
+
+    def loss(self, phase, wrapped, batch, step, microstep):
+        inputs, targets = torch.from_numpy(batch).to(self.ranks.device)
+        logits = wrapped(inputs)  # (B, T, V)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return loss, {}
+
+    def after_step(self, step):
+        pass
+
+    def evaluate(self):
+        if not self.held_out:
+            return {}
+        t = self.settings.train
+        batches = min(t.eval_batches, max(1, self.held_out.tokens // (t.batch_size * self.items_per_row)))
+        rows = self.ranks.rows(t.batch_size)
+        losses = [
+            self.loss("model", self.model, np.stack(self.held_out.batch(i, rows)), 0, 0)[0] for i in range(batches)
+        ]
+        loss = self.ranks.mean({"loss": torch.stack(losses).mean()})["loss"]
+        return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 50))}
+
+    def sample(self, path):
+        """Held-out sentences: every picture but the last is given, then come the true last and the model's."""
+        data = self.settings.data
+        if not data.tokenizer or not self.held_out:
+            return
+        tokenizer = VQGAN.from_pretrained(data.tokenizer, device=self.ranks.device)
+        h, w = tokenizer.grid(data.side)
+        count = min(data.pictures, self.items_per_row // (h * w))
+        tokens = torch.from_numpy(self.held_out.batch(0, range(min(4, self.settings.train.batch_size)))[0])
+        tokens = tokens[:, : count * h * w].to(self.ranks.device)
+        draws = torch.Generator(self.ranks.device).manual_seed(self.settings.train.seed)
+        codes = range(tokenizer.config.num_embeddings)
+        drawn = self.model.generate(tokens[:, : -h * w], h * w, allowed=codes, generator=draws)
+        codes = torch.cat((tokens, drawn[:, -h * w :]), dim=1)
+        pictures = to_pictures(tokenizer.decode(codes.reshape(-1, h, w)))
+        save_grid([pictures[i : i + count + 1] for i in range(0, len(pictures), count + 1)], path)
+
+    def state(self):
+        return {}
+
+    def load_state(self, tensors):
+        pass
+
+
+TASKS = {"vqgan": VQGANTask, "llama": LLaMATask}
+
+
+def to_images(pictures, device):
+    """(B, H, W, 3) uint8 → (B, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def to_pictures(images):
+    """(B, 3, H, W) around [0, 1] → a list of (H, W, 3) uint8."""
+    return list((images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
+@contextlib.contextmanager
+def frozen(module):
+    """Within, gradients flow through the module but not into its weights."""
+    if module is not None:
+        module.requires_grad_(False)
+    yield
+    if module is not None:
+        module.requires_grad_(True)
+
+
+# ---- optimization ----------------------------------------------------------------------------
+
+
+def learning_rate(o, step, steps):
+    """Linear warm-up to o.lr, then half a cosine down to o.min_lr at o.decay_steps (else the last step)."""
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    progress = (step - o.warmup_steps) / max(1, (o.decay_steps or steps) - o.warmup_steps)
+    return o.min_lr + (o.lr - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(module, o):
+    return torch.optim.AdamW(
+        module.parameters(), o.lr, (o.beta1, o.beta2), o.eps, weight_decay=o.weight_decay, fused=True
+    )
+
+
+def optimizer_tensors(optimizer, module):
+    """The optimizer's state by the names of the weights: {"encoder.conv_in.weight.exp_avg": …}."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer(optimizer, module, tensors):
+    for name, parameter in module.named_parameters():
+        state = {k: tensors[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in tensors}
+        if state:
+            optimizer.state[parameter] = {
+                k: v.clone() if k == "step" else v.to(parameter.device) for k, v in state.items()
+            }
+
+
+@contextlib.contextmanager
+def averaged(model, ema):
+    """Within, the model's weights are the averaged ones (or its own where none are kept)."""
+    if not ema:
+        yield
+        return
+    own = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), ema)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), own)
+
+
+def can_compile(device):
+    """Whether torch.compile finds what it needs here (on a CPU: a C++ compiler); says so if not."""
+    try:
+        torch.compile(lambda x: x * 2)(torch.ones(2, device=device))
+        return True
+    except Exception as error:  # whatever is missing, the run goes on without it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"torch.compile does not work here, going on without: {reason[:150]}", file=sys.stderr)
+        return False
+
+
+# ---- the loop --------------------------------------------------------------------------------
+
+
+def train(s, given, device=None):
+    """Runs (or resumes) the training that the settings `s` describe. → the run's folder."""
+    ranks = start_ranks(device)
+    t, run = s.train, Path(s.run.dir)
+    chief = ranks.rank == 0  # the one process that prints and writes
+    if t.batch_size % ranks.world:
+        raise UserError(f"train.batch_size {t.batch_size} is no multiple of the {ranks.world} processes")
+
+    # -- start: resume, init or scratch --
+    resume = checkpoint.latest_step(run)
+    torch.manual_seed(t.seed)
+    task = TASKS[s.model.kind](s, given, ranks, resume)
+    model = task.model
+    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(model.config)))
+    for module in task.modules.values():
+        module.to(ranks.device).train()
+    optimizers = {phase: make_optimizer(module, s.optim) for phase, module in task.modules.items()}
+    ema = [p.detach().clone() for p in model.parameters()] if t.ema else []
+    first = 0
+    if resume:
+        first = load_training(resume, task, optimizers, ema, ranks)
+        if first >= t.steps:
+            if chief:
+                print(f"{run} is complete: step {first} of {t.steps}")
+            return run
+    if chief:
+        count = sum(p.numel() for p in model.parameters())
+        origin = f"resumed from {resume}" if resume else f"from {s.model.init}" if s.model.init else "from scratch"
+        print(f"{s.model.kind}, {count:,} parameters, {origin}, on {ranks.world} × {ranks.device}; run: {run}")
+        start_folder(run, s, first)
+
+    if t.compile and can_compile(ranks.device):
+        model.compile()
+    wrapped = task.modules
+    if ranks.world > 1:
+        wrapped = {k: DistributedDataParallel(m, broadcast_buffers=False) for k, m in task.modules.items()}
+
+    # -- batches, prepared a few ahead in threads --
+    rows = ranks.rows(t.batch_size)
+    order = [(step, micro) for step in range(first, t.steps) for micro in range(t.accumulate)]
+    batches = prefetch(lambda i: task.batch(*i, rows), order, s.data.workers)
+
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=t.dtype == "bfloat16")
+    bar = tqdm(total=t.steps, initial=first, disable=not chief, unit="step", dynamic_ncols=True)
+    board = tensorboard(run) if chief else None
+    metrics = open(run / "metrics.jsonl", "a") if chief else None
+    clock, since = time.perf_counter(), first
+    for step in range(first, t.steps):
+        lr = learning_rate(s.optim, step, t.steps)
+        values = {}
+        microbatches = [next(batches) for _ in range(t.accumulate)]
+        for phase, optimizer in optimizers.items():
+            if not task.active(phase, step):
+                continue
+            for micro, batch in enumerate(microbatches):
+                last = micro + 1 == t.accumulate
+                # gradients of several processes are averaged once a step, with the last microstep
+                with wrapped[phase].no_sync() if ranks.world > 1 and not last else contextlib.nullcontext():
+                    with autocast:
+                        loss, logged = task.loss(phase, wrapped[phase], batch, step, micro)
+                    (loss / t.accumulate).backward()
+                name = "loss" if phase == next(iter(optimizers)) else f"{phase}_loss"
+                for key, value in {name: loss, **logged}.items():
+                    values[key] = values.get(key, 0.0) + value.detach().float() / t.accumulate
+            norm = torch.nn.utils.clip_grad_norm_(task.modules[phase].parameters(), s.optim.clip or math.inf)
+            values |= {"grad_norm" if name == "loss" else f"{phase}_grad_norm": norm}
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        task.after_step(step)
+        if ema:
+            # early on the average follows quickly, so that it does not remember the random start
+            decay = min(t.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
+
+        # -- log, evaluate, sample, save --
+        done = step + 1
+        evaluates = t.eval_every and (done % t.eval_every == 0 or done == t.steps)
+        saves = done % t.save_every == 0 or done == t.steps
+        if done % t.log_every == 0 or done == t.steps or saves or evaluates:
+            entry = {"step": done, **ranks.mean(values), "lr": lr}
+            if not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"]):
+                raise UserError(
+                    f"step {done}: loss {entry['loss']}, gradient norm {entry['grad_norm']}; stopped. "
+                    f"The last good checkpoint is {checkpoint.latest_step(run) or 'none'}; try a lower optim.lr"
+                )
+            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+            rate = (done - since) * t.batch_size * t.accumulate * task.items_per_row / elapsed
+            entry[f"{task.unit}_per_second"], since = round(rate, 1), done
+            if evaluates:
+                model.eval()
+                with torch.inference_mode(), autocast, averaged(model, ema):
+                    entry |= ranks.mean(task.evaluate())
+                model.train()
+            if chief:
+                metrics.write(json.dumps(entry) + "\n")
+                metrics.flush()
+                bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} {task.unit}/s")
+                if evaluates:
+                    bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if k != "step"))
+                for key, value in entry.items() if board else ():
+                    board.add_scalar(key, value, done)
+        if chief and t.sample_every and (done % t.sample_every == 0 or done == t.steps):
+            model.eval()
+            with torch.inference_mode(), autocast, averaged(model, ema):
+                task.sample(run / "samples" / f"step_{done:08d}.png")
+            model.train()
+        if saves and chief:
+            with checkpoint.new_step(run, done, t.keep) as folder:
+                save_training(folder, done, task, optimizers, ema)
+        if evaluates or saves:
+            clock = time.perf_counter()  # the rate is that of training alone
+        bar.update()
+    bar.close()
+    if ranks.world > 1:
+        dist.destroy_process_group()
+    return run
+
+
+def start_folder(run, s, first):
+    """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes."""
+    run.mkdir(parents=True, exist_ok=True)
+    text = settings.dumps(s)
+    if first and (run / "config.toml").exists():
+        before = (run / "config.toml").read_text().splitlines()
+        for line in text.splitlines():
+            if line not in before:
+                print(f"resuming with another setting than before: {line}")
+    checkpoint.write_text(run / "config.toml", text)
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    # a kill may have cut the last line short, and steps after the checkpoint will be run again
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+    checkpoint.write_text(log, "".join(line + "\n" for line in kept))
+
+
+def tensorboard(run):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run / "tensorboard")
+
+
+def save_training(folder, step, task, optimizers, ema):
+    """Fills `folder` with a checkpoint: see checkpoint.py for its layout."""
+    task.model.save_pretrained(folder)
+    if ema:
+        with averaged(task.model, ema):
+            task.model.save_pretrained(folder / "ema")
+    for phase, module in task.modules.items():
+        tensors = optimizer_tensors(optimizers[phase], module)
+        checkpoint.write_tensors(folder / "training" / f"optimizer.{phase}.safetensors", tensors)
+        if module is not task.model:
+            checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
+    checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
+    checkpoint.write_text(folder / "state.json", json.dumps({"step": step}) + "\n")
+
+
+def load_training(folder, task, optimizers, ema, ranks):
+    """The other half: everything but the model's weights, which are loaded already. → the step."""
+    for phase, module in task.modules.items():
+        file = folder / "training" / f"optimizer.{phase}.safetensors"
+        load_optimizer(optimizers[phase], module, checkpoint.read_tensors(file))
+        if module is not task.model:
+            checkpoint.fill(module, checkpoint.read_tensors(folder / "training" / f"{phase}.safetensors"), folder)
+    task.load_state(checkpoint.read_tensors(folder / "training" / "state.safetensors"))
+    if ema and (folder / "ema").is_dir():
+        saved = type(task.model).from_pretrained(folder / "ema", device=ranks.device)
+        torch._foreach_copy_(ema, [p.detach() for p in saved.parameters()])
+    return checkpoint.read_json(folder / "state.json")["step"]
+
+
+def main():
+    parser = settings.Parser(prog="python train.py", description=__doc__)
+    parser.add_argument("--config", required=True, help="a TOML file of configs/")
+    parser.add_argument("--device", help="cpu or cuda; default: the best at hand")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    train(*read_run(arguments.config, arguments.overrides), device=arguments.device)
+
+
+if __name__ == "__main__":
+    settings.run_main(main)
