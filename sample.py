@@ -1,0 +1,276 @@
+"""Prompts in, pictures out.
+
+    python sample.py continue --run out/demo/lvm --prompt a.png b.png c.png --frames 4 --out grid.png
+    python sample.py continue --run out/demo/lvm --prompt x1.png y1.png x2.png y2.png query.png
+    python sample.py batch --run out/demo/lvm --input prompts.jsonl
+    python sample.py reconstruct --run out/demo/tokenizer --images a.png b.png --out grid.png
+
+An LVM is prompted with nothing but pictures (Bai et al. 2023, section 5). A *sequential* prompt is frames,
+and the model continues them; an *analogy* prompt is pairs x1, y1, …, xn, yn and a query x, and the model
+answers with its y. Both are the same operation:
+
+    pictures (N, side, side, 3) ─ VQGAN.encode ─▶ N·h·w tokens ─ LLaMA.generate ─▶ h·w more for each
+    new picture, drawn from the image codes only ─ VQGAN.decode ─▶ pictures
+
+--run takes a run of ours or a published folder; --tokenizer names the VQGAN (default: the run's own).
+
+Read before: train.py. This is the last file: from here, change something and train it.
+"""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import settings
+from data import load_picture, save_grid, warn
+from model import LLaMA
+from settings import UserError
+from vqgan import VQGAN
+
+
+@dataclass
+class LVM:
+    """A LLaMA over image codes with the tokenizer that made them."""
+
+    llama: LLaMA
+    tokenizer: VQGAN
+
+    def __post_init__(self):
+        self.side = self.tokenizer.config.resolution  # pixels
+        self.grid = self.tokenizer.grid(self.side)
+        self.codes = self.grid[0] * self.grid[1]  # tokens of one picture
+        self.window = self.llama.config.max_seq_len // self.codes  # pictures in a context: 16 in LVM
+        if self.tokenizer.config.num_embeddings > self.llama.config.vocab_size or self.window < 2:
+            raise UserError(
+                f"the tokenizer's {self.tokenizer.config.num_embeddings} codes, {self.codes} a picture, do not fit "
+                f"the LLaMA's vocabulary of {self.llama.config.vocab_size} and context of {self.llama.config.max_seq_len}"
+            )
+
+    @classmethod
+    def from_pretrained(cls, run, tokenizer="", device="cpu", dtype=None):
+        tokenizer = tokenizer or run_tokenizer(run)
+        llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
+        return cls(llama, VQGAN.from_pretrained(tokenizer, device=device))  # small: it stays as stored
+
+    @torch.inference_mode()
+    def encode(self, pictures):
+        """pictures (N, side, side, 3) uint8 → tokens (N, h·w)."""
+        images = torch.from_numpy(np.asarray(pictures)).to(self.llama.embed_tokens.weight.device)
+        return self.tokenizer.encode(images.permute(0, 3, 1, 2).float() / 255).flatten(1)
+
+    @torch.inference_mode()
+    def decode(self, tokens):
+        """tokens (N, h·w) → pictures (N, side, side, 3) uint8."""
+        images = torch.cat([self.tokenizer.decode(t.view(-1, *self.grid)) for t in tokens.split(64)])
+        return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def continue_tokens(self, tokens, frames, **sampling):
+        """tokens (B, N, h·w) of N pictures → the next `frames` pictures, (B, frames, h·w).
+
+        As many pictures as fit the context come in one go; after that, one at a time from the newest
+        window - 1 pictures. Ids that are no image codes are never drawn, and there is no end token.
+        """
+        allowed = range(self.tokenizer.config.num_embeddings)
+        given = tokens.shape[1]
+        while (missing := given + frames - tokens.shape[1]) > 0:
+            context = tokens[:, -(self.window - 1) :]
+            new = min(self.window - context.shape[1], missing)
+            drawn = self.llama.generate(context.flatten(1), new * self.codes, allowed=allowed, **sampling)
+            drawn = drawn[:, -new * self.codes :].view(len(tokens), new, self.codes)
+            tokens = torch.cat((tokens, drawn), dim=1)
+        return tokens[:, given:]
+
+    def continue_pictures(self, pictures, frames=1, candidates=1, **sampling):
+        """N prompt pictures → (candidates, frames, side, side, 3) uint8, independent samples."""
+        tokens = self.encode(pictures).expand(candidates, -1, -1)  # (K, N, h·w)
+        tokens = self.continue_tokens(tokens, frames, **sampling)
+        return self.decode(tokens.flatten(0, 1)).reshape(candidates, frames, self.side, self.side, 3)
+
+
+def run_tokenizer(run):
+    """The VQGAN that the LVM in `run` was trained on, as its config.toml says."""
+    for folder in (Path(run), *Path(run).resolve().parents[:2]):  # the run, or one of its steps
+        if (folder / "config.toml").exists():
+            name = tomllib.loads((folder / "config.toml").read_text()).get("data", {}).get("tokenizer")
+            if name:
+                return name
+    raise UserError(f"{run} does not say which tokenizer it belongs to: name a VQGAN with --tokenizer")
+
+
+def resized(pictures, size):
+    """pictures as they are, or each (H, W, 3) at size (W, H)."""
+    if size is None:
+        return list(pictures)
+    return [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
+
+
+def parse_size(text, picture):
+    """--resize: "" → None, "original" → the size of the picture at this path, "W,H" → (W, H)."""
+    if text == "original":
+        return load_picture(picture).shape[1::-1]
+    try:
+        width, height = (int(n) for n in text.split(",")) if text else (None, None)
+        if text and min(width, height) < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f'--resize "{text}" must be original or W,H, as in 128,128') from None
+    return (width, height) if text else None
+
+
+def save_animation(pictures, path, seconds_per_frame=0.15):
+    """Pictures as an animated GIF that repeats."""
+    first, *rest = (Image.fromarray(p) for p in pictures)
+    with checkpoint.written_whole(path) as beside:
+        first.save(beside, "GIF", save_all=True, append_images=rest, duration=int(1000 * seconds_per_frame), loop=0)
+
+
+# ---- commands --------------------------------------------------------------------------------
+
+
+def load_lvm(a):
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = a.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    return LVM.from_pretrained(a.run, a.tokenizer, device, getattr(torch, dtype))
+
+
+def sampling(a, lvm):
+    draws = torch.Generator(lvm.llama.embed_tokens.weight.device)
+    draws.manual_seed(a.seed) if a.seed is not None else draws.seed()
+    return {"temperature": a.temperature, "top_k": a.top_k, "top_p": a.top_p, "generator": draws}
+
+
+def continue_(a):
+    size = parse_size(a.resize, a.prompt[-1])
+    lvm = load_lvm(a)
+    prompt = np.stack([load_picture(path, lvm.side) for path in a.prompt])  # (N, side, side, 3)
+    drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **sampling(a, lvm))
+    rows = [resized([*prompt, *frames], size) for frames in drawn]
+    if Path(a.out).suffix.lower() == ".gif":
+        save_animation(rows[0], a.out)
+    else:
+        save_grid(rows, a.out)
+    print(f"{a.out}: {len(prompt)} prompt pictures, then {a.frames} new ones; {a.candidates} candidates as rows")
+
+
+def read_prompts(path):
+    """LVM's batch format: one {"input": [picture paths], "output": path} a line. → [(line number, row)]."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            good = isinstance(row["output"], str) and row["input"] and all(isinstance(p, str) for p in row["input"])
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise UserError(f'{path}:{number}: expected {{"input": [picture paths], "output": path}}')
+        rows.append((number, row))
+    return rows
+
+
+def batch(a):
+    rows = read_prompts(a.input)
+    lvm = load_lvm(a)
+    options = sampling(a, lvm)
+    failed = 0
+    for number, row in rows:
+        try:
+            size = parse_size(a.resize, row["input"][-1])
+            prompt = np.stack([load_picture(path, lvm.side) for path in row["input"]])
+            drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **options)
+            save_grid([resized(frames, size) for frames in drawn], row["output"])
+        except (UserError, OSError) as error:
+            failed += 1
+            warn(f"{a.input}:{number}: {error}")
+    print(f"{len(rows) - failed} of {len(rows)} prompts done")
+    if failed:
+        raise UserError(f"{failed} of {len(rows)} prompts failed, named above")
+
+
+@torch.inference_mode()
+def reconstruct(a):
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = VQGAN.from_pretrained(a.run, device=device, dtype=a.dtype and getattr(torch, a.dtype))
+    pictures = np.stack([load_picture(path, tokenizer.config.resolution) for path in a.images])
+    images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 255  # (N, 3, side, side)
+    codes = tokenizer.encode(images.to(next(tokenizer.parameters()).dtype))
+    decoded = tokenizer.decode(codes).float()
+    psnr = -10 * (decoded - images).pow(2).mean((1, 2, 3)).log10()
+    save_grid([list(pictures), list((decoded * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())], a.out)
+    for path, value in zip(a.images, psnr.tolist(), strict=True):
+        print(f"{path}: {codes[0].numel()} codes, {value:.1f} dB")
+
+
+def main():
+    parser = settings.Parser(prog="python sample.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=settings.Parser)
+
+    def command(name, run, help, example):
+        c = commands.add_parser(name, help=help, description=help, epilog=f"example:\n  {example}")
+        c.set_defaults(run_command=run)
+        c.add_argument("--run", required=True, help="a run of ours or a published checkpoint's folder")
+        c.add_argument("--device", help="cpu or cuda; default: the best at hand")
+        c.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
+        return c
+
+    def prompted(c, candidates):
+        c.add_argument("--tokenizer", default="", help="the VQGAN; default: the run's data.tokenizer")
+        c.add_argument("--frames", type=positive, default=1, help="pictures to add (1)")
+        c.add_argument("--candidates", type=positive, default=candidates, help=f"independent samples ({candidates})")
+        c.add_argument("--resize", default="", help="of the output: original (as the last input) or W,H")
+        c.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest code (1)")
+        c.add_argument("--top-k", type=positive)
+        c.add_argument("--top-p", type=float)
+        c.add_argument("--seed", type=int, help="makes the result repeatable")
+
+    c = command(
+        "continue",
+        continue_,
+        "continue a sequence of pictures, or answer an analogy",
+        "python sample.py continue --run out/demo/lvm --prompt grey1.png colour1.png grey2.png --out grid.png",
+    )
+    c.add_argument("--prompt", nargs="+", required=True, metavar="PICTURE")
+    c.add_argument("--out", default="grid.png", help="a grid, candidates as rows; or .gif, the first one animated")
+    prompted(c, candidates=1)
+
+    c = command(
+        "batch",
+        batch,
+        'continue many prompts: one {"input": [pictures], "output": path} a line',
+        "python sample.py batch --run out/demo/lvm --input prompts.jsonl --seed 0",
+    )
+    c.add_argument("--input", required=True, metavar="JSONL")
+    prompted(c, candidates=4)
+
+    c = command(
+        "reconstruct",
+        reconstruct,
+        "pictures to codes and back, originals above reconstructions",
+        "python sample.py reconstruct --run out/demo/tokenizer --images a.png b.png --out grid.png",
+    )
+    c.add_argument("--images", nargs="+", required=True, metavar="PICTURE")
+    c.add_argument("--out", default="grid.png")
+
+    arguments = parser.parse_args()
+    arguments.run_command(arguments)
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    settings.run_main(main)
