@@ -13,6 +13,8 @@
 Everything is written beside its final name and renamed when it is whole: a kill at any instant leaves
 the last good file. Tensors are read as data only: safetensors, or pickles with `weights_only`.
 
+torch is imported only where tensors are read or written: the data code and the JAX trainer do without.
+
 Read next: data.py.
 """
 
@@ -21,10 +23,6 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from settings import UserError
 
@@ -39,7 +37,7 @@ def written_whole(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{os.getpid()}.part.{path.name}")  # the ending stays: it tells Pillow the format
     try:
         yield beside
         for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
@@ -63,6 +61,8 @@ def write_text(path, text):
 
 def write_tensors(path, tensors, metadata=None):
     """A safetensors file of `tensors`; shared or strided storage is copied out first."""
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
@@ -82,6 +82,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model
 
 def read_tensors(path):
     """All tensors of a weight file, or of a folder that holds one, whole or in shards: {name: tensor}."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     path = Path(path)
     if path.is_dir():
         for name in WEIGHT_FILES:

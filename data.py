@@ -28,7 +28,6 @@ import base64
 import binascii
 import bisect
 import collections
-import contextlib
 import difflib
 import functools
 import glob
@@ -53,6 +52,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import settings
+from checkpoint import written_whole
 from settings import UserError
 
 # kind of visual sentence → what it holds; N is `pictures`
@@ -79,13 +79,13 @@ class SourceSettings:
     kind: str = "image"  # which visual sentence: a key of KINDS
     modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
     weight: float = 1.0  # share of the pictures drawn while training the tokenizer
-    passes: int = 1  # how often its pictures are re-permuted into sentences when tokenizing
+    passes: float = 1.0  # how often its pictures are permuted into sentences when tokenizing; 0.5: half of them
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(_unknown_kind(self.kind))
-        if self.weight < 0 or self.passes < 1:
-            raise ValueError(f"source {self.path}: weight must be at least 0 and passes at least 1")
+        if self.weight < 0 or self.passes <= 0:
+            raise ValueError(f"source {self.path}: weight must be at least 0 and passes more than 0")
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,12 @@ class DataSettings:
 
 def _unknown_kind(kind):
     near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.4)
-    return f'unknown kind "{kind}": ' + (
-        f'did you mean "{near[0]}"?' if near else f"one of {', '.join(KINDS)}"
-    )
+    return f'unknown kind "{kind}": ' + (f'did you mean "{near[0]}"?' if near else f"one of {', '.join(KINDS)}")
 
 
 def _check_weights(weights, rows):
     if weights and (len(weights) != len(rows) or min(weights) < 0 or sum(weights) <= 0):
-        raise ValueError(
-            f"weights {list(weights)}: one number ≥ 0 is needed for each of {len(rows)} rows files"
-        )
+        raise ValueError(f"weights {list(weights)}: one number ≥ 0 is needed for each of {len(rows)} rows files")
 
 
 def warn(text):
@@ -218,19 +214,6 @@ def punch_hole(picture, rng):
     return masked
 
 
-@contextlib.contextmanager
-def written_beside(path):
-    """A path to write to, renamed to `path` once all is written: a reader never meets half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def save_grid(rows, path, pad=2):
     """Rows of (H, W, 3) uint8 pictures as one picture file on white; rows may differ in length."""
     height = max(picture.shape[0] for row in rows for picture in row) + pad
@@ -243,7 +226,7 @@ def save_grid(rows, path, pad=2):
             sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     if not str(path).lower().endswith(SUFFIXES):
         raise UserError(f"{path}: a picture's name must end in one of {', '.join(SUFFIXES)}")
-    with written_beside(path) as beside:
+    with written_whole(path) as beside:
         Image.fromarray(sheet).save(beside)
 
 
@@ -481,9 +464,7 @@ class EmojiSource:
 
 def _folder_files(folder):
     """{path inside the folder: path}."""
-    paths = [
-        os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names
-    ]
+    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names]
     return {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in paths}
 
 
@@ -714,9 +695,7 @@ class Sentences:
         ):
             if wrong:
                 offers = ", ".join(sorted(source.offers))
-                raise UserError(
-                    f"{source.path}: {kind} sentences ({KINDS[kind]}) need {need}; it offers {offers}"
-                )
+                raise UserError(f"{source.path}: {kind} sentences ({KINDS[kind]}) need {need}; it offers {offers}")
         short = sum(1 < item.frames < frames for item in source)
         if short:
             warn(f"{source.path}: {kind} sentences leave out {short} clips of fewer than {n} frames")
@@ -758,9 +737,7 @@ class Sentences:
             case "inpainting":
                 return [("image", None), ("image", None)]  # the first gets its hole later
             case "multimodal":
-                return [
-                    (modality, None) for modality in self._rng(*every).permutation(self.modalities).tolist()
-                ]
+                return [(modality, None) for modality in self._rng(*every).permutation(self.modalities).tolist()]
             case "video":
                 return [("image", t) for t in self._times(item, 8, self._rng(*own))]
             case "sequence":
@@ -812,9 +789,12 @@ def _open_sentences(data, seed, split):
     if not data.sources:
         raise UserError("no pictures: the configuration has no [[data.sources]]")
     opened = {s.path: open_source(s.path, data.side, split, data.held_out_fraction) for s in data.sources}
-    return [
-        Sentences(opened[s.path], s.kind, s.modalities, data.pictures, data.side, seed) for s in data.sources
-    ]
+    return [Sentences(opened[s.path], s.kind, s.modalities, data.pictures, data.side, seed) for s in data.sources]
+
+
+def sentences_of(sentences, source):
+    """How many sentences the passes of one [[data.sources]] make."""
+    return max(1, round(len(sentences) * source.passes))
 
 
 class PictureRows:
@@ -823,7 +803,7 @@ class PictureRows:
     def __init__(self, data, seed, split="train"):
         self.seed = seed
         self.sentences = _open_sentences(data, seed, split)
-        self.passes = [source.passes for source in data.sources]
+        self.counts = [sentences_of(s, source) for s, source in zip(self.sentences, data.sources, strict=True)]
         weights = np.array([source.weight for source in data.sources])
         self.upto = np.cumsum(weights / weights.sum())  # a uniform number below upto[i] draws source i
 
@@ -835,7 +815,7 @@ class PictureRows:
         rng = np.random.default_rng((self.seed, step, microstep, row, 3))
         source = min(int(np.searchsorted(self.upto, rng.random(), side="right")), len(self.upto) - 1)
         sentences = self.sentences[source]
-        index = int(rng.integers(len(sentences) * self.passes[source]))
+        index = int(rng.integers(self.counts[source]))
         shot, k = int(rng.integers(sentences.shots)), int(rng.integers(sentences.per_shot))
         return sentences.picture(index, shot, k)
 
@@ -1023,7 +1003,7 @@ def tokenize(arguments):
     shard, shards = _shard(arguments.shard)
     sentences = _open_sentences(data, seed, arguments.split)
     model, device = _load_tokenizer(arguments.tokenizer or data.tokenizer, arguments.device)
-    counts = [len(s) * source.passes for s, source in zip(sentences, data.sources, strict=True)]
+    counts = [sentences_of(s, source) for s, source in zip(sentences, data.sources, strict=True)]
     starts = np.cumsum([0, *counts])  # sentence i of all is sentence i - starts[which] of source `which`
     numbers = range(shard, int(starts[-1]), shards)
 
@@ -1037,16 +1017,14 @@ def tokenize(arguments):
         # always a full batch, so that a picture's codes cannot depend on how many came with it
         filled = [pictures[i % len(pictures)] for i in range(arguments.batch)]
         images = torch.from_numpy(np.stack(filled)).to(device).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        return (
-            model.encode(images.float() / 255).flatten(1)[: len(pictures)].cpu().numpy()
-        )  # (n, h·w), row-major
+        return model.encode(images.float() / 255).flatten(1)[: len(pictures)].cpu().numpy()  # (n, h·w), row-major
 
     known = {}  # a picture's digest → its codes: pictures come back in many sentences
     tokens = pictures = 0
     began = time.time()
     made = prefetch(make, numbers, data.workers)
     made = iter(tqdm(made, total=len(numbers), desc="tokenize", unit=" sentences", mininterval=1))
-    with written_beside(arguments.out) as beside, open(beside, "w", newline="\n") as file:
+    with written_whole(arguments.out) as beside, open(beside, "w", newline="\n") as file:
         while group := list(itertools.islice(made, 16)):  # 16 sentences at a time: enough to fill batches
             fresh = {digest: picture for row in group for digest, picture in row if digest not in known}
             digests = list(fresh)

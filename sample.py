@@ -46,11 +46,12 @@ class LVM:
         self.grid = self.tokenizer.grid(self.side)
         self.codes = self.grid[0] * self.grid[1]  # tokens of one picture
         self.window = self.llama.config.max_seq_len // self.codes  # pictures in a context: 16 in LVM
-        if self.tokenizer.config.num_embeddings > self.llama.config.vocab_size or self.window < 2:
-            raise UserError(
-                f"the tokenizer's {self.tokenizer.config.num_embeddings} codes, {self.codes} a picture, do not fit "
-                f"the LLaMA's vocabulary of {self.llama.config.vocab_size} and context of {self.llama.config.max_seq_len}"
-            )
+        codes, words = self.tokenizer.config.num_embeddings, self.llama.config.vocab_size
+        if codes > words:
+            raise UserError(f"the tokenizer has {codes} codes, the LLaMA only {words} words: they are no pair")
+        if self.window < 2:
+            context = self.llama.config.max_seq_len
+            raise UserError(f"two pictures of {self.codes} codes do not fit the LLaMA's context of {context} tokens")
 
     @classmethod
     def from_pretrained(cls, run, tokenizer="", device="cpu", dtype=None):
