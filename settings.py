@@ -98,6 +98,8 @@ class TrainSettings:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} must be at least 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema} must lie in [0, 1)")
 

@@ -263,7 +263,7 @@ class LLaMATask:
             return TokenRows(paths, c.max_seq_len, s.train.batch_size, s.train.seed, vocab_size=c.vocab_size, **options)
 
         self.rows = rows(s.data.rows, weights=s.data.weights)
-        self.held_out = rows(s.data.held_out, shuffle=False) if s.data.held_out else None
+        self.held_out = rows(s.data.held_out) if s.data.held_out else None
         self.items_per_row = c.max_seq_len
 
     def active(self, phase, step):
