@@ -21,6 +21,7 @@ Read next: data.py.
 import json
 import os
 import shutil
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,9 +62,11 @@ def write_text(path, text):
 
 def write_tensors(path, tensors, metadata=None):
     """A safetensors file of `tensors`; shared or strided storage is copied out first."""
+    import torch
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    form = torch.contiguous_format
+    tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in tensors.items()}
     with written_whole(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
 
@@ -97,21 +100,25 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # files from before 2020 are no zip archives, and those cannot be mapped into memory
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
     except Exception as error:  # torch.load raises many kinds, and some span pages
-        raise UserError(f"{path}: not a plain file of tensors ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a plain file of tensors ({reason})") from None
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: holds a {type(tensors).__name__}, not a table of tensors")
     return tensors
 
 
 def _read_shards(index):
-    tensors = {}
-    for shard in sorted(set(read_json(index)["weight_map"].values())):
+    tensors, where = {}, read_json(index)
+    if not isinstance(where, dict) or not isinstance(where.get("weight_map"), dict):
+        raise UserError(f"{index}: has no table weight_map")
+    for shard in sorted(set(where["weight_map"].values())):
         if not (index.parent / shard).exists():
             raise UserError(f"{index}: names {shard}, which is not there")
         tensors |= read_tensors(index.parent / shard)
@@ -133,7 +140,8 @@ def fill(model, tensors, path, dtype=None, device="cpu"):
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds NaN or infinity")
-    model.load_state_dict({k: t.to(device, dtype) for k, t in tensors.items()}, assign=True)
+    # a copy: a pickle's tensors may overlap in one storage, and training would move them together
+    model.load_state_dict({k: t.to(device, dtype, copy=True) for k, t in tensors.items()}, assign=True)
     return model
 
 

@@ -63,12 +63,13 @@ class LVM:
     def encode(self, pictures):
         """pictures (N, side, side, 3) uint8 → tokens (N, h·w)."""
         images = torch.from_numpy(np.asarray(pictures)).to(self.llama.embed_tokens.weight.device)
-        return self.tokenizer.encode(images.permute(0, 3, 1, 2).float() / 255).flatten(1)
+        images = images.permute(0, 3, 1, 2) / 255
+        return self.tokenizer.encode(images.to(next(self.tokenizer.parameters()).dtype)).flatten(1)
 
     @torch.inference_mode()
     def decode(self, tokens):
         """tokens (N, h·w) → pictures (N, side, side, 3) uint8."""
-        images = torch.cat([self.tokenizer.decode(t.view(-1, *self.grid)) for t in tokens.split(64)])
+        images = torch.cat([self.tokenizer.decode(t.view(-1, *self.grid)).float() for t in tokens.split(64)])
         return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def continue_tokens(self, tokens, frames, **sampling):
@@ -96,6 +97,8 @@ class LVM:
 
 def run_tokenizer(run):
     """The VQGAN that the LVM in `run` was trained on, as its config.toml says."""
+    if not Path(run).exists():
+        raise UserError(f"{run}: no such file or folder")
     for folder in (Path(run), *Path(run).resolve().parents[:2]):  # the run, or one of its steps
         if (folder / "config.toml").exists():
             name = tomllib.loads((folder / "config.toml").read_text()).get("data", {}).get("tokenizer")
@@ -140,9 +143,10 @@ def load_lvm(a):
     return LVM.from_pretrained(a.run, a.tokenizer, device, getattr(torch, dtype))
 
 
-def sampling(a, lvm):
+def sampling(a, lvm, number=0):
+    """The options of generate(); `number` tells the prompts of one run apart, so that each repeats by itself."""
     draws = torch.Generator(lvm.llama.embed_tokens.weight.device)
-    draws.manual_seed(a.seed) if a.seed is not None else draws.seed()
+    draws.manual_seed(a.seed + number) if a.seed is not None else draws.seed()
     return {"temperature": a.temperature, "top_k": a.top_k, "top_p": a.top_p, "generator": draws}
 
 
@@ -183,13 +187,12 @@ def read_prompts(path):
 def batch(a):
     rows = read_prompts(a.input)
     lvm = load_lvm(a)
-    options = sampling(a, lvm)
     failed = 0
     for number, row in rows:
         try:
             size = parse_size(a.resize, row["input"][-1])
             prompt = np.stack([load_picture(path, lvm.side) for path in row["input"]])
-            drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **options)
+            drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **sampling(a, lvm, number))
             save_grid([resized(frames, size) for frames in drawn], row["output"])
         except (UserError, OSError) as error:
             failed += 1

@@ -14,6 +14,7 @@ Read next: checkpoint.py (how a run is stored), then data.py.
 import argparse
 import dataclasses
 import difflib
+import json
 import sys
 import tomllib
 import types
@@ -138,20 +139,20 @@ def read(path, overrides=()):
 # ---- dict → dataclass ------------------------------------------------------------------------
 
 
-def build(cls, values, where=""):
+def build(cls, values, where="", known=()):
     """`values` (a dict) as an instance of the dataclass `cls`; `where` is its dotted name in errors."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a section, got {values!r}")
     hints = typing.get_type_hints(cls)
+    known = known or known_keys(cls, where)
     for name in values:
         if name not in hints:
-            # the key may be right and only its section wrong: compare the last parts too
-            near = _nearest(_dotted(where, name), known_keys(cls, where))
+            near = _nearest_key(_dotted(where, name), known)
             raise UserError(f"unknown key {_dotted(where, name)}" + (f"; did you mean {near}?" if near else ""))
     arguments = {}
     for field in dataclasses.fields(cls):
         if field.name in values:
-            arguments[field.name] = convert(hints[field.name], values[field.name], _dotted(where, field.name))
+            arguments[field.name] = convert(hints[field.name], values[field.name], _dotted(where, field.name), known)
         elif field.default is field.default_factory is dataclasses.MISSING:
             if not dataclasses.is_dataclass(hints[field.name]):
                 raise UserError(f"{_dotted(where, field.name)} is missing")
@@ -162,14 +163,14 @@ def build(cls, values, where=""):
         raise UserError(f"[{where}] {error}" if where else str(error)) from None
 
 
-def convert(hint, value, where):
+def convert(hint, value, where, known=()):
     """`value` as the type `hint`, or a UserError that names the key `where`."""
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if isinstance(value, Override):
         value = _parse(hint, value)
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where)
+        return build(hint, value, where, known)
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
@@ -198,6 +199,14 @@ def known_keys(cls, where=""):
         nested = dataclasses.is_dataclass(hint)
         keys += known_keys(hint, _dotted(where, name)) if nested else [_dotted(where, name)]
     return keys
+
+
+def _nearest_key(key, known):
+    """The known key (or section) most like `key`; the same last part under another section comes first."""
+    last = key.rpartition(".")[2]
+    same = [k for k in known if k.rpartition(".")[2] == last]
+    sections = [k.rpartition(".")[0] for k in known]
+    return _nearest(key, same) or next(iter(same), None) or _nearest(key, [*sections, *known])
 
 
 def _dotted(*parts):
@@ -236,8 +245,7 @@ def _literal(value):
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}
-        return '"' + "".join(escapes.get(c, c) for c in value) + '"'
+        return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     return repr(value)

@@ -98,7 +98,7 @@ def read_run(path, overrides=()):
         if model["kind"] != "llama" or size not in SIZES:
             raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(SIZES)}')
         values["model"] = SIZES[size] | model
-    return settings.build(RUNS[model["kind"]], values), set(model)
+    return settings.build(RUNS[model["kind"]], values), set(values["model"])
 
 
 # ---- several processes -----------------------------------------------------------------------
@@ -196,7 +196,10 @@ class VQGANTask:
         discriminator = self.modules.get("discriminator")
         with frozen(discriminator):
             loss, values = self.judge.generator(self.model, images, reconstruction, losses, discriminator, step)
-        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        counts = torch.bincount(codes.flatten(), minlength=len(self.counts))
+        if self.ranks.world > 1:
+            dist.all_reduce(counts)
+        self.counts += counts
         self.images = images
         if discriminator and self.active("discriminator", step):
             self.kept[microstep] = reconstruction.detach()
@@ -213,7 +216,6 @@ class VQGANTask:
             gathered = [torch.empty_like(latents) for _ in range(self.ranks.world)]
             dist.all_gather(gathered, latents.contiguous())
             latents = torch.cat(gathered)  # in the order of the rows, whatever the number of ranks
-            dist.all_reduce(self.counts)
         draws = torch.Generator().manual_seed(self.settings.train.seed + step)
         self.model.quantize.redraw(self.counts == 0, latents, draws)
         self.counts.zero_()
@@ -234,7 +236,7 @@ class VQGANTask:
     def sample(self, path):
         """Held-out pictures above their reconstructions."""
         pictures = self.pictures.held_out(8)
-        reconstruction, _, _ = self.model(to_images(pictures, self.ranks.device))
+        reconstruction = self.model.decode(self.model.encode(to_images(pictures, self.ranks.device)))
         save_grid([list(pictures), to_pictures(reconstruction)], path)
 
     def state(self):
@@ -301,6 +303,8 @@ class LLaMATask:
         tokenizer = VQGAN.from_pretrained(data.tokenizer, device=self.ranks.device)
         h, w = tokenizer.grid(data.side)
         count = min(data.pictures, self.items_per_row // (h * w))
+        if count < 2:
+            return
         tokens = torch.from_numpy(self.held_out.batch(0, range(min(4, self.settings.train.batch_size)))[0])
         tokens = tokens[:, : count * h * w].to(self.ranks.device)
         draws = torch.Generator(self.ranks.device).manual_seed(self.settings.train.seed)
@@ -370,9 +374,7 @@ def load_optimizer(optimizer, module, tensors):
     for name, parameter in module.named_parameters():
         state = {k: tensors[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in tensors}
         if state:
-            optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else v.to(parameter.device) for k, v in state.items()
-            }
+            optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
 
 
 @contextlib.contextmanager
@@ -487,10 +489,11 @@ def train(s, given, device=None):
         saves = done % t.save_every == 0 or done == t.steps
         if done % t.log_every == 0 or done == t.steps or saves or evaluates:
             entry = {"step": done, **ranks.mean(values), "lr": lr}
-            if not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"]):
+            bad = [f"{key} is {value}" for key, value in entry.items() if not math.isfinite(value)]
+            if bad:
+                last_good = checkpoint.latest_step(run) or "none was saved"
                 raise UserError(
-                    f"step {done}: loss {entry['loss']}, gradient norm {entry['grad_norm']}; stopped. "
-                    f"The last good checkpoint is {checkpoint.latest_step(run) or 'none'}; try a lower optim.lr"
+                    f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {last_good})"
                 )
             elapsed, clock = time.perf_counter() - clock, time.perf_counter()
             rate = (done - since) * t.batch_size * t.accumulate * task.items_per_row / elapsed
@@ -571,7 +574,7 @@ def load_training(folder, task, optimizers, ema, ranks):
         file = folder / "training" / f"optimizer.{phase}.safetensors"
         load_optimizer(optimizers[phase], module, checkpoint.read_tensors(file))
         if module is not task.model:
-            checkpoint.fill(module, checkpoint.read_tensors(folder / "training" / f"{phase}.safetensors"), folder)
+            module.load_state_dict(checkpoint.read_tensors(folder / "training" / f"{phase}.safetensors"))
     task.load_state(checkpoint.read_tensors(folder / "training" / "state.safetensors"))
     if ema and (folder / "ema").is_dir():
         saved = type(task.model).from_pretrained(folder / "ema", device=ranks.device)

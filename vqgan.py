@@ -363,8 +363,12 @@ class VQGAN(nn.Module):
             raise UserError(f"{path / 'config.json'}: _class_name is not one of {', '.join(layouts)}")
         fields = {f.name: saved[f.name] for f in dataclasses.fields(VQGANConfig) if f.name in saved}
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        try:
+            config = VQGANConfig(**fields | {"layout": layouts[saved["_class_name"]]})
+        except ValueError as error:
+            raise UserError(f"{path / 'config.json'}: {error}") from None
         with torch.device("meta"):
-            model = cls(VQGANConfig(**fields | {"layout": layouts[saved["_class_name"]]}))
+            model = cls(config)
         return checkpoint.fill(model, checkpoint.read_tensors(path), path, dtype, device).eval()
 
     def save_pretrained(self, path):
@@ -410,11 +414,23 @@ class VQGANLossConfig:
             raise ValueError("perceptual > 0 needs the paths of two weight files, vgg and lpips")
 
 
+class MeanAcrossRanks(torch.autograd.Function):
+    """The mean of every rank's x; each x gets its share of every rank's gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanAcrossRanks.forward(ctx, gradient.contiguous())
+
+
 def across_ranks(x):
     """The mean of x over all ranks, with gradients; x itself where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return x
-    return dist.nn.functional.all_reduce(x) / dist.get_world_size()
+    return MeanAcrossRanks.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
 def entropy_loss(distances, temperature=0.01):
@@ -431,6 +447,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or not (dist.is_available() and dist.is_initialized()):
             return super().forward(x)
+        dtype, x = x.dtype, x.float()
         mean = across_ranks(x.mean((0, 2, 3)))
         var = across_ranks((x - mean[:, None, None]).pow(2).mean((0, 2, 3)))
         n = x.numel() / x.shape[1] * dist.get_world_size()
@@ -439,7 +456,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         x = (x - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+        return (x * self.weight[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 
 class Discriminator(nn.Sequential):

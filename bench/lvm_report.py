@@ -4,8 +4,10 @@
 
 Each number stands beside what costs nothing: a reconstruction beside thumbnails of the same picture, an
 answer to an analogy beside repeating the query and beside the mean of the answers in the prompt, a
-continued motion beside its last frame standing still. Pixels are in [0, 1]; all pictures are held out,
-those of the prompts too, and the pictures shown are the first ones, not chosen ones.
+continued motion beside its last frame standing still. The model answers several times, and the mean of
+these candidates is scored, being its best guess by squared error; a single candidate's score is given too.
+Pixels are in [0, 1]; all pictures are held out, those of the prompts too, and the pictures shown are the
+first ones, not chosen ones.
 """
 
 import json
@@ -95,18 +97,28 @@ ANALOGIES = {  # name: sentence kind, its modalities, score, whether more is bet
 }
 
 
-def measure_analogy(lvm, name, count, out, sampling):
+def draw(lvm, pictures, frames, candidates, temperature):
+    """Prompts (n, N, S, S, 3) → `candidates` continuations of each: (n, candidates, frames, S, S, 3) uint8."""
+    n, shape = len(pictures), pictures.shape[2:]
+    tokens = lvm.encode(pictures.reshape(-1, *shape)).view(n, -1, lvm.codes).repeat_interleave(candidates, 0)
+    draws = torch.Generator().manual_seed(SEED)
+    sampling = {"temperature": temperature, "generator": draws}
+    drawn = torch.cat([lvm.continue_tokens(part, frames, **sampling) for part in tokens.split(64)])
+    return lvm.decode(drawn.flatten(0, 1)).reshape(n, candidates, frames, *shape)
+
+
+def measure_analogy(lvm, name, count, out, candidates, temperature):
     """`count` prompts x1, y1, …, xn, yn, x: the model's y beside the true one."""
     kind, modalities, score, more_is_better = ANALOGIES[name]
     source = open_source("emoji", lvm.side, "held_out")
     sentences = Sentences(source, kind, modalities, lvm.window - lvm.window % 2, lvm.side, SEED)
     pictures = np.stack([[recipe() for recipe in sentences.sentence(i)] for i in range(count)])  # (n, N, S, S, 3)
     query, truth = pictures[:, -2], pictures[:, -1]
-    tokens = lvm.encode(pictures[:, :-1].reshape(-1, *query.shape[1:])).view(count, -1, lvm.codes)
-    drawn = torch.cat([lvm.continue_tokens(part, 1, **sampling()) for part in tokens.split(32)])
-    answer = lvm.decode(drawn.flatten(0, 1))
-    answers = {"lvm": answer, "repeat_query": query, "mean_of_answers": pictures[:, 1:-1:2].mean(1)}
+    drawn = draw(lvm, pictures[:, :-1], 1, candidates, temperature)[:, :, 0]  # (n, K, S, S, 3)
+    answers = {"lvm": drawn.mean(1), "repeat_query": query, "mean_of_answers": pictures[:, 1:-1:2].mean(1)}
     result = {who: mean_and_error(score(np.asarray(a, np.float64), truth, query)) for who, a in answers.items()}
+    singles = [score(drawn[:, k].astype(np.float64), truth, query) for k in range(candidates)]
+    result["one_candidate"] = mean_and_error(np.mean(singles, 0))
     # what the tokenizer alone would lose, had the LLaMA drawn exactly the right codes
     perfect = lvm.decode(lvm.encode(truth))
     result["true_codes"] = mean_and_error(score(perfect.astype(np.float64), truth, query))
@@ -114,22 +126,22 @@ def measure_analogy(lvm, name, count, out, sampling):
     ours = result["lvm"]["mean"]
     result["beats_both"] = bool(ours > max(trivial) if more_is_better else ours < min(trivial))
     result |= {"score": score.__name__, "prompts": count}
-    save_grid([[*p[:-1], a, p[-1]] for p, a in zip(pictures[:SHOWN], answer, strict=False)], out / f"{name}.png")
+    # the prompt | one candidate | the mean of all | the truth
+    shown = zip(pictures[:SHOWN], drawn, drawn.mean(1).round().astype(np.uint8), strict=False)
+    save_grid([[*p[:-1], d[0], mean, p[-1]] for p, d, mean in shown], out / f"{name}.png")
     return result
 
 
 # ---- motion ----------------------------------------------------------------------------------
 
 
-def measure_motion(lvm, count, out, sampling):
-    """The second half of a held-out clip, continued from its first half."""
+def measure_motion(lvm, count, out, temperature):
+    """The second half of a held-out clip, continued from its first half, once."""
     source = open_source("emoji", lvm.side, "held_out")
     sentences = Sentences(source, "video", (), lvm.window, lvm.side, SEED)
     clips = np.stack([[recipe() for recipe in sentences.sentence(i)] for i in range(count)])  # (n, N, S, S, 3)
     half = lvm.window // 2
-    tokens = lvm.encode(clips[:, :half].reshape(-1, *clips.shape[2:])).view(count, half, -1)
-    drawn = torch.cat([lvm.continue_tokens(t, lvm.window - half, **sampling()) for t in tokens.split(32)])
-    frames = lvm.decode(drawn.flatten(0, 1)).reshape(clips[:, half:].shape)
+    frames = draw(lvm, clips[:, :half], lvm.window - half, 1, temperature)[:, 0]
     still = np.broadcast_to(clips[:, half - 1 : half], frames.shape)
 
     def quality(made):
@@ -180,6 +192,7 @@ def table(report):
         others = [f"{a[k]['mean']:.4f} ({k.replace('_', ' ')})" for k in ("repeat_query", "mean_of_answers")]
         verdict = "beats both" if a["beats_both"] else "does not beat both"
         line(names.get(name, "segmentation mIoU"), show(a["lvm"], ".4f"), *others, verdict)
+        line("  one candidate", show(a["one_candidate"], ".4f"))
     m = report["motion"]
     line("motion, PSNR of 4 frames, dB", show(m["lvm"], ".1f"), f"{m['stand_still']['mean']:.1f} (stand still)")
     if "held_out_perplexity" in report["lvm_run"]:
@@ -199,23 +212,21 @@ def main():
     parser.add_argument("--run", required=True, help="a trained LVM's folder")
     parser.add_argument("--out", required=True, help="where report.json and the pictures go")
     parser.add_argument("--tokenizer", default="", help="default: the run's data.tokenizer")
-    parser.add_argument("--prompts", type=int, default=128, help="for each analogy (128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the likeliest code")
+    parser.add_argument("--prompts", type=int, default=64, help="for each analogy (64)")
+    parser.add_argument("--candidates", type=int, default=8, help="answers to each prompt (8)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest code (1)")
     a = parser.parse_args()
     tokenizer, out = a.tokenizer or run_tokenizer(a.run), Path(a.out)
     lvm = LVM.from_pretrained(a.run, tokenizer, dtype=torch.float32)
     torch.set_grad_enabled(False)
 
-    def sampling():
-        return {"temperature": a.temperature, "generator": torch.Generator().manual_seed(SEED)}
-
     report = {"tokenizer": measure_tokenizer(lvm, out)}
     for name in ANALOGIES:
-        report[name] = measure_analogy(lvm, name, a.prompts, out, sampling)
-    report["motion"] = measure_motion(lvm, min(a.prompts, 64), out, sampling)
+        report[name] = measure_analogy(lvm, name, a.prompts, out, a.candidates, a.temperature)
+    report["motion"] = measure_motion(lvm, a.prompts, out, a.temperature)
     report["tokenizer_run"] = measured_by_training(tokenizer, "images")
     report["lvm_run"] = measured_by_training(a.run, "tokens")
-    report["temperature"] = a.temperature
+    report |= {"candidates": a.candidates, "temperature": a.temperature}
     checkpoint.write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     print(table(report))
     print(f"\npictures and report.json are in {out}")

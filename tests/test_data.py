@@ -82,9 +82,7 @@ def test_a_group_is_what_is_shown_whoever_does_it():
 def test_variants_have_compositional_captions():
     """The caption names who, what and the skin tone: the file name's parts in words."""
     captions = {
-        item.name: item.caption
-        for split in ("train", "held_out")
-        for item in open_source("emoji", SIDE, split)
+        item.name: item.caption for split in ("train", "held_out") for item in open_source("emoji", SIDE, split)
     }
     assert captions["1f469-1f3ff-200d-1f692"] == "woman firefighter, dark skin tone"
     assert captions["1f32e"] == "taco"
@@ -116,9 +114,7 @@ def test_folder_gives_captions_categories_annotations_and_clips(tmp_path):
     assert source.offers == {"image", "grey", "edges", "depth", "category", "frames"}
     clip = items["run.frames"]
     assert clip.frames == 12
-    expected = np.array(
-        Image.open(tmp_path / "run.frames/10.png")
-    )  # the eleventh: 10 comes after 9, not after 1
+    expected = np.array(Image.open(tmp_path / "run.frames/10.png"))  # the eleventh: 10 comes after 9, not after 1
     assert (clip.picture("image", 10) == expected).all()
 
 
@@ -149,9 +145,7 @@ def test_held_out_pictures_depend_on_their_names_only(tmp_path):
     path = folder_of(tmp_path, names[:20])
     before = {item.name for item in open_source(path, SIDE, "held_out", 0.3)}
     folder_of(tmp_path, names)
-    train, held_out = (
-        {item.name for item in open_source(path, SIDE, split, 0.3)} for split in ("train", "held_out")
-    )
+    train, held_out = ({item.name for item in open_source(path, SIDE, split, 0.3)} for split in ("train", "held_out"))
     assert before == held_out & set(names[:20]) and before
     assert not train & held_out and len(train | held_out) == 40
 
@@ -338,8 +332,7 @@ def test_every_picture_appears_in_every_pass(emoji):
     sentences = Sentences(emoji, "image", (), 16)
     everything = {item.image.tobytes() for item in emoji}
     passes = [
-        [drawn(sentences.sentence(p * len(sentences) + i)).tobytes() for i in range(len(sentences))]
-        for p in (0, 1)
+        [drawn(sentences.sentence(p * len(sentences) + i)).tobytes() for i in range(len(sentences))] for p in (0, 1)
     ]
     size = SIDE * SIDE * 3
     for shown in passes:
@@ -548,10 +541,7 @@ def test_a_grid_is_written_whole(tmp_path):
 def test_data_is_importable_without_torch():
     """The JAX trainer reads it on machines that have no torch."""
     code = "import sys; sys.modules['torch'] = None; import data; print(data.DataSettings().side)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
-        == "256\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "256\n"
 
 
 @pytest.fixture(scope="module")
@@ -634,9 +624,7 @@ def test_shards_together_are_the_whole(tmp_path, capsys, config):
     assert [shards[i % 3][i // 3] for i in range(len(whole))] == whole
 
 
-@pytest.mark.parametrize(
-    "row, says", [("{}\n", "not a JSON row"), (data.encode_row([99] * 4), "code 99 lies outside")]
-)
+@pytest.mark.parametrize("row, says", [("{}\n", "not a JSON row"), (data.encode_row([99] * 4), "code 99 lies outside")])
 def test_show_refuses_a_bad_row(tmp_path, capsys, tokenizer, row, says):
     """A file that was named is not half shown: the line and what is wrong with it."""
     (tmp_path / "r.jsonl").write_text(row)

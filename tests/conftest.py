@@ -1,0 +1,88 @@
+"""What several test files share: the tiny configurations, really trained once a session, and a way to run a program.
+
+One thread throughout: on tensors this small more only cost, and a fixed number makes bits comparable between
+processes, because a sum's rounding depends on how it is split.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import settings
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+torch.set_num_threads(1)
+
+
+def run_tiny(kind, run, *overrides):
+    """Trains configs/tiny_{kind}.toml into the folder `run`, in this process."""
+    config = ROOT / "configs" / f"tiny_{kind}.toml"
+    return train.train(*train.read_run(config, [f"run.dir={run}", *overrides]), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 16 small PNGs: two colours, split at a different place in each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        picture = np.full((40, 48, 3), rng.integers(0, 256, 3), np.uint8)
+        picture[:, 3 * i :] = rng.integers(0, 256, 3)
+        Image.fromarray(picture).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_run(tmp_path_factory):
+    """configs/tiny_vqgan.toml, trained without a break; its 8 rows come in two microsteps of 4."""
+    run = tmp_path_factory.mktemp("runs") / "tokenizer"
+    return run_tiny("vqgan", run, "train.batch_size=4", "train.accumulate=2", "train.keep=0")
+
+
+@pytest.fixture(scope="session")
+def row_overrides(tokenizer_run, pictures):
+    """The [data] of an LVM run on rows that tokenizer_run made of the pictures."""
+    folder = tokenizer_run.parent
+    source = f'data.sources=[{{path = "{pictures}", kind = "colorization", passes = 8}}]'
+    overrides = [f"data.tokenizer={tokenizer_run}", source, "data.held_out_fraction=0.3"]
+    config = str(ROOT / "configs" / "tiny_llama.toml")
+    for split in ("train", "held_out"):
+        arguments = ["tokenize", "--config", config, "--out", str(folder / f"{split}.jsonl"), "--split", split]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["data.py", *arguments, "--device", "cpu", *overrides])
+            data.main()
+    return [*overrides, f'data.rows=["{folder}/train.jsonl"]', f'data.held_out=["{folder}/held_out.jsonl"]']
+
+
+@pytest.fixture(scope="session")
+def lvm_run(tokenizer_run, row_overrides):
+    """configs/tiny_llama.toml, trained without a break on those rows (accumulate is 2 there)."""
+    return run_tiny("llama", tokenizer_run.parent / "lvm", "train.keep=0", "train.ema=0.9", *row_overrides)
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(main, *arguments) → (exit code, stdout, stderr), as though typed in a shell, but in this process."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            settings.run_main(main)
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run

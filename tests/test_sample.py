@@ -1,0 +1,351 @@
+"""What sample.py promises: a window that slides as published, only image codes, files of the size asked for.
+
+Most tests prompt a toy: random weights, 8×8 pictures of 2×2 codes, a context of 4 pictures.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+import sample
+from model import LLaMA, LLaMAConfig
+from sample import LVM
+from settings import UserError
+from vqgan import VQGAN, VQGANConfig
+
+CODES, SPARE = 16, 4  # image codes, and ids beyond them
+
+
+def toy(max_seq_len=16):
+    torch.manual_seed(0)
+    shape = {"hidden_channels": 32, "channel_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4}
+    tokenizer = VQGAN(VQGANConfig(resolution=8, num_embeddings=CODES, quantized_embed_dim=4, **shape)).eval()
+    nn.init.normal_(tokenizer.quantize.embedding.weight)
+    llama = LLaMA(LLaMAConfig(CODES + SPARE, 16, 2, 2, hidden_dim=32, max_seq_len=max_seq_len)).eval()
+    with torch.no_grad():  # louder than at the start of a training, so that the prompt decides what follows
+        for weight in llama.parameters():
+            weight.mul_(15 if weight.ndim == 2 else 1)
+        # what every next token would be, were all ids allowed: a spare one
+        llama.lm_head.weight[CODES:] *= 50
+    return LVM(llama, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def lvm():
+    return toy()
+
+
+@pytest.fixture(scope="module")
+def folders(lvm, tmp_path_factory):
+    """--run and --tokenizer: the toy as two published folders, which say nothing of each other."""
+    folder = tmp_path_factory.mktemp("toy")
+    lvm.llama.save_pretrained(folder / "llama")
+    lvm.tokenizer.save_pretrained(folder / "vqgan")
+    return ["--run", folder / "llama", "--tokenizer", folder / "vqgan", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def prompt(pictures):
+    return sorted(pictures.iterdir())[:3]
+
+
+def tokens(batch, count, seed=0):
+    """(B, N, h·w) codes of `count` pictures."""
+    return torch.randint(0, CODES, (batch, count, 4), generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def size(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def sheet(columns, rows, width=8, height=8):
+    """The size of a grid of pictures with 2 pixels around each."""
+    return columns * (width + 2) + 2, rows * (height + 2) + 2
+
+
+# ---- continuing ------------------------------------------------------------------------------
+
+
+def by_hand(lvm, context, pictures):
+    """Greedily, `pictures` more after context (B, N, 4), in one call of the language model."""
+    drawn = lvm.llama.generate(context.flatten(1), 4 * pictures, temperature=0, allowed=list(range(CODES)))
+    return drawn[:, -4 * pictures :].view(len(context), pictures, 4)
+
+
+def test_what_fits_the_context_is_drawn_in_one_go(lvm):
+    assert lvm.window == 4 and lvm.codes == 4
+    given = tokens(2, 1)
+    for frames in (1, 2, 3):
+        assert torch.equal(lvm.continue_tokens(given, frames, temperature=0), by_hand(lvm, given, frames))
+
+
+@pytest.mark.parametrize("given", [1, 2, 3])
+def test_beyond_the_context_each_picture_follows_from_the_last_three(lvm, given):
+    """window - given at once, then one at a time from the newest window - 1, as LVM does."""
+    sentence = tokens(2, given)
+    sentence = torch.cat((sentence, by_hand(lvm, sentence, 4 - given)), dim=1)
+    for _ in range(3):
+        sentence = torch.cat((sentence, by_hand(lvm, sentence[:, -3:], 1)), dim=1)
+    frames = 4 - given + 3
+    assert torch.equal(lvm.continue_tokens(tokens(2, given), frames, temperature=0), sentence[:, given:])
+
+
+def test_of_a_long_prompt_only_the_last_three_pictures_count(lvm):
+    given = tokens(2, 7)
+    found = lvm.continue_tokens(given, 2, temperature=0)
+    assert torch.equal(found, lvm.continue_tokens(given[:, -3:], 2, temperature=0))
+    assert not torch.equal(found, lvm.continue_tokens(given[:, :3], 2, temperature=0))
+
+
+def test_only_image_codes_are_drawn(lvm):
+    """The toy would always say a spare id, which no tokenizer could decode."""
+    free = lvm.llama.generate(tokens(2, 1).flatten(1), 12, generator=seeded())[:, 4:]
+    assert (free >= CODES).any()
+    assert (lvm.continue_tokens(tokens(2, 1), 6, generator=seeded()) < CODES).all()
+
+
+@torch.no_grad()
+def test_pictures_go_in_and_out_in_bytes(lvm):
+    given = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    codes = lvm.encode(given)
+    assert codes.shape == (2, 4) and lvm.decode(codes).shape == (2, 8, 8, 3)
+    images = lvm.tokenizer.decode(codes.view(2, 2, 2))
+    expected = (images * 255).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    assert np.array_equal(lvm.decode(codes), expected)
+    drawn = lvm.continue_pictures(given, frames=3, candidates=5, generator=seeded())
+    assert drawn.shape == (5, 3, 8, 8, 3) and drawn.dtype == np.uint8
+
+
+def test_candidates_differ_and_a_seed_repeats(lvm):
+    given = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    a, b, c = (lvm.continue_pictures(given, 3, 4, generator=seeded(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    assert len({candidate.tobytes() for candidate in a}) == 4
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(lvm):
+    assert toy(max_seq_len=8).window == 2  # one picture to look at, one to draw
+    with pytest.raises(UserError, match=r"16 codes, 4 a picture, do not fit .* context of 7"):
+        toy(max_seq_len=7)
+    small = LLaMA(LLaMAConfig(CODES - 1, 16, 1, 2, hidden_dim=32, max_seq_len=16))
+    with pytest.raises(UserError, match="vocabulary of 15"):
+        LVM(small, lvm.tokenizer)
+
+
+def test_a_tokenizer_stored_in_half_precision_works(lvm, folders, tmp_path, prompt, program):
+    """Published folders are often float16; the language model has its own dtype."""
+    VQGAN.from_pretrained(folders[3], dtype=torch.float16).save_pretrained(tmp_path / "half")
+    out = tmp_path / "grid.png"
+    arguments = [*folders[:2], "--tokenizer", tmp_path / "half", "--device", "cpu"]
+    code, _, err = program(sample.main, "continue", *arguments, "--prompt", *prompt, "--out", out)
+    assert code == 0 and size(out) == sheet(4, 1), err
+
+
+# ---- python sample.py continue ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("resize", "width", "height"), [("", 8, 8), ("original", 48, 40), ("20,10", 20, 10)]
+)  # the prompt's pictures are 48×40
+def test_the_grid_has_a_row_for_each_candidate(folders, prompt, tmp_path, program, resize, width, height):
+    """Columns: the prompt, then the new frames."""
+    out = tmp_path / "deep" / "grid.png"
+    options = ["--frames", 2, "--candidates", 3, "--out", out, *(["--resize", resize] if resize else [])]
+    code, text, _ = program(sample.main, "continue", *folders, "--prompt", *prompt, *options)
+    assert code == 0 and "3 prompt pictures, then 2 new ones; 3 candidates" in text
+    assert size(out) == sheet(5, 3, width, height)
+
+
+def test_the_prompt_stands_in_front_of_the_grid(folders, prompt, tmp_path, program, lvm):
+    out = tmp_path / "grid.png"
+    program(sample.main, "continue", *folders, "--prompt", *prompt, "--out", out, "--temperature", 0)
+    grid = np.asarray(Image.open(out))
+    given = np.stack([sample.load_picture(path, 8) for path in prompt])
+    answer = lvm.continue_pictures(given, 1, temperature=0)[0]
+    for i, picture in enumerate([*given, *answer]):
+        assert np.array_equal(grid[2:10, 2 + 10 * i : 10 + 10 * i], picture)
+
+
+def test_the_same_seed_writes_the_same_file(folders, prompt, tmp_path, program):
+    written = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", None), ("e", None)):
+        out = tmp_path / f"{name}.png"
+        options = ["--frames", 4, "--out", out, *(["--seed", seed] if seed else [])]
+        assert program(sample.main, "continue", *folders, "--prompt", *prompt, *options)[0] == 0
+        written.append(out.read_bytes())
+    a, b, c, d, e = written
+    assert a == b and len({a, c, d, e}) == 4
+
+
+def test_a_gif_shows_the_prompt_and_every_new_frame(folders, prompt, tmp_path, program):
+    out = tmp_path / "x.gif"
+    options = ["--frames", 4, "--candidates", 2, "--resize", "20,10", "--seed", 0, "--out", out]
+    assert program(sample.main, "continue", *folders, "--prompt", *prompt, *options)[0] == 0
+    with Image.open(out) as clip:
+        assert (clip.n_frames, clip.size, clip.info["loop"]) == (7, (20, 10), 0)
+
+
+def test_equal_frames_of_a_gif_take_as_long_as_different_ones(tmp_path):
+    """Pillow joins equal neighbours to one frame; the time on the screen must stay the same."""
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    sample.save_animation([black, black, white, white, black], tmp_path / "x.gif", 0.1)
+    with Image.open(tmp_path / "x.gif") as clip:
+        total = 0
+        for frame in range(clip.n_frames):
+            clip.seek(frame)
+            total += clip.info["duration"]
+    assert total == 500
+
+
+def test_a_run_knows_its_tokenizer(lvm_run, prompt, tmp_path, program):
+    """Our run's config.toml names it; its newest step alone finds it too. 8×8 codes, 4 pictures to a context."""
+    for run in (lvm_run, lvm_run / "latest", lvm_run / "step_00000012" / "ema"):
+        out = tmp_path / "grid.png"
+        code, _, err = program(
+            sample.main, "continue", "--run", run, "--device", "cpu", "--prompt", *prompt, "--out", out
+        )
+        assert code == 0 and size(out) == sheet(4, 1, 32, 32), err
+        out.unlink()
+
+
+# ---- mistakes --------------------------------------------------------------------------------
+
+
+def one_line(result):
+    code, out, err = result
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_a_published_folder_needs_a_tokenizer_named(folders, prompt, program):
+    result = program(sample.main, "continue", *folders[:2], "--prompt", *prompt)
+    assert "name a VQGAN with --tokenizer" in one_line(result)
+
+
+@pytest.mark.parametrize("option", ["--run", "--tokenizer", "--prompt"])
+def test_a_path_that_is_not_there_is_named(folders, prompt, program, tmp_path, option):
+    arguments = [*folders, "--prompt", *prompt, "--out", tmp_path / "x.png"]
+    arguments[arguments.index(option) + 1] = tmp_path / "absent"
+    message = one_line(program(sample.main, "continue", *arguments))
+    assert f"{tmp_path / 'absent'}: no such file" in message
+
+
+def test_a_run_that_is_not_there_is_not_said_to_lack_a_tokenizer(prompt, program, tmp_path):
+    message = one_line(program(sample.main, "continue", "--run", tmp_path / "absent", "--prompt", *prompt))
+    assert f"{tmp_path / 'absent'}: no such file or folder" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--resize", "big"], '--resize "big" must be original or W,H, as in 128,128'),
+        (["--resize", "0,5"], '--resize "0,5" must be original or W,H, as in 128,128'),
+        (["--resize", "1,2,3"], '--resize "1,2,3" must be original or W,H, as in 128,128'),
+        (["--frames", "0"], "'0' is not a whole number above 0"),
+        (["--candidates", "two"], "'two' is not a whole number above 0"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--out", "grid.txt"], "grid.txt: a picture's name must end in"),
+    ],
+)
+def test_a_wrong_option_is_one_line(folders, prompt, program, options, expected):
+    assert expected in one_line(program(sample.main, "continue", *folders, "--prompt", *prompt, *options))
+
+
+def test_a_tokenizer_given_as_the_run_is_one_line(folders, prompt, program):
+    arguments = ["--run", folders[3], "--tokenizer", folders[3]]
+    assert "model_type" in one_line(program(sample.main, "continue", *arguments, "--prompt", *prompt))
+    arguments = ["--run", folders[1], "--tokenizer", folders[1]]
+    assert "_class_name" in one_line(program(sample.main, "continue", *arguments, "--prompt", *prompt))
+
+
+@pytest.mark.parametrize("command", [(), ("continue",), ("batch",), ("reconstruct",)])
+def test_help_is_help(program, command):
+    """Each says what it does and gives an example."""
+    code, out, err = program(sample.main, *command, "--help")
+    assert code == 0 and err == "" and f"python sample.py {' '.join(command)}" in out
+
+
+# ---- python sample.py batch ------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_batch_writes_each_rows_new_frames(folders, prompt, tmp_path, program):
+    """LVM's format; a grid of new frames only: rows are candidates, 4 unless told, columns frames."""
+    rows = [{"input": [str(p) for p in prompt[: n + 1]], "output": str(tmp_path / "deep" / f"{n}.png")} for n in (0, 1)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    code, out, _ = program(sample.main, "batch", *folders, "--input", file, "--frames", 2, "--seed", 0)
+    assert code == 0 and out == "2 of 2 prompts done\n"
+    for row in rows:
+        assert size(row["output"]) == sheet(2, 4)
+    first = open(rows[0]["output"], "rb").read()
+    program(sample.main, "batch", *folders, "--input", file, "--frames", 2, "--seed", 0)
+    assert open(rows[0]["output"], "rb").read() == first
+    options = ["--candidates", 1, "--resize", "original"]
+    assert program(sample.main, "batch", *folders, "--input", file, *options)[0] == 0
+    assert size(rows[1]["output"]) == sheet(1, 1, 48, 40)
+
+
+def test_a_broken_row_is_named_and_the_others_are_done(folders, prompt, tmp_path):
+    """As a shell sees it: the line's number on stderr, a count at the end, exit code 2."""
+    good, broken = str(prompt[0]), tmp_path / "broken.png"
+    broken.write_bytes(prompt[0].read_bytes()[:60])
+    inputs = [[good], [good, str(broken)], [str(tmp_path / "absent.png")], [good]]
+    rows = [{"input": paths, "output": str(tmp_path / f"{n}.png")} for n, paths in enumerate(inputs, 1)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    command = [sys.executable, ROOT / "sample.py", "batch", *folders, "--input", file]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "2 of 4 prompts done\n"
+    second, third, last = done.stderr.splitlines()
+    assert second.startswith(f"{file}:2: {broken}: ") and third == f"{file}:3: {tmp_path / 'absent.png'}: no such file"
+    assert last == "error: 2 of 4 prompts failed, named above"
+    assert [path.name for path in sorted(tmp_path.glob("?.png"))] == ["1.png", "4.png"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", '{"input": []}', '{"input": [1], "output": "x.png"}', '{"input": [], "output": "x.png"}', "[1]"],
+)
+def test_a_line_that_is_no_prompt_is_named_before_anything_is_drawn(folders, prompt, tmp_path, program, line):
+    row = json.dumps({"input": [str(prompt[0])], "output": str(tmp_path / "x.png")})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n\n{line}\n")
+    message = one_line(program(sample.main, "batch", *folders, "--input", tmp_path / "rows.jsonl"))
+    assert message.startswith(f"error: {tmp_path / 'rows.jsonl'}:3: expected") and not (tmp_path / "x.png").exists()
+
+
+# ---- python sample.py reconstruct ------------------------------------------------------------
+
+
+def test_originals_stand_above_reconstructions(folders, prompt, tmp_path, program, lvm):
+    out = tmp_path / "grid.png"
+    arguments = ["--run", folders[3], "--device", "cpu", "--images", *prompt, "--out", out]
+    code, text, _ = program(sample.main, "reconstruct", *arguments)
+    assert code == 0 and text.count("4 codes") == len(text.splitlines()) == 3
+    assert size(out) == sheet(3, 2)
+    grid = np.asarray(Image.open(out))
+    given = np.stack([sample.load_picture(path, 8) for path in prompt])
+    decoded = lvm.decode(lvm.encode(given))
+    for i in range(3):
+        assert np.array_equal(grid[2:10, 2 + 10 * i : 10 + 10 * i], given[i])
+        assert np.array_equal(grid[12:20, 2 + 10 * i : 10 + 10 * i], decoded[i])
+        error = ((decoded[i] / 255.0 - given[i] / 255.0) ** 2).mean()
+        assert f"{prompt[i]}: 4 codes, " in text
+        shown = float(text.splitlines()[i].split(", ")[1].removesuffix(" dB"))
+        assert shown == pytest.approx(-10 * np.log10(error), abs=0.1)  # shown to 0.1, from unrounded pixels
