@@ -39,6 +39,7 @@ def written_whole(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{os.getpid()}.part.{path.name}")  # the ending stays: it tells Pillow the format
+    _remove(beside)  # left by a process of the same number that was killed
     try:
         yield beside
         for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
@@ -49,10 +50,20 @@ def written_whole(path):
             shutil.rmtree(path)
         os.replace(beside, path)
     finally:
-        if beside.is_dir() and not beside.is_symlink():
-            shutil.rmtree(beside)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def remove_parts(folder):
+    """Deletes what killed processes left half-written in `folder`."""
+    for part in Path(folder).glob(".*.part.*"):
+        _remove(part)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path, text):

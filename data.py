@@ -21,6 +21,7 @@ Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) an
     python data.py tokenize --config configs/X.toml --out rows.jsonl
     python data.py show rows.jsonl --config configs/X.toml --out grid.png
 
+To see the idea first, read `Sentences`, then `TokenRows`; what stands above them is how pictures get in.
 Read next: vqgan.py (picture ⇄ codes), then model.py (the LLaMA that continues them).
 """
 
@@ -78,7 +79,7 @@ class SourceSettings:
     path: str = "emoji"  # "emoji", a folder, or a WebDataset .tar (a shell pattern names many)
     kind: str = "image"  # which visual sentence: a key of KINDS
     modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
-    weight: float = 1.0  # share of the pictures drawn while training the tokenizer
+    weight: float = 1.0  # share of the pictures drawn while training the tokenizer, from the same sentences
     passes: float = 1.0  # how often its pictures are permuted into sentences when tokenizing; 0.5: half of them
 
     def __post_init__(self):
@@ -97,7 +98,7 @@ class DataSettings:
     sources: tuple[SourceSettings, ...] = ()
     held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have their own split
     tokenizer: str = ""  # the VQGAN of an LVM run: a run's folder or a published one
-    rows: tuple[str, ...] = ()  # JSONL files of tokenized sentences to train on
+    rows: tuple[str, ...] = ()  # JSONL files of tokenized sentences to train on, or patterns of them
     weights: tuple[float, ...] = ()  # how rows files are mixed; empty: all rows shuffled together (LVM)
     held_out: tuple[str, ...] = ()  # JSONL files for the held-out loss
     workers: int = 2  # threads that prepare pictures
@@ -527,7 +528,7 @@ class FileSource:
     def _group(self):
         """Files that belong together become one item."""
         pictures = [n for n in self.files if n.lower().endswith(SUFFIXES) and os.path.basename(n)[0] != "."]
-        pictures.sort(key=lambda name: [int(s) if s.isdigit() else s for s in re.split(r"([0-9]+)", name)])
+        pictures.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", name)])
         stems = {os.path.splitext(name)[0] for name in pictures}
         sidecars = collections.defaultdict(dict)  # stem → {modality: file}
         mains = collections.defaultdict(list)  # a clip, an object or a picture → its files in order
@@ -731,7 +732,7 @@ class Sentences:
         every, own = (index, 0), (index, shot + 1)  # keys: what all shots of the sentence share; what one has
         match self.kind:
             case "paired":
-                return [("image", None), (self.modalities[index % len(self.modalities)], None)]
+                return [("image", None), (self._rng(*every).choice(self.modalities).item(), None)]
             case "colorization":
                 return [("grey", None), ("image", None)]
             case "inpainting":
@@ -792,7 +793,7 @@ def _open_sentences(data, seed, split):
     return [Sentences(opened[s.path], s.kind, s.modalities, data.pictures, data.side, seed) for s in data.sources]
 
 
-def sentences_of(sentences, source):
+def count_sentences(sentences, source):
     """How many sentences the passes of one [[data.sources]] make."""
     return max(1, round(len(sentences) * source.passes))
 
@@ -803,7 +804,7 @@ class PictureRows:
     def __init__(self, data, seed, split="train"):
         self.seed = seed
         self.sentences = _open_sentences(data, seed, split)
-        self.counts = [sentences_of(s, source) for s, source in zip(self.sentences, data.sources, strict=True)]
+        self.counts = [count_sentences(s, source) for s, source in zip(self.sentences, data.sources, strict=True)]
         weights = np.array([source.weight for source in data.sources])
         self.upto = np.cumsum(weights / weights.sum())  # a uniform number below upto[i] draws source i
 
@@ -819,13 +820,15 @@ class PictureRows:
         shot, k = int(rng.integers(sentences.shots)), int(rng.integers(sentences.per_shot))
         return sentences.picture(index, shot, k)
 
-    def held_out(self, n):
-        """n fixed plain pictures, spaced evenly through the sources: (n, side, side, 3) uint8."""
-        sources = list({s.source.path: s.source for s in self.sentences}.values())
-        places = [(source, i) for source in sources for i in range(len(source))]
-        chosen = [places[i * len(places) // n] for i in range(n)]
-        items = [first_sound(s, range(len(s)), i, lambda item: [("image", None)])[0] for s, i in chosen]
-        return np.stack([item.image for item in items])
+
+def held_out_pictures(data, n):
+    """n fixed held-out pictures, spaced evenly through the sources: (n, side, side, 3) uint8."""
+    paths = dict.fromkeys(source.path for source in data.sources)
+    sources = [open_source(path, data.side, "held_out", data.held_out_fraction) for path in paths]
+    places = [(source, i) for source in sources for i in range(len(source))]
+    chosen = [places[i * len(places) // n] for i in range(n)]
+    items = [first_sound(s, range(len(s)), i, lambda item: [("image", None)])[0] for s, i in chosen]
+    return np.stack([item.image for item in items])
 
 
 # ---- rows of codes -----------------------------------------------------------------------------
@@ -877,6 +880,9 @@ class TokenRows:
             raise UserError("no rows to read: set data.rows (python data.py tokenize writes them)")
         self.context, self.batch_size, self.seed, self.shuffle = context, batch_size, seed, shuffle
         self.skipped = 0
+        files = [sorted(glob.glob(str(path))) or [path] for path in paths]  # an entry may be a pattern
+        weights = [w / len(names) for w, names in zip(weights, files, strict=False) for _ in names]
+        paths = list(itertools.chain.from_iterable(files))
         self._maps = [self._map(path) for path in paths]
         index = [self._index(path, text, vocab_size) for path, text in zip(paths, self._maps, strict=True)]
         self.file = np.concatenate([np.full(len(rows), i) for i, rows in enumerate(index)])  # (rows,)
@@ -1003,7 +1009,7 @@ def tokenize(arguments):
     shard, shards = _shard(arguments.shard)
     sentences = _open_sentences(data, seed, arguments.split)
     model, device = _load_tokenizer(arguments.tokenizer or data.tokenizer, arguments.device)
-    counts = [sentences_of(s, source) for s, source in zip(sentences, data.sources, strict=True)]
+    counts = [count_sentences(s, source) for s, source in zip(sentences, data.sources, strict=True)]
     starts = np.cumsum([0, *counts])  # sentence i of all is sentence i - starts[which] of source `which`
     numbers = range(shard, int(starts[-1]), shards)
 
@@ -1136,8 +1142,7 @@ def main():
     for command in (encoding, showing):
         command.add_argument("--tokenizer", help="the VQGAN's folder (default: data.tokenizer)")
         command.add_argument("--device", help="default: cuda where there is one")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
-    arguments = parser.parse_args()
+    arguments = parser.parse_with_overrides()
     if min(getattr(arguments, "batch", 1), getattr(arguments, "rows", 1)) < 1:
         raise UserError("--batch and --rows must be at least 1")
     arguments.run(arguments)

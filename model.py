@@ -301,7 +301,7 @@ class LLaMA(nn.Module):
                 new = new.masked_fill(done[:, None], eos)
                 done |= new[:, 0] == eos
             tokens = torch.cat((tokens, new), dim=1)
-            if done.all():
+            if eos is not None and done.all():
                 break
         return tokens
 
@@ -389,4 +389,5 @@ def config_to_hf(config):
     if config.rope_scaling:
         saved["rope_scaling"] = {"rope_type": "llama3"} | dataclasses.asdict(config.rope_scaling)
     fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | saved | fixed
+    ends = {"bos_token_id": None, "eos_token_id": None}  # no id of an LVM means "stop"
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | saved | fixed | ends

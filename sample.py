@@ -18,7 +18,6 @@ Read before: train.py. This is the last file: from here, change something and tr
 """
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +39,10 @@ class LVM:
 
     llama: LLaMA
     tokenizer: VQGAN
+    side: int = 0  # pixels of a picture; 0: what the tokenizer was made for
 
     def __post_init__(self):
-        self.side = self.tokenizer.config.resolution  # pixels
+        self.side = self.side or self.tokenizer.config.resolution
         self.grid = self.tokenizer.grid(self.side)
         self.codes = self.grid[0] * self.grid[1]  # tokens of one picture
         self.window = self.llama.config.max_seq_len // self.codes  # pictures in a context: 16 in LVM
@@ -55,9 +55,14 @@ class LVM:
 
     @classmethod
     def from_pretrained(cls, run, tokenizer="", device="cpu", dtype=None):
-        tokenizer = tokenizer or run_tokenizer(run)
+        """From a run, which knows its tokenizer and the size of its pictures, or any LLaMA and VQGAN."""
+        data = run_data(run)
+        tokenizer = tokenizer or data.get("tokenizer")
+        if not tokenizer:
+            raise UserError(f"{run} does not say which tokenizer it belongs to: name a VQGAN with --tokenizer")
         llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
-        return cls(llama, VQGAN.from_pretrained(tokenizer, device=device))  # small: it stays as stored
+        tokenizer = VQGAN.from_pretrained(tokenizer, device=device)  # small: it stays as stored
+        return cls(llama, tokenizer, data.get("side", 0))
 
     @torch.inference_mode()
     def encode(self, pictures):
@@ -95,16 +100,14 @@ class LVM:
         return self.decode(tokens.flatten(0, 1)).reshape(candidates, frames, self.side, self.side, 3)
 
 
-def run_tokenizer(run):
-    """The VQGAN that the LVM in `run` was trained on, as its config.toml says."""
+def run_data(run):
+    """The [data] section of the run that `run` is, or is a step of; {} where there is none."""
     if not Path(run).exists():
         raise UserError(f"{run}: no such file or folder")
-    for folder in (Path(run), *Path(run).resolve().parents[:2]):  # the run, or one of its steps
+    for folder in (Path(run), *Path(run).resolve().parents[:2]):  # the run, or its step, or that step's ema
         if (folder / "config.toml").exists():
-            name = tomllib.loads((folder / "config.toml").read_text()).get("data", {}).get("tokenizer")
-            if name:
-                return name
-    raise UserError(f"{run} does not say which tokenizer it belongs to: name a VQGAN with --tokenizer")
+            return settings.read(folder / "config.toml").get("data", {})
+    return {}
 
 
 def resized(pictures, size):
@@ -175,7 +178,12 @@ def read_prompts(path):
             continue
         try:
             row = json.loads(line)
-            good = isinstance(row["output"], str) and row["input"] and all(isinstance(p, str) for p in row["input"])
+            good = (
+                isinstance(row["output"], str)
+                and isinstance(row["input"], list)
+                and row["input"]
+                and all(isinstance(p, str) for p in row["input"])
+            )
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
@@ -218,7 +226,7 @@ def reconstruct(a):
 
 def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=settings.Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run, help, example):
         c = commands.add_parser(name, help=help, description=help, epilog=f"example:\n  {example}")

@@ -37,6 +37,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def parse_with_overrides(self):
+        """The arguments, with every `section.key=value` among them, wherever it stands, in `.overrides`."""
+        arguments, rest = self.parse_known_args()
+        for text in rest:
+            if text.startswith("-") or "=" not in text:
+                self.error(f"unrecognized argument {text}")
+        arguments.overrides = rest
+        return arguments
+
 
 def run_main(main):
     """Run a program's `main`, turning a UserError into one line on stderr and exit code 2."""
@@ -96,11 +105,12 @@ class TrainSettings:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f'dtype "{self.dtype}" must be "float32" or "bfloat16"')
-        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
+        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} must be at least 0")
+        for name in ("seed", "keep", "eval_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema} must lie in [0, 1)")
 

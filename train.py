@@ -1,14 +1,17 @@
 """One training loop for every model.
 
     python train.py --config configs/tiny_vqgan.toml                    seconds, to see that it works
-    python train.py --config configs/demo_lvm.toml train.steps=200      any key can be overridden
+    python train.py --config configs/demo_tokenizer.toml run.dir=out/mine train.steps=200    any key can be overridden
     torchrun --nproc-per-node 8 train.py --config configs/lvm.toml      one process per GPU
 
 The loop knows nothing of pictures or tokens. It asks a *task*, which has
 
+    model     what is saved, averaged and sampled from
     modules   {phase: the module that phase trains}; a GAN has two phases, everything else one
+    active    (phase, step) → whether that phase has begun
     batch     (step, microstep, rows) → arrays; depends on the seed and these numbers only
-    loss      (phase, batch, step) → a scalar to descend, and values to log
+    loss      (phase, wrapped module, batch, step, microstep) → a scalar to descend, and values to log
+    after_step, evaluate, sample, state, load_state     what their names say; see VQGANTask
 
 and does the rest: mixed precision, gradient accumulation, clipping, AdamW, learning rate, averaged
 weights, several processes, held-out loss, samples, checkpoints.
@@ -45,7 +48,7 @@ from tqdm import tqdm
 
 import checkpoint
 import settings
-from data import DataSettings, PictureRows, TokenRows, prefetch, save_grid
+from data import DataSettings, PictureRows, TokenRows, held_out_pictures, prefetch, save_grid
 from model import SIZES, LLaMA, LLaMAConfig
 from settings import OptimSettings, RunSettings, TrainSettings, UserError
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
@@ -96,7 +99,7 @@ def read_run(path, overrides=()):
         raise UserError(f'{path}: model.kind is "{model.get("kind", "")}", must be one of {", ".join(RUNS)}')
     if size := model.get("size"):
         if model["kind"] != "llama" or size not in SIZES:
-            raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(SIZES)}')
+            raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(SIZES)} (of kind llama)')
         values["model"] = SIZES[size] | model
     return settings.build(RUNS[model["kind"]], values), set(values["model"])
 
@@ -178,6 +181,7 @@ class VQGANTask:
             functorch_config.donated_buffer = False
         self.judge = VQGANLoss(s.loss).to(ranks.device)
         self.pictures = PictureRows(s.data, s.train.seed)
+        self.fresh = not (resume or s.model.init)
         self.counts = torch.zeros(self.model.config.num_embeddings, device=ranks.device)  # since the last redraw
         self.kept = {}  # reconstructions of this step, judged again by the discriminator's phase
         self.items_per_row = 1
@@ -206,10 +210,13 @@ class VQGANTask:
         return loss, values
 
     @torch.no_grad()
-    def after_step(self, step):
-        """Moves codebook entries that nothing used lately onto vectors of the current batch."""
+    def after_step(self, step, ema):
+        """Moves codebook entries that nothing used lately onto vectors of the current batch.
+
+        From scratch this happens after the first step too: the codebook starts where the encoder's outputs lie.
+        """
         every = self.settings.loss.redraw_every
-        if not every or step % every:
+        if not every or ((step + 1) % every and not (self.fresh and step == 0)):
             return
         latents = self.model.latents(self.images)
         if self.ranks.world > 1:
@@ -217,13 +224,16 @@ class VQGANTask:
             dist.all_gather(gathered, latents.contiguous())
             latents = torch.cat(gathered)  # in the order of the rows, whatever the number of ranks
         draws = torch.Generator().manual_seed(self.settings.train.seed + step)
-        self.model.quantize.redraw(self.counts == 0, latents, draws)
+        moved = self.model.quantize.redraw(self.counts == 0, latents, draws)
         self.counts.zero_()
+        if ema:  # the average of a dead entry's past is no place for a living one
+            place = [p is self.model.quantize.embedding.weight for p in self.model.parameters()].index(True)
+            ema[place][moved] = self.model.quantize.embedding.weight[moved]
 
     def evaluate(self):
         """Over held-out pictures: PSNR in dB (mean over pictures) and how much of the codebook they use."""
         t = self.settings.train
-        pictures = self.pictures.held_out(t.eval_batches * t.batch_size)
+        pictures = held_out_pictures(self.settings.data, t.eval_batches * t.batch_size)
         counts, psnrs = torch.zeros_like(self.counts), []
         for start in range(0, len(pictures), t.batch_size):
             images = to_images(pictures[start : start + t.batch_size], self.ranks.device)
@@ -235,7 +245,7 @@ class VQGANTask:
 
     def sample(self, path):
         """Held-out pictures above their reconstructions."""
-        pictures = self.pictures.held_out(8)
+        pictures = held_out_pictures(self.settings.data, 8)
         reconstruction = self.model.decode(self.model.encode(to_images(pictures, self.ranks.device)))
         save_grid([list(pictures), to_pictures(reconstruction)], path)
 
@@ -280,7 +290,7 @@ class LLaMATask:
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         return loss, {}
 
-    def after_step(self, step):
+    def after_step(self, step, ema):
         pass
 
     def evaluate(self):
@@ -477,11 +487,11 @@ def train(s, given, device=None):
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        task.after_step(step)
         if ema:
             # early on the average follows quickly, so that it does not remember the random start
             decay = min(t.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
+        task.after_step(step, ema)
 
         # -- log, evaluate, sample, save --
         done = step + 1
@@ -519,7 +529,7 @@ def train(s, given, device=None):
         if saves and chief:
             with checkpoint.new_step(run, done, t.keep) as folder:
                 save_training(folder, done, task, optimizers, ema)
-        if evaluates or saves:
+        if evaluates or saves or (t.sample_every and done % t.sample_every == 0):
             clock = time.perf_counter()  # the rate is that of training alone
         bar.update()
     bar.close()
@@ -531,6 +541,7 @@ def train(s, given, device=None):
 def start_folder(run, s, first):
     """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes."""
     run.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_parts(run)
     text = settings.dumps(s)
     if first and (run / "config.toml").exists():
         before = (run / "config.toml").read_text().splitlines()
@@ -586,8 +597,7 @@ def main():
     parser = settings.Parser(prog="python train.py", description=__doc__)
     parser.add_argument("--config", required=True, help="a TOML file of configs/")
     parser.add_argument("--device", help="cpu or cuda; default: the best at hand")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_with_overrides()
     train(*read_run(arguments.config, arguments.overrides), device=arguments.device)
 
 

@@ -198,9 +198,10 @@ class Encoder(nn.Module):
             if n + 1 < len(c.channel_mult):
                 level.downsample = nn.AvgPool2d(2) if maskgit else Downsample(o)
             self.down.append(level)
-        self.mid = middle(o, c)
-        self.norm_out = group_norm(o)
-        self.conv_out = nn.Conv2d(o, c.z_channels, 1) if maskgit else nn.Conv2d(o, c.z_channels, 3, padding=1)
+        last = widths[-1]
+        self.mid = middle(last, c)
+        self.norm_out = group_norm(last)
+        self.conv_out = nn.Conv2d(last, c.z_channels, 1) if maskgit else nn.Conv2d(last, c.z_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -230,8 +231,8 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(o)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(o)
-        self.conv_out = nn.Conv2d(o, c.num_channels * c.fold**2, 3, padding=1)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], c.num_channels * c.fold**2, 3, padding=1)
 
     def forward(self, x):
         x = self.mid(self.conv_in(x))
@@ -267,12 +268,18 @@ class Quantizer(nn.Module):
         """codes (B, h, w) → vectors (B, D, h, w)."""
         return rearrange(self.embedding(codes), "b h w d -> b d h w")
 
+    @torch.autocast("cpu", enabled=False)  # in bfloat16 the nearest entry would often be another one
+    @torch.autocast("cuda", enabled=False)
+    def nearest(self, z):
+        """z (B, D, h, w) → codes (B, h, w)."""
+        return self.distances(z).argmin(1).view(z.shape[0], *z.shape[2:])
+
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def forward(self, z):
         """z (B, D, h, w) → (vectors (B, D, h, w), codes (B, h, w), codebook and commitment losses)."""
         z = z.float()
-        codes = self.distances(z.detach()).argmin(1).view(z.shape[0], *z.shape[2:])
+        codes = self.nearest(z.detach())
         e = self.lookup(codes)
         losses = {
             "codebook": F.mse_loss(e, z.detach()),  # moves the entry to the encoder's output
@@ -285,7 +292,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def redraw(self, dead, z, generator=None):
-        """Moves each dead entry (`dead` (K,) bool) onto a random vector of z (B, D, h, w).
+        """Moves each dead entry (`dead` (K,) bool) onto a random vector of z (B, D, h, w). → which were moved.
 
         An entry nothing is nearest to gets no gradient and would stay dead for good.
         """
@@ -293,6 +300,7 @@ class Quantizer(nn.Module):
         picks = torch.randperm(len(z), generator=generator)[: int(dead.sum())]
         dead = dead.nonzero()[: len(picks), 0]
         self.embedding.weight[dead] = z[picks.to(z.device)].to(self.embedding.weight.dtype)
+        return dead
 
 
 def usage(counts):
@@ -335,15 +343,14 @@ class VQGAN(nn.Module):
 
     def encode(self, images):
         """images (B, 3, H, W) in [0, 1] → codes (B, h, w) int64."""
-        z = self.latents(images)
-        return self.quantize.distances(z).argmin(1).view(z.shape[0], *z.shape[2:])
+        return self.quantize.nearest(self.latents(images))
 
     def decode(self, codes):
         """codes (B, h, w) → images (B, 3, H, W) in [0, 1]."""
         return self.pixels(self.quantize.lookup(codes)).clamp(0, 1)
 
     def forward(self, images):
-        """images (B, 3, H, W) in [0, 1] → (reconstruction, codes (B, h, w), {"codebook", "commitment"})."""
+        """images (B, 3, H, W) in [0, 1] → (reconstruction, codes (B, h, w), the quantizer's losses)."""
         vectors, codes, losses = self.quantize(self.latents(images))
         return self.pixels(vectors), codes, losses
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import settings
 from data import Sentences, open_source, save_grid
-from sample import LVM, run_tokenizer, save_animation
+from sample import LVM, run_data, save_animation
 from vqgan import usage
 
 SEED = 1  # of the sentences and of the sampling
@@ -37,7 +37,8 @@ def psnr(a, b):
 
 
 def mean_and_error(values):
-    """The mean and half the width of its 95 % interval."""
+    """The mean and half the width of its 95 % interval, of the values that are numbers."""
+    values = np.asarray(values)[~np.isnan(values)]
     return {"mean": float(np.mean(values)), "error": float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))}
 
 
@@ -77,10 +78,11 @@ def mse(answer, truth, query):
 
 
 def mse_in_hole(answer, truth, query):
-    """Only where the query is pure black: so are its holes, and nearly nothing else in this set."""
+    """Only where the query is pure black: so are its holes, and nearly nothing else in this set; NaN: no hole."""
     hole = (query == 0).all(-1)  # (N, H, W)
     error = ((answer / 255 - truth / 255) ** 2).mean(-1)
-    return (error * hole).sum((1, 2)) / hole.sum((1, 2)).clip(1)
+    count = hole.sum((1, 2))
+    return np.where(count > 0, (error * hole).sum((1, 2)) / count.clip(1), np.nan)
 
 
 def mean_iou(answer, truth, query):
@@ -126,6 +128,8 @@ def measure_analogy(lvm, name, count, out, candidates, temperature):
     ours = result["lvm"]["mean"]
     result["beats_both"] = bool(ours > max(trivial) if more_is_better else ours < min(trivial))
     result |= {"score": score.__name__, "prompts": count}
+    for i, picture in enumerate(pictures[0, :-1], 1):  # to try `sample.py continue` with
+        save_grid([[picture]], out / "prompts" / f"{name}_{i}.png", pad=0)
     # the prompt | one candidate | the mean of all | the truth
     shown = zip(pictures[:SHOWN], drawn, drawn.mean(1).round().astype(np.uint8), strict=False)
     save_grid([[*p[:-1], d[0], mean, p[-1]] for p, d, mean in shown], out / f"{name}.png")
@@ -152,6 +156,8 @@ def measure_motion(lvm, count, out, temperature):
     for clip, new in list(zip(clips, frames, strict=True))[:SHOWN]:
         rows += [[*clip[:half], *new], list(clip)]  # ours above the true one
     save_grid(rows, out / "motion.png")
+    for i, frame in enumerate(clips[0, :half], 1):  # to try `sample.py continue` with
+        save_grid([[frame]], out / "prompts" / f"motion_{i}.png", pad=0)
     save_animation([*clips[0, :half], *frames[0]], out / "motion.gif")
     return {"lvm": quality(frames), "stand_still": quality(still), "clips": count, "score": "psnr"}
 
@@ -194,7 +200,7 @@ def table(report):
         line(names.get(name, "segmentation mIoU"), show(a["lvm"], ".4f"), *others, verdict)
         line("  one candidate", show(a["one_candidate"], ".4f"))
     m = report["motion"]
-    line("motion, PSNR of 4 frames, dB", show(m["lvm"], ".1f"), f"{m['stand_still']['mean']:.1f} (stand still)")
+    line("motion, PSNR of new frames, dB", show(m["lvm"], ".1f"), f"{m['stand_still']['mean']:.1f} (stand still)")
     if "held_out_perplexity" in report["lvm_run"]:
         line("perplexity of a code", f"{report['lvm_run']['held_out_perplexity']:.1f}")
     speeds = [
@@ -216,7 +222,7 @@ def main():
     parser.add_argument("--candidates", type=int, default=8, help="answers to each prompt (8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest code (1)")
     a = parser.parse_args()
-    tokenizer, out = a.tokenizer or run_tokenizer(a.run), Path(a.out)
+    tokenizer, out = a.tokenizer or run_data(a.run).get("tokenizer", ""), Path(a.out)
     lvm = LVM.from_pretrained(a.run, tokenizer, dtype=torch.float32)
     torch.set_grad_enabled(False)
 

@@ -397,7 +397,6 @@ def test_picture_rows_are_functions_of_their_numbers():
     assert whole.shape == (8, SIDE, SIDE, 3) and whole.dtype == np.uint8
     assert (np.concatenate([rows.batch(3, 1, range(5)), rows.batch(3, 1, range(5, 8))]) == whole).all()
     assert (rows.batch(4, 1, range(8)) != whole).any() and (rows.batch(3, 0, range(8)) != whole).any()
-    assert (rows.held_out(5) == rows.held_out(5)).all() and rows.held_out(5).shape == (5, SIDE, SIDE, 3)
 
 
 def test_picture_rows_respect_the_weights(tmp_path):
@@ -630,3 +629,21 @@ def test_show_refuses_a_bad_row(tmp_path, capsys, tokenizer, row, says):
     (tmp_path / "r.jsonl").write_text(row)
     with pytest.raises(UserError, match=f"r.jsonl:1: {says}"):
         run(capsys, "show", tmp_path / "r.jsonl", "--tokenizer", tokenizer, "--out", tmp_path / "g.png")
+
+
+def test_held_out_pictures_are_fixed_and_held_out():
+    """What a tokenizer is judged by is none of what it is trained on."""
+    settings = DataSettings(side=SIDE, sources=(SourceSettings("emoji"),))
+    shown = data.held_out_pictures(settings, 5)
+    held_out = {item.image.tobytes() for item in open_source("emoji", SIDE, "held_out")}
+    train = {item.image.tobytes() for item in open_source("emoji", SIDE, "train")}
+    assert shown.shape == (5, SIDE, SIDE, 3)
+    assert {picture.tobytes() for picture in shown} <= held_out - train
+
+
+def test_rows_may_be_named_by_a_pattern(tmp_path):
+    """Shards of a tokenization are one entry of data.rows."""
+    for shard in range(3):
+        (tmp_path / f"rows-{shard}.jsonl").write_text(data.encode_row(np.full(8, shard)))
+    rows = TokenRows((str(tmp_path / "rows-*.jsonl"),), 4, 2, seed=0)
+    assert rows.tokens == 24 and set(rows.stream(0, 24)) == {0, 1, 2}
