@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import LLaMA, LLaMAConfig
 from train import can_compile, make_optimizer, read_run, start_model
 from vqgan import VQGAN, VQGANConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, STEPS = 5, 3
 
 
