@@ -208,6 +208,10 @@ class LayerCache:
         self.k, self.v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.length = 0
 
+    def repeat(self, times):
+        """Each row of the batch becomes `times` rows."""
+        self.k, self.v = (x.repeat_interleave(times, dim=0) for x in (self.k, self.v))
+
     def append(self, k, v):
         """New keys and values (B, K, T, E) → all so far (B, K, S, E), and which of them each new one sees."""
         start, end = self.length, self.length + k.shape[2]
@@ -273,11 +277,13 @@ class LLaMA(nn.Module):
         allowed=None,
         eos=None,
         generator=None,
+        samples=1,
     ):
-        """tokens (B, T) → (B, T + new): each next token is drawn from the model's own prediction.
+        """tokens (B, T) → (B·samples, T + new): each next token is drawn from the model's own prediction.
 
         temperature 0 takes the likeliest; `allowed` (a list or tensor of ids) forbids all others; a row
-        that drew `eos` repeats it, and generation ends early when every row has.
+        that drew `eos` repeats it, and generation ends early when every row has. The `samples` of a prompt
+        stand together and share one pass over it.
         """
         length = tokens.shape[1] + max_new_tokens
         if tokens.shape[1] < 1 or length > self.config.max_seq_len:
@@ -290,10 +296,14 @@ class LLaMA(nn.Module):
             forbidden = torch.ones(self.config.vocab_size, dtype=torch.bool, device=tokens.device)
             forbidden[torch.as_tensor(allowed, device=tokens.device)] = False
         caches = self.caches(len(tokens), length)
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        done = torch.zeros(len(tokens) * samples, dtype=torch.bool, device=tokens.device)
         new = tokens
-        for _ in range(max_new_tokens):
+        for i in range(max_new_tokens):
             logits = self.logits(self.hidden(self.embed_tokens(new), caches)[:, -1]).float()  # (B, V)
+            if i == 0 and samples > 1:  # the prompt has been read: from here on, every sample goes its own way
+                tokens, logits = (x.repeat_interleave(samples, dim=0) for x in (tokens, logits))
+                for cache in caches:
+                    cache.repeat(samples)
             if forbidden is not None:
                 logits = logits.masked_fill(forbidden, float("-inf"))
             new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)

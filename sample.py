@@ -77,8 +77,8 @@ class LVM:
         images = torch.cat([self.tokenizer.decode(t.view(-1, *self.grid)).float() for t in tokens.split(64)])
         return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
-    def continue_tokens(self, tokens, frames, **sampling):
-        """tokens (B, N, h·w) of N pictures → the next `frames` pictures, (B, frames, h·w).
+    def continue_tokens(self, tokens, frames, candidates=1, **sampling):
+        """tokens (B, N, h·w) of N pictures → the next `frames` pictures, (B·candidates, frames, h·w).
 
         As many pictures as fit the context come in one go; after that, one at a time from the newest
         window - 1 pictures. Ids that are no image codes are never drawn, and there is no end token.
@@ -88,15 +88,16 @@ class LVM:
         while (missing := given + frames - tokens.shape[1]) > 0:
             context = tokens[:, -(self.window - 1) :]
             new = min(self.window - context.shape[1], missing)
-            drawn = self.llama.generate(context.flatten(1), new * self.codes, allowed=allowed, **sampling)
-            drawn = drawn[:, -new * self.codes :].view(len(tokens), new, self.codes)
-            tokens = torch.cat((tokens, drawn), dim=1)
+            count = new * self.codes
+            drawn = self.llama.generate(context.flatten(1), count, allowed=allowed, samples=candidates, **sampling)
+            drawn = drawn[:, -count:].view(-1, new, self.codes)  # (B·candidates, new, h·w)
+            tokens = torch.cat((tokens.repeat_interleave(candidates, dim=0), drawn), dim=1)
+            candidates = 1  # they have parted
         return tokens[:, given:]
 
     def continue_pictures(self, pictures, frames=1, candidates=1, **sampling):
         """N prompt pictures → (candidates, frames, side, side, 3) uint8, independent samples."""
-        tokens = self.encode(pictures).expand(candidates, -1, -1)  # (K, N, h·w)
-        tokens = self.continue_tokens(tokens, frames, **sampling)
+        tokens = self.continue_tokens(self.encode(pictures)[None], frames, candidates, **sampling)
         return self.decode(tokens.flatten(0, 1)).reshape(candidates, frames, self.side, self.side, 3)
 
 

@@ -102,10 +102,9 @@ ANALOGIES = {  # name: sentence kind, its modalities, score, whether more is bet
 def draw(lvm, pictures, frames, candidates, temperature):
     """Prompts (n, N, S, S, 3) → `candidates` continuations of each: (n, candidates, frames, S, S, 3) uint8."""
     n, shape = len(pictures), pictures.shape[2:]
-    tokens = lvm.encode(pictures.reshape(-1, *shape)).view(n, -1, lvm.codes).repeat_interleave(candidates, 0)
-    draws = torch.Generator().manual_seed(SEED)
-    sampling = {"temperature": temperature, "generator": draws}
-    drawn = torch.cat([lvm.continue_tokens(part, frames, **sampling) for part in tokens.split(64)])
+    tokens = lvm.encode(pictures.reshape(-1, *shape)).view(n, -1, lvm.codes)
+    sampling = {"temperature": temperature, "generator": torch.Generator().manual_seed(SEED)}
+    drawn = torch.cat([lvm.continue_tokens(part, frames, candidates, **sampling) for part in tokens.split(8)])
     return lvm.decode(drawn.flatten(0, 1)).reshape(n, candidates, frames, *shape)
 
 
@@ -219,7 +218,7 @@ def main():
     parser.add_argument("--out", required=True, help="where report.json and the pictures go")
     parser.add_argument("--tokenizer", default="", help="default: the run's data.tokenizer")
     parser.add_argument("--prompts", type=int, default=64, help="for each analogy (64)")
-    parser.add_argument("--candidates", type=int, default=8, help="answers to each prompt (8)")
+    parser.add_argument("--candidates", type=int, default=16, help="answers to each prompt (16)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest code (1)")
     a = parser.parse_args()
     tokenizer, out = a.tokenizer or run_data(a.run).get("tokenizer", ""), Path(a.out)

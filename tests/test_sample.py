@@ -136,12 +136,20 @@ def test_candidates_differ_and_a_seed_repeats(lvm):
     assert len({candidate.tobytes() for candidate in a}) == 4
 
 
+def test_candidates_share_one_pass_over_the_prompt_and_change_nothing(lvm):
+    """generate(samples=K) is K prompts that are equal, read once."""
+    tokens = torch.randint(0, CODES, (2, 6), generator=seeded(0))
+    apart = lvm.llama.generate(tokens.repeat_interleave(3, 0), 5, generator=seeded(1))
+    together = lvm.llama.generate(tokens, 5, samples=3, generator=seeded(1))
+    assert torch.equal(apart, together)
+
+
 def test_a_tokenizer_that_does_not_fit_is_refused(lvm):
     assert toy(max_seq_len=8).window == 2  # one picture to look at, one to draw
-    with pytest.raises(UserError, match=r"16 codes, 4 a picture, do not fit .* context of 7"):
+    with pytest.raises(UserError, match="two pictures of 4 codes do not fit .* context of 7"):
         toy(max_seq_len=7)
     small = LLaMA(LLaMAConfig(CODES - 1, 16, 1, 2, hidden_dim=32, max_seq_len=16))
-    with pytest.raises(UserError, match="vocabulary of 15"):
+    with pytest.raises(UserError, match="16 codes, the LLaMA only 15 words"):
         LVM(small, lvm.tokenizer)
 
 
