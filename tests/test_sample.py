@@ -146,7 +146,7 @@ def test_candidates_share_one_pass_over_the_prompt_and_change_nothing(lvm):
 
 def test_a_tokenizer_that_does_not_fit_is_refused(lvm):
     assert toy(max_seq_len=8).window == 2  # one picture to look at, one to draw
-    with pytest.raises(UserError, match="two pictures of 4 codes do not fit .* context of 7"):
+    with pytest.raises(UserError, match=r"two pictures of 4 codes do not fit .* context of 7"):
         toy(max_seq_len=7)
     small = LLaMA(LLaMAConfig(CODES - 1, 16, 1, 2, hidden_dim=32, max_seq_len=16))
     with pytest.raises(UserError, match="16 codes, the LLaMA only 15 words"):
