@@ -81,6 +81,7 @@ class SourceSettings:
     modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
     weight: float = 1.0  # share of the pictures drawn while training the tokenizer, from the same sentences
     passes: float = 1.0  # how often its pictures are permuted into sentences when tokenizing; 0.5: half of them
+    mirror: bool = False  # half of the sentences as in a mirror: a small set goes further (LVM needs none)
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -643,12 +644,13 @@ class Sentences:
     `shots` items, each giving the `per_shot` pictures that `_takes` lists.
     """
 
-    def __init__(self, source, kind, modalities=(), pictures=16, side=None, seed=0):
+    def __init__(self, source, kind, modalities=(), pictures=16, side=None, seed=0, mirror=False):
         if kind not in KINDS:
             raise UserError(_unknown_kind(kind))
         if side not in (None, source.side):
             raise UserError(f"{source.path}: was opened at {source.side} pixels, not {side}")
         self.source, self.kind, self.modalities, self.pictures = source, kind, tuple(modalities), pictures
+        self.mirror = mirror
         self.seed = (seed, zlib.crc32(kind.encode()))
         n, m = pictures, len(self.modalities)
         frames = n if kind in ("video", "sequence", "multisequence") else 1
@@ -711,6 +713,10 @@ class Sentences:
 
     def picture(self, index, shot, k):
         """Picture k of one shot of sentence `index`."""
+        picture = self._upright(index, shot, k)
+        return picture[:, ::-1].copy() if self.mirror and self._rng(index, 0, 3).random() < 0.5 else picture
+
+    def _upright(self, index, shot, k):
         number, row = divmod(index, len(self))
         wanted = int(self._order(number)[row, shot])
         # where a broken picture's stand-in comes from: its own category, if that is the point
@@ -790,7 +796,9 @@ def _open_sentences(data, seed, split):
     if not data.sources:
         raise UserError("no pictures: the configuration has no [[data.sources]]")
     opened = {s.path: open_source(s.path, data.side, split, data.held_out_fraction) for s in data.sources}
-    return [Sentences(opened[s.path], s.kind, s.modalities, data.pictures, data.side, seed) for s in data.sources]
+    return [
+        Sentences(opened[s.path], s.kind, s.modalities, data.pictures, data.side, seed, s.mirror) for s in data.sources
+    ]
 
 
 def count_sentences(sentences, source):
