@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from settings import UserError
@@ -95,7 +95,11 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model
 
 
 def read_tensors(path):
-    """All tensors of a weight file, or of a folder that holds one, whole or in shards: {name: tensor}."""
+    """All tensors of a weight file, or of a folder that holds one, whole or in shards: {name: tensor}.
+
+    They stay mapped to the file, using no memory of their own, wherever the format allows (not in pickles
+    from before torch 1.6). A UserError names a file that is absent, cut short, or holds more than data.
+    """
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -111,29 +115,77 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # files from before 2020 are no zip archives, and those cannot be mapped into memory
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with _inert_classes(path) if path.suffix == ".ckpt" else nullcontext():
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
     except Exception as error:  # torch.load raises many kinds, and some span pages
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a plain file of tensors ({reason})") from None
-    if not isinstance(tensors, dict):
+        raise UserError(f"{path}: not a plain file of tensors ({_first_line(error)})") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]  # a training library's checkpoint: the weights are one entry of it
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise UserError(f"{path}: holds a {type(tensors).__name__}, not a table of tensors")
     return tensors
+
+
+def _first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _inert_classes(path):
+    """While this lasts, torch.load puts an empty object where `path` names a class it does not know.
+
+    A Lightning `.ckpt` keeps callbacks and settings beside the weights. None of their code is imported or
+    run; what torch blocks outright (os.system and the like) stays refused.
+    """
+    import torch
+
+    class Inert(dict):
+        def __new__(cls, *arguments):
+            return super().__new__(cls)
+
+        def __init__(self, *arguments):
+            super().__init__()
+
+        def __setstate__(self, state):
+            pass
+
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return torch.serialization.safe_globals([(Inert, name) for name in unknown])
 
 
 def _read_shards(index):
     tensors, where = {}, read_json(index)
     if not isinstance(where, dict) or not isinstance(where.get("weight_map"), dict):
         raise UserError(f"{index}: has no table weight_map")
-    for shard in sorted(set(where["weight_map"].values())):
-        if not (index.parent / shard).exists():
-            raise UserError(f"{index}: names {shard}, which is not there")
+    shards = where["weight_map"].values()
+    for shard in sorted(set(map(str, shards))):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise UserError(f"{index}: names {shard}, which is no file beside it")
         tensors |= read_tensors(index.parent / shard)
     return tensors
+
+
+def check(tensors, model, path):
+    """Raises a UserError unless `tensors` are exactly what `model` is made of: names, shapes, finite numbers."""
+    import torch
+
+    own = model.state_dict()
+    missing, extra = ([name for name in a if name not in b] for a, b in ((own, tensors), (tensors, own)))
+    if missing:
+        raise UserError(f"{path}: {missing[0]} is missing ({len(missing)} in all)")
+    if extra:
+        raise UserError(f"{path}: {extra[0]} belongs to no part of {type(model).__name__} ({len(extra)} in all)")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f"{path}: {name} is stored as {tensor.dtype}, expected floating-point of 16 to 64 bits")
+        # least and greatest tell of NaN (it is either) and infinity, and need no memory, as isfinite would
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise UserError(f"{path}: {name} holds NaN or infinity")
 
 
 def fill(model, tensors, path, dtype=None, device="cpu"):
@@ -141,18 +193,9 @@ def fill(model, tensors, path, dtype=None, device="cpu"):
 
     dtype None keeps each weight as it is stored.
     """
-    own = model.state_dict()
-    for name in own.keys() - tensors.keys():
-        raise UserError(f"{path}: {name} is missing ({len(own.keys() - tensors.keys())} tensors are)")
-    for name in tensors.keys() - own.keys():
-        raise UserError(f"{path}: {name} belongs to no part of {type(model).__name__}")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity")
+    check(tensors, model, path)
     # a copy: a pickle's tensors may overlap in one storage, and training would move them together
-    model.load_state_dict({k: t.to(device, dtype, copy=True) for k, t in tensors.items()}, assign=True)
+    model.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in tensors.items()}, assign=True)
     return model
 
 

@@ -18,16 +18,19 @@ Read before: vqgan.py. Read next: train.py, then sample.py.
 
 import dataclasses
 import json
+import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
+import settings
 from settings import UserError
 
 # ---- configuration ---------------------------------------------------------------------------
@@ -35,7 +38,10 @@ from settings import UserError
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths beyond the context it was first trained on."""
+    """Llama 3.1's stretching of the rotary wavelengths beyond the context it was first trained on.
+
+    With an original context of 0 every wavelength is stretched: the older "linear" scaling.
+    """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -61,14 +67,17 @@ class LLaMAConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if not self.head_dim and self.dim % self.n_heads:
             raise ValueError(f"n_heads {self.n_heads} does not divide dim {self.dim}")
         # frozen, but the zeros stand for values that follow from the others
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.dim // self.n_heads)
-        if self.n_heads % self.n_kv_heads:
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even (rotary pairs)")
 
     @classmethod
@@ -99,6 +108,10 @@ SIZES = {
     "llama2_13b": _lvm(5120, 40, 40, 13824) | _LLAMA2,
     "llama2_70b": _lvm(8192, 80, 64, 28672) | _LLAMA2 | {"n_kv_heads": 8},
     "llama3_8b": _lvm(4096, 32, 32, 14336) | _LLAMA3,
+    "llama31_8b": _lvm(4096, 32, 32, 14336) | _LLAMA3 | {"max_seq_len": 131072, "rope_scaling": RopeScaling()},
+    "smollm2_135m": _lvm(576, 30, 9, 1536)
+    | {"vocab_size": 49152, "max_seq_len": 8192, "norm_eps": 1e-5, "rope_theta": 1e5, "n_kv_heads": 3}
+    | {"tie_embeddings": True},
     "vicuna_7b": _lvm(4096, 32, 32, 11008) | {"vocab_size": 32000, "max_seq_len": 2048},
 }
 
@@ -263,8 +276,7 @@ class LLaMA(nn.Module):
         return self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.embed_tokens.weight)
 
     def caches(self, batch, max_tokens):
-        weight = self.layers[0].self_attn.k_proj.weight
-        return [LayerCache(batch, max_tokens, self.config, weight) for _ in self.layers]
+        return [LayerCache(batch, max_tokens, self.config, self.embed_tokens.weight) for _ in self.layers]
 
     @torch.inference_mode()
     def generate(
@@ -319,19 +331,32 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu"):
-        """A LLaMA from a run of ours or a Hugging Face folder; `dtype` None: as stored."""
+        """A LLaMA from a run of ours, a Hugging Face folder, or Meta's (params.json, consolidated.NN.pth).
+
+        dtype None: as stored; "int8": every matrix of the layers and the head in 8 bits (Int8Linear), the
+        rest as stored. `path` may also be a weight file in such a folder.
+        """
         path = checkpoint.resolve(path)
-        config = config_from_hf(checkpoint.read_json(path / "config.json"), path / "config.json")
-        tensors = checkpoint.read_tensors(path)
-        tensors = {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+        folder = path if path.is_dir() else path.parent
+        if (folder / "params.json").exists() and not (folder / "config.json").exists():
+            config, tensors = read_meta(folder)
+        else:
+            config = config_from_hf(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+            tensors = checkpoint.read_tensors(path)
+            tensors = {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
         if config.tie_embeddings:
             tensors.pop("lm_head.weight", None)
         with torch.device("meta"):
             model = cls(config)
+        if dtype == "int8":
+            checkpoint.check(tensors, model, path)
+            return fill_int8(model, tensors).to(device).eval()
         return checkpoint.fill(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
         """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them."""
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise UserError("a model in int8 is for inference: its rounded weights are not saved")
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
@@ -360,6 +385,39 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 # ---- config.json of Hugging Face folders -----------------------------------------------------
 
+# ---- eight bits ------------------------------------------------------------------------------
+
+
+class Int8Linear(nn.Module):
+    """A bias-free Linear that keeps its matrix (out, in) as integers: row r ≈ scale[r] · weight[r], |weight| ≤ 127.
+
+    Half of bfloat16's memory, a rounding error of at most 1/254 of a row's largest entry, and no training.
+    The product is taken in the dtype of x, to which each matrix is unpacked as it is used.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127  # (out,)
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).type_as(x)
+
+
+def fill_int8(model, tensors):
+    """Puts `tensors` into `model` (on the meta device), one at a time, its Linears as Int8Linear."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Int8Linear(tensors.pop(f"{name}.weight")))
+    rest = {name: tensor.clone() for name, tensor in tensors.items()}
+    model.load_state_dict(rest, strict=False, assign=True)  # not strict: the Int8Linears have theirs
+    return model
+
+
+# ---- published configurations ----------------------------------------------------------------
+
 HF_NAMES = {  # ours: theirs
     "vocab_size": "vocab_size",
     "dim": "hidden_size",
@@ -377,17 +435,44 @@ HF_NAMES = {  # ours: theirs
 
 def config_from_hf(saved, path="config.json"):
     """A Hugging Face `config.json` (a dict, of transformers 4.28 to 5) as a LLaMAConfig."""
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: expected a table, got {saved!r}")
     if saved.get("model_type") != "llama":
         raise UserError(f"{path}: model_type is {saved.get('model_type')!r}, expected 'llama'")
+    if saved.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act is {saved['hidden_act']!r}, expected 'silu'")
     # transformers 5 moved what concerns rotary embedding into one table
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-    saved = saved | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
-    fields = {ours: saved[theirs] for ours, theirs in HF_NAMES.items() if saved.get(theirs) is not None}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "llama3":
-        fields["rope_scaling"] = RopeScaling(**{f.name: rope[f.name] for f in dataclasses.fields(RopeScaling)})
-    elif kind != "default":
-        raise UserError(f"{path}: rope type {kind!r} is not supported (default and llama3 are)")
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_scaling: expected a table, got {rope!r}")
+    saved = {"max_position_embeddings": 2048} | saved | {k: rope[k] for k in ("rope_theta",) if k in rope}
+    fields = _fields(saved, HF_NAMES, path)
+    match rope.get("rope_type", rope.get("type", "default")):
+        case "default":
+            pass
+        case "llama3":
+            names = [f.name for f in dataclasses.fields(RopeScaling)]
+            scaling = {name: rope[name] for name in names if name in rope}
+            fields["rope_scaling"] = settings.build(RopeScaling, scaling, f"{path}: rope_scaling")
+        case "linear":
+            scaling = {"factor": rope.get("factor"), "original_max_position_embeddings": 0}
+            fields["rope_scaling"] = settings.build(RopeScaling, scaling, f"{path}: rope_scaling")
+        case kind:
+            raise UserError(f"{path}: rope type {kind!r} is not supported (default, llama3 and linear are)")
+    return _config(fields, path)
+
+
+def _fields(saved, names, path):
+    """The entries of `saved` under our names, each of the right type; the sizes must be there."""
+    hints = typing.get_type_hints(LLaMAConfig)
+    for ours, theirs in names.items():
+        if saved.get(theirs) is None and ours in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"):
+            raise UserError(f"{path}: {theirs} is missing")
+    given = {ours: theirs for ours, theirs in names.items() if saved.get(theirs) is not None}
+    return {ours: settings.convert(hints[ours], saved[theirs], f"{path}: {theirs}") for ours, theirs in given.items()}
+
+
+def _config(fields, path):
     try:
         return LLaMAConfig(**fields)
     except ValueError as error:
@@ -396,8 +481,82 @@ def config_from_hf(saved, path="config.json"):
 
 def config_to_hf(config):
     saved = {theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}
-    if config.rope_scaling:
-        saved["rope_scaling"] = {"rope_type": "llama3"} | dataclasses.asdict(config.rope_scaling)
+    if (scaling := config.rope_scaling) and scaling.original_max_position_embeddings:
+        saved["rope_scaling"] = {"rope_type": "llama3"} | dataclasses.asdict(scaling)
+    elif scaling:
+        saved["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
     fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02}
     ends = {"bos_token_id": None, "eos_token_id": None}  # no id of an LVM means "stop"
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | saved | fixed | ends
+
+
+META_PARTS = {  # Meta's name: ours, and the axis along which its pieces are cut
+    "tok_embeddings": ("embed_tokens", None),  # the width in Llama 1 and 2, the vocabulary in 3
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "attention_norm": ("input_layernorm", None),  # norms are whole in every piece
+    "ffn_norm": ("post_attention_layernorm", None),
+    "norm": ("norm", None),
+    "output": ("lm_head", 0),
+}
+
+
+def read_meta(folder):
+    """Meta's params.json and consolidated.NN.pth → (config, tensors under our names).
+
+    Each file is one piece of a model cut for tensor parallelism. Meta's rotary embedding turns neighbours
+    (x_0, x_1), (x_2, x_3), …; ours, as Hugging Face's, (x_i, x_{i+E/2}): so the rows of q and k move.
+    """
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))] or not files:
+        raise UserError(f"{folder}: expected consolidated.00.pth, 01, …; found {[f.name for f in files]}")
+    pieces = [checkpoint.read_tensors(file) for file in files]
+    for file, piece in zip(files, pieces, strict=True):
+        if differing := sorted(piece.keys() ^ pieces[0].keys()):
+            raise UserError(f"{file}: {differing[0]} is not in every piece")
+    path = folder / "params.json"
+    params = checkpoint.read_json(path)
+    if not isinstance(params, dict):
+        raise UserError(f"{path}: expected a table, got {params!r}")
+
+    def rows(name):  # of a matrix that is cut along them
+        return sum(piece[name].shape[:1].numel() for piece in pieces if name in piece)
+
+    tied = "output.weight" not in pieces[0]
+    sizes = {
+        "vocab_size": rows("tok_embeddings.weight" if tied else "output.weight"),  # params.json may say -1
+        "hidden_dim": rows("layers.0.feed_forward.w1.weight"),  # it says only how this was rounded
+        "tie_embeddings": tied,
+    }
+    names = ("vocab_size", "hidden_dim", "tie_embeddings", "dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps")
+    fields = {"norm_eps": 1e-5} | _fields(params | sizes, {n: n for n in (*names, "rope_theta")}, path)
+    # the context is nowhere stated; the generation tells it
+    if params.get("use_scaled_rope"):  # Llama 3.1
+        scaling = {"factor": params.get("rope_scaling_factor", 8.0)}
+        fields |= {"max_seq_len": 131072, "rope_scaling": settings.build(RopeScaling, scaling, f"{path}: rope_scaling")}
+    else:
+        fields["max_seq_len"] = 8192 if fields.get("rope_theta", 0) >= 500000 else 4096
+    config = _config(fields, path)
+
+    tensors = {}
+    for name in pieces[0]:
+        if name == "rope.freqs":  # computed, not learned
+            continue
+        layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
+        ours, axis = META_PARTS.get(part, (part, None))
+        parts = [piece[name] for piece in pieces]
+        if part == "tok_embeddings":
+            axis = 0 if parts[0].shape[-1] == config.dim else 1
+        try:
+            whole = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
+            if ours in ("self_attn.q_proj", "self_attn.k_proj"):
+                whole = rearrange(whole, "(h i pair) d -> (h pair i) d", i=config.head_dim // 2, pair=2)
+        except (RuntimeError, IndexError, EinopsError) as error:
+            raise UserError(f"{folder}: the pieces of {name} do not fit ({str(error).splitlines()[0]})") from None
+        tensors[f"{layer}{ours}.weight"] = whole
+    return config, tensors

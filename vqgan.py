@@ -34,6 +34,7 @@ from einops import rearrange
 from torch import nn
 
 import checkpoint
+import settings
 from settings import UserError
 
 CLASS_NAMES = {"muse": "VQGANModel", "maskgit": "MaskGitVQGAN", "taming": "VQModel"}  # in config.json
@@ -358,25 +359,29 @@ class VQGAN(nn.Module):
         """Rows and columns of codes of a side×side picture."""
         return side // self.config.factor, side // self.config.factor
 
-    # -- published files: config.json + weights, as openMUSE writes them --
+    # -- published files --
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu"):
-        """A VQGAN from a run of ours or an openMUSE folder; `dtype` None: as stored."""
+        """A VQGAN from a run of ours, an openMUSE folder, or taming's (a Lightning .ckpt with its .yaml).
+
+        dtype None: as stored. `path` may also be the weight file in such a folder. Of a .ckpt, the entries
+        `loss.*` (the discriminator and LPIPS) are left out.
+        """
         path = checkpoint.resolve(path)
-        saved = checkpoint.read_json(path / "config.json")
-        layouts = {name: layout for layout, name in CLASS_NAMES.items()}
-        if saved.get("_class_name") not in layouts:
-            raise UserError(f"{path / 'config.json'}: _class_name is not one of {', '.join(layouts)}")
-        fields = {f.name: saved[f.name] for f in dataclasses.fields(VQGANConfig) if f.name in saved}
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        try:
-            config = VQGANConfig(**fields | {"layout": layouts[saved["_class_name"]]})
-        except ValueError as error:
-            raise UserError(f"{path / 'config.json'}: {error}") from None
+        folder = path if path.is_dir() else path.parent
+        ckpts = [path] if path.suffix == ".ckpt" else sorted(folder.glob("*.ckpt"))
+        if ckpts:
+            if len(ckpts) > 1:
+                raise UserError(f"{folder}: {len(ckpts)} .ckpt files: name one of them")
+            path = ckpts[0]
+            config = config_from_yaml(folder)
+        else:
+            config = config_from_json(folder / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        return checkpoint.fill(model, checkpoint.read_tensors(path), path, dtype, device).eval()
+        tensors = {k: v for k, v in checkpoint.read_tensors(path).items() if not k.startswith("loss.")}
+        return checkpoint.fill(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
         """Writes config.json, model.safetensors and pytorch_model.bin (openMUSE reads the latter)."""
@@ -390,6 +395,45 @@ class VQGAN(nn.Module):
         checkpoint.write_tensors(path / "model.safetensors", weights)
         with checkpoint.written_whole(path / "pytorch_model.bin") as beside:
             torch.save(weights, beside)
+
+
+def config_from_json(path):
+    """openMUSE's config.json as a VQGANConfig; what it leaves out has that class's default."""
+    saved = checkpoint.read_json(path)
+    layouts = {name: layout for layout, name in CLASS_NAMES.items()}
+    if not isinstance(saved, dict) or saved.get("_class_name") not in layouts:
+        raise UserError(f"{path}: _class_name is not one of {', '.join(layouts)}")
+    fields = {f.name: saved[f.name] for f in dataclasses.fields(VQGANConfig) if f.name in saved}
+    return settings.build(VQGANConfig, fields | {"layout": layouts[saved["_class_name"]]}, str(path))
+
+
+def config_from_yaml(folder):
+    """taming's configuration, the one .yaml file of `folder`, as a VQGANConfig. Read as data: nothing is built."""
+    files = [file for pattern in ("*.yaml", "*.yml") for file in sorted(folder.glob(pattern))]
+    if len(files) != 1:
+        raise UserError(f"{folder}: one .yaml file is expected beside the .ckpt, not {len(files)}")
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"{files[0]}: to read it, pip install pyyaml") from None
+    try:
+        params = yaml.safe_load(files[0].read_text())["model"]["params"]
+        d = params["ddconfig"]
+        fields = {
+            "resolution": d["resolution"],
+            "num_channels": d["in_channels"],
+            "hidden_channels": d["ch"],
+            "channel_mult": d["ch_mult"],
+            "num_res_blocks": d["num_res_blocks"],
+            "attn_resolutions": d["attn_resolutions"],
+            "z_channels": d["z_channels"],
+            "num_embeddings": params["n_embed"],
+            "quantized_embed_dim": params["embed_dim"],
+        }
+    except (KeyError, TypeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{files[0]}: no taming model is described there ({str(error).splitlines()[0]})") from None
+    fixed = {"layout": "taming", "no_attn_mid_block": False}
+    return settings.build(VQGANConfig, fields | fixed, str(files[0]))
 
 
 # ---- training: what a good reconstruction is -------------------------------------------------

@@ -124,10 +124,15 @@ def test_a_filled_model_holds_the_tensors(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "expected"),
     [
-        ({"weight": WEIGHTS["weight"]}, "file: bias is missing (1 tensors are)"),
-        (WEIGHTS | {"scale": torch.ones(1)}, "file: scale belongs to no part of Linear"),
+        ({"weight": WEIGHTS["weight"]}, "file: bias is missing (1 in all)"),
+        (WEIGHTS | {"scale": torch.ones(1)}, "file: scale belongs to no part of Linear (1 in all)"),
         (WEIGHTS | {"weight": torch.ones(3, 2)}, "file: weight is (3, 2), expected (2, 3)"),
         (WEIGHTS | {"bias": torch.tensor([0, float("nan")])}, "file: bias holds NaN or infinity"),
+        (WEIGHTS | {"bias": torch.tensor([0, -float("inf")])}, "file: bias holds NaN or infinity"),
+        (
+            WEIGHTS | {"bias": torch.ones(2, dtype=torch.int32)},
+            "file: bias is stored as torch.int32, expected floating-point of 16 to 64 bits",
+        ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tensors, expected):
@@ -173,7 +178,7 @@ def test_shards_are_read_as_one(tmp_path, suffix):
     (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
     assert checkpoint.read_tensors(tmp_path).keys() == WEIGHTS.keys()
     (tmp_path / f"bias.{suffix}").unlink()
-    expected = f"{tmp_path / stem}.{suffix}.index.json: names bias.{suffix}, which is not there"
+    expected = f"{tmp_path / stem}.{suffix}.index.json: names bias.{suffix}, which is no file beside it"
     assert refused(checkpoint.read_tensors, tmp_path) == expected
 
 

@@ -24,7 +24,7 @@ from model import (
 from settings import UserError
 
 TINY = LLaMAConfig(vocab_size=20, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, max_seq_len=32)
-GOLDEN_LLAMAS = ("llama_hf_lvm", "llama_hf_31")
+GOLDEN_LLAMAS = ("llama_hf_lvm", "llama_hf_31", "llama_meta", "llama_meta_mp2")  # of Meta's: whole, and in two pieces
 
 
 def tiny(seed=0, **changes):
@@ -92,16 +92,28 @@ def test_greedy_tokens_are_the_references(golden):
     assert torch.equal(drawn[:, io["tokens"].shape[1] :], io["greedy_ids"])
 
 
-def test_saving_and_loading_changes_no_bit_and_no_key(golden, tmp_path, request):
+def test_saving_and_loading_changes_no_bit(golden, tmp_path):
+    """From whatever layout it came."""
     model, _ = golden
     model.save_pretrained(tmp_path)
     again = LLaMA.from_pretrained(tmp_path)
     assert again.config == model.config
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())
-    published = checkpoint.read_tensors(GOLDEN / request.node.callspec.params["golden"])
-    saved = checkpoint.read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama_hf_lvm", "llama_hf_31"])
+def test_a_hugging_face_folder_is_saved_with_the_same_keys_and_bits(name, tmp_path):
+    LLaMA.from_pretrained(GOLDEN / name).save_pretrained(tmp_path)
+    published, saved = (checkpoint.read_tensors(folder) for folder in (GOLDEN / name, tmp_path))
     assert saved.keys() == {name for name in published if not name.endswith("inv_freq")}
     assert all(torch.equal(saved[name], published[name]) for name in saved)
+
+
+@pytest.mark.parametrize("name", ["llama_hf_lvm", "llama_hf_31"])
+def test_old_and_new_configurations_of_one_model_mean_the_same(name):
+    """config.json of the 4.2x years, and as transformers 5 writes it."""
+    old, new = (json.loads((GOLDEN / name / f"config{era}.json").read_text()) for era in ("", ".transformers5"))
+    assert config_from_hf(old) == config_from_hf(new)
 
 
 def test_a_file_says_what_wrote_it(tmp_path):
