@@ -18,6 +18,7 @@ torch is imported only where tensors are read or written: the data code and the 
 Read next: data.py.
 """
 
+import collections
 import json
 import os
 import shutil
@@ -191,11 +192,18 @@ def check(tensors, model, path):
 def fill(model, tensors, path, dtype=None, device="cpu"):
     """Puts `tensors` into `model` (built on the meta device), every one of them, or says which is wrong.
 
-    dtype None keeps each weight as it is stored.
+    dtype None keeps each weight as it is stored and, on the CPU, where it is stored: mapped to the file, which
+    changing the weight does not change. With a dtype, each gets memory of its own.
     """
     check(tensors, model, path)
-    # a copy: a pickle's tensors may overlap in one storage, and training would move them together
-    model.load_state_dict({name: t.to(device, dtype, copy=True) for name, t in tensors.items()}, assign=True)
+    # in a pickle, tensors may overlap in one storage: left there, training one would move the other
+    sharers = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+
+    def place(tensor):
+        alone = sharers[tensor.untyped_storage().data_ptr()] == 1
+        return tensor.to(device, dtype, copy=dtype is not None or not alone)
+
+    model.load_state_dict({name: place(tensor) for name, tensor in tensors.items()}, assign=True)
     return model
 
 

@@ -588,7 +588,7 @@ def load_training(folder, task, optimizers, ema, ranks):
             module.load_state_dict(checkpoint.read_tensors(folder / "training" / f"{phase}.safetensors"))
     task.load_state(checkpoint.read_tensors(folder / "training" / "state.safetensors"))
     if ema and (folder / "ema").is_dir():
-        saved = type(task.model).from_pretrained(folder / "ema", device=ranks.device)
+        saved = type(task.model).from_pretrained(folder / "ema", dtype=torch.float32, device=ranks.device)
         torch._foreach_copy_(ema, [p.detach() for p in saved.parameters()])
     return checkpoint.read_json(folder / "state.json")["step"]
 

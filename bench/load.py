@@ -16,11 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import settings
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {
     "vocab_size": 32000,
     "hidden_size": 2048,
