@@ -137,7 +137,7 @@ def stream_text(llama, tokenizer, ids, max_new_tokens, **sampling):
     """Prompt [id, …] → yields the text that follows, until an end token or the end of the context."""
     device = llama.embed_tokens.weight.device
     prompt = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
-    count = max(1, min(max_new_tokens, llama.config.max_seq_len - len(ids)))
+    count = min(max_new_tokens, llama.config.max_seq_len - len(ids))
     allowed = list(tokenizer.pieces)  # a model's vocabulary may be padded beyond its tokenizer's
 
     def drawn():
@@ -295,9 +295,11 @@ def text(a):
         raise UserError("--system needs --chat: only a chat template has a place for it")
     else:
         ids = tokenizer.encode(a.prompt, bos=True)
-        print(a.prompt, end="", flush=True)
     if not ids:
         raise UserError("an empty prompt, and this tokenizer has no token that begins a text: give a --prompt")
+    if len(ids) >= (context := llama.config.max_seq_len):
+        raise UserError(f"the prompt's {len(ids)} tokens fill the model's context of {context}: give a shorter one")
+    print("" if a.chat else a.prompt, end="", flush=True)
     answered = not a.chat  # an answer is shown without the space that begins it, a continuation with it
     for some in stream_text(llama, tokenizer, ids, a.max_new, **sampling(a, llama)):
         some = some if answered else some.lstrip()

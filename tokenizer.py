@@ -197,28 +197,27 @@ def is_byte_level(saved):
         return False
 
 
+USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where no file beside it says what ends a text
+
+
 def from_json(file, saved):
     """A tokenizer.json (read: `saved`) and the small files beside it as a Tokenizer."""
     if not is_byte_level(saved):
         raise UserError(f"{file}: holds no byte-level BPE; put the tokenizer.model it was made of beside it")
+    config = _beside(file, "tokenizer_config.json")
     try:
         tokens, unmade, added = _merged_tokens(saved)
         words = byte_pair_encoder(tokens, _patterns(saved))
-        single = _template(saved.get("post_processor") or {})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        names = {entry["content"]: entry["id"] for entry in added}
+        special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
+        bos = _name(config.get("bos_token")) if config.get("add_bos_token") else _first(saved.get("post_processor"))
+        eos = _name(config.get("eos_token")) or next((n for n in USUAL_ENDS if n in names), None)
+    except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
         reason = error if type(error) is ValueError else f"not the file it should be: {error!r}"
         raise UserError(f"{file}: {reason}") from None
-    names = {entry["content"]: entry["id"] for entry in added}
-    special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
     pieces = {i: token for token, i in (tokens | unmade).items()} | {i: name.encode() for name, i in names.items()}
-    config = _beside(file, "tokenizer_config.json")
-    bos, eos = (_name(config.get(key)) for key in ("bos_token", "eos_token"))
-    if not config.get("add_bos_token"):
-        bos = single[0]["SpecialToken"]["id"] if single and "SpecialToken" in single[0] else None
-    usual = [name for name in ("<|end_of_text|>", "<|endoftext|>") if name in names]
-    eos = names.get(eos, names[usual[0]] if usual else None)
-    words_of_its_own = {name: i for name, i in names.items() if name not in special}
-    return Tokenizer(words, pieces, special, words_of_its_own, names.get(bos), eos, _stops(file))
+    others = {name: i for name, i in names.items() if name not in special}
+    return Tokenizer(words, pieces, special, others, names.get(bos), names.get(eos), _stops(file))
 
 
 def _merged_tokens(saved):
@@ -274,9 +273,11 @@ def _patterns(saved):
     return [*patterns, GPT2] if letters.get("use_regex", True) else patterns
 
 
-def _template(post_processor):
-    """What goes around a single text: [{"SpecialToken": …}, {"Sequence": …}, …], or []."""
-    return next((step["single"] for step in _steps(post_processor) if step.get("type") == "TemplateProcessing"), [])
+def _first(post_processor):
+    """The name of the token that is put before every text, or None."""
+    templates = [step["single"] for step in _steps(post_processor or {}) if step.get("type") == "TemplateProcessing"]
+    before = templates[0][0] if templates else {}  # {"SpecialToken": {"id": name}} or {"Sequence": …}, the text
+    return before["SpecialToken"]["id"] if "SpecialToken" in before else None
 
 
 # ---- the files beside it ---------------------------------------------------------------------
@@ -364,7 +365,10 @@ def from_sentencepiece(file):
         if model.is_control(i) or model.is_unknown(i):
             special[name] = i
     config = _beside(file, "tokenizer_config.json")
-    later = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    try:
+        later = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file.parent / 'tokenizer_config.json'}: added_tokens_decoder: {error!r}") from None
     for name, i in (later | _beside(file, "added_tokens.json")).items():
         if i not in pieces:
             special[name], pieces[i] = i, name.encode()
