@@ -13,6 +13,8 @@ hundred codes, the codes of a sentence are laid end to end, and a LLaMA continue
          │ tokenize: VQGAN.encode  └─ PictureRows.batch ──▶ (B, side, side, 3) uint8    trains the VQGAN
          ▼
     rows.jsonl, a sentence a line ─── TokenRows.batch ────▶ inputs, targets (B, S) int64   train the LLaMA
+         ▲
+         └─ Tokenizer.encode ── documents(path)      text makes rows just as well: then it is a language model
 
 Nothing here keeps a state: a batch is a pure function of (seed, step, row), so that a run resumes exactly
 and the number of machines changes nothing. numpy and Pillow only: the JAX trainer reads it too.
@@ -68,6 +70,7 @@ KINDS = {
     "sequence": "N frames, 1 to 4 apart",
     "multisequence": "2 clips × modalities × N frames",
     "object3d": "4 objects × (N/4 views, their N/4 masks)",
+    "text": "no pictures: a document a row (.txt, .jsonl, or the emoji's names)",
 }
 SPLITS = ("train", "held_out", "new", "combo")
 
@@ -76,7 +79,7 @@ SPLITS = ("train", "held_out", "new", "combo")
 class SourceSettings:
     """One [[data.sources]] table: where pictures come from and what sentences are made of them."""
 
-    path: str = "emoji"  # "emoji", a folder, or a WebDataset .tar (a shell pattern names many)
+    path: str = "emoji"  # "emoji", a folder, or a WebDataset .tar (a shell pattern names many); a file of text
     kind: str = "image"  # which visual sentence: a key of KINDS
     modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
     weight: float = 1.0  # share of the pictures drawn while training the tokenizer, from the same sentences
@@ -88,6 +91,8 @@ class SourceSettings:
             raise ValueError(_unknown_kind(self.kind))
         if self.weight < 0 or self.passes <= 0:
             raise ValueError(f"source {self.path}: weight must be at least 0 and passes more than 0")
+        if self.kind == "text" and self != SourceSettings(self.path, "text"):
+            raise ValueError(f"source {self.path}: of kind text it takes nothing but a path")
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class DataSettings:
     sources: tuple[SourceSettings, ...] = ()
     held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have their own split
     tokenizer: str = ""  # the VQGAN of an LVM run: a run's folder or a published one
+    text_tokenizer: str = ""  # of a run on text: "bytes", or a folder with a tokenizer's files
     rows: tuple[str, ...] = ()  # JSONL files of tokenized sentences to train on, or patterns of them
     weights: tuple[float, ...] = ()  # how rows files are mixed; empty: all rows shuffled together (LVM)
     held_out: tuple[str, ...] = ()  # JSONL files for the held-out loss
@@ -795,6 +801,8 @@ def _open_sentences(data, seed, split):
     """One Sentences for each of the [[data.sources]]."""
     if not data.sources:
         raise UserError("no pictures: the configuration has no [[data.sources]]")
+    if any(source.kind == "text" for source in data.sources):
+        raise UserError("a source of kind text has no pictures: remove it from [[data.sources]]")
     opened = {s.path: open_source(s.path, data.side, split, data.held_out_fraction) for s in data.sources}
     return [
         Sentences(opened[s.path], s.kind, s.modalities, data.pictures, data.side, seed, s.mirror) for s in data.sources
@@ -837,6 +845,48 @@ def held_out_pictures(data, n):
     chosen = [places[i * len(places) // n] for i in range(n)]
     items = [first_sound(s, range(len(s)), i, lambda item: [("image", None)])[0] for s, i in chosen]
     return np.stack([item.image for item in items])
+
+
+# ---- text --------------------------------------------------------------------------------------
+
+
+def documents(path, split="train", held_out_fraction=0.02):
+    """Yields the texts at `path`: a .txt file is one, each line {"text": …} of a .jsonl file another.
+
+    A folder means all such files in it; "emoji" the captions, with the pictures' own split. Elsewhere a text
+    is held out by a hash of itself: whatever else is added, it stays there, and so do its copies.
+    """
+    if path == "emoji":
+        yield from (item.caption for item in open_source(path, 1, split))
+        return
+    files = [path] if os.path.isfile(path) else sorted(_folder_files(path).values())
+    files = [file for file in files if file.endswith((".txt", ".jsonl"))]
+    if not files:
+        raise UserError(f"{path}: no .txt or .jsonl file there")
+    if split in ("new", "combo"):
+        raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
+    for file in files:
+        for text in _texts(file):
+            if (_fraction(text) < held_out_fraction) == (split == "held_out"):
+                yield text
+
+
+def _texts(file):
+    try:
+        with open(file, encoding="utf-8") as opened:
+            if file.endswith(".txt"):
+                yield opened.read()
+                return
+            for number, line in enumerate(opened, 1):
+                try:
+                    text = json.loads(line)["text"]
+                    if not isinstance(text, str):
+                        raise TypeError
+                    yield text
+                except (ValueError, KeyError, TypeError):
+                    warn(f'skipped {file}:{number}: not a row {{"text": "…"}}')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 # ---- rows of codes -----------------------------------------------------------------------------
@@ -1011,10 +1061,12 @@ def prefetch(make, indices, workers, depth=4):
 
 def tokenize(arguments):
     """Sentences → rows of codes, one JSON line each."""
-    import torch
-
     data, seed = _read_config(arguments)
     shard, shards = _shard(arguments.shard)
+    if any(source.kind == "text" for source in data.sources):
+        return tokenize_text(arguments, data, shard, shards)
+    import torch
+
     sentences = _open_sentences(data, seed, arguments.split)
     model, device = _load_tokenizer(arguments.tokenizer or data.tokenizer, arguments.device)
     counts = [count_sentences(s, source) for s, source in zip(sentences, data.sources, strict=True)]
@@ -1054,6 +1106,27 @@ def tokenize(arguments):
     rate = pictures / max(time.time() - began, 1e-9)
     skipped = sum({id(s.source): s.source.skipped for s in sentences}.values())
     print(f"{arguments.out}: {len(numbers)} rows, {tokens} tokens, {rate:.1f} pictures/s, {skipped} skipped")
+
+
+def tokenize_text(arguments, data, shard, shards):
+    """Documents → rows of ids: what begins a text (if its tokenizer has such an id), the text, what ends it."""
+    from tokenizer import Tokenizer
+
+    if any(source.kind != "text" for source in data.sources):
+        raise UserError("[[data.sources]] mixes text and pictures: make a rows file of each, in runs of their own")
+    if not data.text_tokenizer:
+        raise UserError('no tokenizer for text: set data.text_tokenizer to "bytes", or to a folder that has one')
+    tokenizer = Tokenizer.from_pretrained(data.text_tokenizer)
+    texts = (t for s in data.sources for t in documents(s.path, arguments.split, data.held_out_fraction))
+    rows = tokens = 0
+    with written_whole(arguments.out) as beside, open(beside, "w", newline="\n") as file:
+        for text in tqdm(itertools.islice(texts, shard, None, shards), desc="tokenize", unit=" texts", mininterval=1):
+            ids = tokenizer.encode(text, bos=True, eos=True)
+            file.write(encode_row(ids))
+            rows, tokens = rows + 1, tokens + len(ids)
+        if not rows:
+            raise UserError(f"none of the texts falls into the {arguments.split} split: change data.held_out_fraction")
+    print(f"{arguments.out}: {rows} rows, {tokens} tokens")
 
 
 def show(arguments):
@@ -1125,8 +1198,8 @@ def main():
     commands = parser.add_subparsers(required=True, metavar="tokenize | show")
     encoding = commands.add_parser(
         "tokenize",
-        help="pictures → visual sentences → rows.jsonl",
-        description="Encode the visual sentences of a configuration's [data] section, one JSON row each.",
+        help="pictures → visual sentences → rows.jsonl (or texts → rows.jsonl)",
+        description="Encode the visual sentences (or texts) of a configuration's [data] section, one JSON row each.",
         epilog="example: python data.py tokenize --config configs/lvm.toml --out rows-0.jsonl --shard 0/4",
     )
     encoding.add_argument("--config", required=True, help="a TOML file with [data] and [[data.sources]]")

@@ -278,7 +278,6 @@ class LLaMA(nn.Module):
     def caches(self, batch, max_tokens):
         return [LayerCache(batch, max_tokens, self.config, self.embed_tokens.weight) for _ in self.layers]
 
-    @torch.inference_mode()
     def generate(
         self,
         tokens,
@@ -291,7 +290,24 @@ class LLaMA(nn.Module):
         generator=None,
         samples=1,
     ):
-        """tokens (B, T) → (B·samples, T + new): each next token is drawn from the model's own prediction.
+        """tokens (B, T) → (B·samples, T + new): the prompts, and what `stream` draws after them."""
+        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, allowed, eos, generator, samples)
+        return torch.cat((tokens.repeat_interleave(samples, dim=0), *new), dim=1)
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        tokens,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        allowed=None,
+        eos=None,
+        generator=None,
+        samples=1,
+    ):
+        """tokens (B, T) → yields (B·samples, 1) at a time: each drawn from the model's own prediction.
 
         temperature 0 takes the likeliest; `allowed` (a list or tensor of ids) forbids all others; a row
         that drew `eos` repeats it, and generation ends early when every row has. The `samples` of a prompt
@@ -313,7 +329,7 @@ class LLaMA(nn.Module):
         for i in range(max_new_tokens):
             logits = self.logits(self.hidden(self.embed_tokens(new), caches)[:, -1]).float()  # (B, V)
             if i == 0 and samples > 1:  # the prompt has been read: from here on, every sample goes its own way
-                tokens, logits = (x.repeat_interleave(samples, dim=0) for x in (tokens, logits))
+                logits = logits.repeat_interleave(samples, dim=0)
                 for cache in caches:
                     cache.repeat(samples)
             if forbidden is not None:
@@ -322,10 +338,9 @@ class LLaMA(nn.Module):
             if eos is not None:
                 new = new.masked_fill(done[:, None], eos)
                 done |= new[:, 0] == eos
-            tokens = torch.cat((tokens, new), dim=1)
+            yield new
             if eos is not None and done.all():
                 break
-        return tokens
 
     # -- published files --
 

@@ -1,9 +1,11 @@
-"""Prompts in, pictures out.
+"""Prompts in, pictures or text out; and how well a model foresees what it has not made.
 
     python sample.py continue --run out/demo/lvm --prompt a.png b.png c.png --frames 4 --out grid.png
     python sample.py continue --run out/demo/lvm --prompt x1.png y1.png x2.png y2.png query.png
     python sample.py batch --run out/demo/lvm --input prompts.jsonl
     python sample.py reconstruct --run out/demo/tokenizer --images a.png b.png --out grid.png
+    python sample.py text --run FOLDER --prompt "Why is the sky blue?" --chat llama3
+    python sample.py perplexity --run out/demo/lvm --input rows.jsonl
 
 An LVM is prompted with nothing but pictures (Bai et al. 2023, section 5). A *sequential* prompt is frames,
 and the model continues them; an *analogy* prompt is pairs x1, y1, …, xn, yn and a query x, and the model
@@ -12,24 +14,34 @@ answers with its y. Both are the same operation:
     pictures (N, side, side, 3) ─ VQGAN.encode ─▶ N·h·w tokens ─ LLaMA.generate ─▶ h·w more for each
     new picture, drawn from the image codes only ─ VQGAN.decode ─▶ pictures
 
---run takes a run of ours or a published folder; --tokenizer names the VQGAN (default: the run's own).
+Text is the same with another tokenizer: words instead of pictures, printed as they are drawn.
+
+Perplexity is exp(mean −log p) of what really came next: among how many equally likely tokens the model was in
+doubt, on average. It needs no sampling.
+
+--run takes a run of ours or a published folder; --tokenizer names the VQGAN, or for text the folder with the
+tokenizer's files (default: the run's own).
 
 Read before: train.py. This is the last file: from here, change something and train it.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 import checkpoint
 import settings
 from data import load_picture, save_grid, warn
 from model import LLaMA
 from settings import UserError
+from tokenizer import TEMPLATES, Tokenizer
 from vqgan import VQGAN
 
 
@@ -111,6 +123,55 @@ def run_data(run):
     return {}
 
 
+def load_text(run, tokenizer="", device="cpu", dtype=None):
+    """(LLaMA, Tokenizer) from a run of ours, whose configuration names it, or a folder that holds both."""
+    tokenizer = Tokenizer.from_pretrained(tokenizer or run_data(run).get("text_tokenizer") or run)
+    llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
+    if tokenizer.vocab_size > llama.config.vocab_size:
+        sizes = f"the tokenizer knows {tokenizer.vocab_size} tokens, the LLaMA only {llama.config.vocab_size}"
+        raise UserError(f"{sizes}: they are no pair")
+    return llama, tokenizer
+
+
+def stream_text(llama, tokenizer, ids, max_new_tokens, **sampling):
+    """Prompt [id, …] → yields the text that follows, until an end token or the end of the context."""
+    device = llama.embed_tokens.weight.device
+    prompt = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
+    count = min(max_new_tokens, llama.config.max_seq_len - len(ids))
+    allowed = list(tokenizer.pieces)  # a model's vocabulary may be padded beyond its tokenizer's
+
+    def drawn():
+        for new in llama.stream(prompt, count, allowed=allowed, **sampling):  # (1, 1)
+            if new.item() in tokenizer.stops:
+                return
+            yield new.item()
+
+    yield from tokenizer.stream(drawn())
+
+
+@torch.inference_mode()
+def surprise(llama, tokens, given):
+    """tokens (T,) → −log p of each from place `given` on, all before it being known: (T - given,), in nats."""
+    hidden = llama.hidden(llama.embed_tokens(tokens[None, :-1]))[0, given - 1 :]  # (T - given, D)
+    some = zip(hidden.split(512), tokens[given:].split(512), strict=True)  # (512, V) logits at a time are enough
+    return torch.cat([F.cross_entropy(llama.logits(h).float(), t, reduction="none") for h, t in some])
+
+
+def text_surprise(llama, tokens, window):
+    """tokens (T,) of any length → −log p of all but the first: (T - 1,).
+
+    The model reads `window` tokens at a time. The window slides by half of it, and only what is new in it
+    counts: save at the start, every token is foreseen from half a window or more.
+    """
+    parts, known = [], 1
+    while known < len(tokens):
+        end = min(len(tokens), max(window + 1, known + max(1, window // 2)))
+        start = max(0, end - window - 1)  # the last token of a window is foreseen only, never read
+        parts.append(surprise(llama, tokens[start:end], known - start))
+        known = end
+    return torch.cat(parts)
+
+
 def resized(pictures, size):
     """pictures as they are, or each (H, W, 3) at size (W, H)."""
     if size is None:
@@ -141,24 +202,25 @@ def save_animation(pictures, path, seconds_per_frame=0.15):
 # ---- commands --------------------------------------------------------------------------------
 
 
-def load_lvm(a):
+def load(a, loader):
+    """loader(run, tokenizer, device, dtype) for what was asked, else for the best at hand."""
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = a.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    return LVM.from_pretrained(a.run, a.tokenizer, device, getattr(torch, dtype))
+    return loader(a.run, a.tokenizer, device, getattr(torch, dtype))
 
 
-def sampling(a, lvm, number=0):
+def sampling(a, llama, number=0):
     """The options of generate(); `number` tells the prompts of one run apart, so that each repeats by itself."""
-    draws = torch.Generator(lvm.llama.embed_tokens.weight.device)
+    draws = torch.Generator(llama.embed_tokens.weight.device)
     draws.manual_seed(a.seed + number) if a.seed is not None else draws.seed()
     return {"temperature": a.temperature, "top_k": a.top_k, "top_p": a.top_p, "generator": draws}
 
 
 def continue_(a):
     size = parse_size(a.resize, a.prompt[-1])
-    lvm = load_lvm(a)
+    lvm = load(a, LVM.from_pretrained)
     prompt = np.stack([load_picture(path, lvm.side) for path in a.prompt])  # (N, side, side, 3)
-    drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **sampling(a, lvm))
+    drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **sampling(a, lvm.llama))
     rows = [resized([*prompt, *frames], size) for frames in drawn]
     if Path(a.out).suffix.lower() == ".gif":
         save_animation(rows[0], a.out)
@@ -167,41 +229,40 @@ def continue_(a):
     print(f"{a.out}: {len(prompt)} prompt pictures, then {a.frames} new ones; {a.candidates} candidates as rows")
 
 
-def read_prompts(path):
-    """LVM's batch format: one {"input": [picture paths], "output": path} a line. → [(line number, row)]."""
+def read_rows(path, key, kind):
+    """JSONL of LVM's: each line {"input": [picture paths], key: a `kind`}. → [(line number, row)]."""
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
+
+    def is_paths(value):
+        return isinstance(value, list) and value and all(isinstance(p, str) for p in value)
+
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            good = (
-                isinstance(row["output"], str)
-                and isinstance(row["input"], list)
-                and row["input"]
-                and all(isinstance(p, str) for p in row["input"])
-            )
+            good = is_paths(row["input"]) and (isinstance(row[key], str) if kind == "path" else is_paths(row[key]))
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise UserError(f'{path}:{number}: expected {{"input": [picture paths], "output": path}}')
+            raise UserError(f'{path}:{number}: expected {{"input": [picture paths], "{key}": {kind}}}')
         rows.append((number, row))
     return rows
 
 
 def batch(a):
-    rows = read_prompts(a.input)
-    lvm = load_lvm(a)
+    rows = read_rows(a.input, "output", "path")
+    lvm = load(a, LVM.from_pretrained)
     failed = 0
     for number, row in rows:
         try:
             size = parse_size(a.resize, row["input"][-1])
             prompt = np.stack([load_picture(path, lvm.side) for path in row["input"]])
-            drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **sampling(a, lvm, number))
+            drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **sampling(a, lvm.llama, number))
             save_grid([resized(frames, size) for frames in drawn], row["output"])
         except (UserError, OSError) as error:
             failed += 1
@@ -225,6 +286,66 @@ def reconstruct(a):
         print(f"{path}: {codes[0].numel()} codes, {value:.1f} dB")
 
 
+def text(a):
+    llama, tokenizer = load(a, load_text)
+    if a.chat:
+        system = [] if a.system is None else [{"role": "system", "content": a.system}]
+        ids = tokenizer.encode_chat([*system, {"role": "user", "content": a.prompt}], a.chat)
+    elif a.system is not None:
+        raise UserError("--system needs --chat: only a chat template has a place for it")
+    else:
+        ids = tokenizer.encode(a.prompt, bos=True)
+    if not ids:
+        raise UserError("an empty prompt, and this tokenizer has no token that begins a text: give a --prompt")
+    if len(ids) >= (context := llama.config.max_seq_len):
+        raise UserError(f"the prompt's {len(ids)} tokens fill the model's context of {context}: give a shorter one")
+    print("" if a.chat else a.prompt, end="", flush=True)
+    answered = not a.chat  # an answer is shown without the space that begins it, a continuation with it
+    for some in stream_text(llama, tokenizer, ids, a.max_new, **sampling(a, llama)):
+        some = some if answered else some.lstrip()
+        answered = answered or bool(some)
+        print(some, end="", flush=True)
+    print()
+
+
+def perplexity(a):
+    if Path(a.input).suffix == ".jsonl":
+        picture_perplexity(a)
+        return
+    try:
+        text = Path(a.input).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{a.input}: {error}") from None
+    llama, tokenizer = load(a, load_text)
+    tokens = torch.tensor(tokenizer.encode(text, bos=True), device=llama.embed_tokens.weight.device)
+    if len(tokens) < 2:
+        raise UserError(f"{a.input}: too short, nothing in it follows upon anything")
+    window = min(a.window, llama.config.max_seq_len)
+    losses = text_surprise(llama, tokens, window)
+    # without a token that begins a text, its first one cannot be foreseen and does not count
+    size = len(text.encode()) - (0 if tokenizer.bos is not None else len(tokenizer.pieces[tokens[0].item()]))
+    bits = losses.sum().item() / math.log(2) / max(1, size)
+    values = f"perplexity {losses.mean().exp():.4g} a token, {bits:.4f} bits a byte"
+    print(f"{a.input}: {values} ({len(losses)} tokens, seen through a window of {window})")
+
+
+def picture_perplexity(a):
+    """LVM's protocol: exp(mean −log p of the target's codes) for each row, then the mean over rows."""
+    rows = read_rows(a.input, "target", "[picture paths]")
+    if not rows:
+        raise UserError(f"{a.input}: no rows in it")
+    lvm = load(a, LVM.from_pretrained)
+    values = []
+    for number, row in tqdm(rows, unit=" rows", mininterval=1):
+        paths = [*row["input"], *row["target"]]
+        if len(paths) > lvm.window:
+            raise UserError(f"{a.input}:{number}: {len(paths)} pictures; the model's context holds {lvm.window}")
+        codes = lvm.encode([load_picture(path, lvm.side) for path in paths])  # (N, h·w)
+        losses = surprise(lvm.llama, codes.flatten(), len(row["input"]) * lvm.codes)
+        values.append(losses.mean().exp().item())
+    print(f"{a.input}: perplexity {np.mean(values):.4g} a code, the mean of {len(values)} rows")
+
+
 def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -242,7 +363,10 @@ def main():
         c.add_argument("--frames", type=positive, default=1, help="pictures to add (1)")
         c.add_argument("--candidates", type=positive, default=candidates, help=f"independent samples ({candidates})")
         c.add_argument("--resize", default="", help="of the output: original (as the last input) or W,H")
-        c.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest code (1)")
+        drawn(c)
+
+    def drawn(c):
+        c.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (1)")
         c.add_argument("--top-k", type=positive)
         c.add_argument("--top-p", type=float)
         c.add_argument("--seed", type=int, help="makes the result repeatable")
@@ -274,6 +398,34 @@ def main():
     )
     c.add_argument("--images", nargs="+", required=True, metavar="PICTURE")
     c.add_argument("--out", default="grid.png")
+
+    c = command(
+        "text",
+        text,
+        "continue a text, or answer in a chat; printed as it is drawn",
+        'python sample.py text --run out/tiny_text --prompt "woman "',
+    )
+    c.add_argument("--prompt", default="", help="a text to continue, or the question (empty)")
+    c.add_argument("--chat", choices=TEMPLATES, help="the form of conversation that the model was tuned on")
+    c.add_argument("--system", help="what the chat's system message says (the template's own)")
+    c.add_argument("--max-new", type=positive, default=256, help="most tokens to draw (256, or what the context holds)")
+    c.add_argument("--tokenizer", default="", help="folder of the tokenizer's files; default: the run's own")
+    drawn(c)
+
+    c = command(
+        "perplexity",
+        perplexity,
+        "how well a model foresees pictures, or a text",
+        "python sample.py perplexity --run out/demo/lvm --input rows.jsonl",
+    )
+    c.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help='a text; or .jsonl of {"input": [pictures], "target": [pictures]} lines',
+    )
+    c.add_argument("--tokenizer", default="", help="of the pictures or the text; default: the run's own")
+    c.add_argument("--window", type=positive, default=4096, help="tokens of a text read at once (4096, or the context)")
 
     arguments = parser.parse_args()
     arguments.run_command(arguments)

@@ -652,3 +652,83 @@ def test_rows_may_be_named_by_a_pattern(tmp_path):
         (tmp_path / f"rows-{shard}.jsonl").write_text(data.encode_row(np.full(8, shard)))
     rows = TokenRows((str(tmp_path / "rows-*.jsonl"),), 4, 2, seed=0)
     assert rows.tokens == 24 and set(rows.stream(0, 24)) == {0, 1, 2}
+
+
+# ---- text --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A folder of texts: two files of one each, and one of forty; and what its rows should say."""
+    texts = [f"text {i}, naïve 🎉" for i in range(42)]
+    (tmp_path / "library" / "deep").mkdir(parents=True)
+    (tmp_path / "library" / "a.txt").write_text(texts[0])
+    (tmp_path / "library" / "deep" / "b.txt").write_text(texts[1])
+    lines = [json.dumps({"text": text, "more": 1}) for text in texts[2:]]
+    (tmp_path / "library" / "c.jsonl").write_text("\n".join([*lines[:20], "{oops", '{"text": null}', *lines[20:]]))
+    (tmp_path / "library" / "d.md").write_text("not a text of ours")
+    return tmp_path / "library", texts
+
+
+def test_a_text_is_a_file_or_a_line(library, capsys):
+    folder, texts = library
+    assert sorted(data.documents(str(folder), held_out_fraction=0)) == sorted(texts)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"skipped {folder / 'c.jsonl'}:{n}" for n in (21, 22)]
+    assert list(data.documents(str(folder / "a.txt"), held_out_fraction=0)) == texts[:1]
+
+
+def test_a_text_is_held_out_by_what_it_says(library):
+    """More texts, or the same in another file, move none from one split to the other."""
+    folder, texts = library
+    train, held_out = (list(data.documents(str(folder), split, 0.3)) for split in ("train", "held_out"))
+    assert sorted(train + held_out) == sorted(texts) and train and held_out
+    (folder / "again.txt").write_text(held_out[0])
+    assert set(data.documents(str(folder), "train", 0.3)) == set(train)
+
+
+def test_the_captions_of_emoji_have_the_pictures_split():
+    captions = list(data.documents("emoji", "combo"))
+    assert captions == [item.caption for item in open_source("emoji", SIDE, "combo")]
+
+
+def test_rows_of_text_are_rows(library, tmp_path, capsys):
+    """begin, the text's bytes, end: TokenRows reads them as it reads pictures."""
+    folder, texts = library
+    source = f'data.sources=[{{path = "{folder}", kind = "text"}}]'
+    words = [source, "data.text_tokenizer=bytes", "data.held_out_fraction=0.3"]
+    config = ROOT / "configs" / "tiny_llama.toml"
+    found = []
+    for split in ("train", "held_out"):
+        shards = [tmp_path / f"{split}-{i}.jsonl" for i in range(2)]
+        for i, shard in enumerate(shards):
+            run(capsys, "tokenize", "--config", config, "--out", shard, "--split", split, "--shard", f"{i}/2", *words)
+        rows = [data.decode_row(line, 258).tolist() for shard in shards for line in shard.read_text().splitlines()]
+        assert {(row[0], row[-1]) for row in rows} == {(256, 257)}
+        found += [bytes(row[1:-1]).decode() for row in rows]
+        assert TokenRows([str(tmp_path / f"{split}-*.jsonl")], 8, 2, seed=0).tokens == sum(map(len, rows))
+    assert sorted(found) == sorted(texts)
+
+
+@pytest.mark.parametrize(
+    ("sources", "more", "says"),
+    [
+        ('[{kind = "text"}, {kind = "image"}]', ["data.text_tokenizer=bytes"], "mixes text and pictures"),
+        ('[{kind = "text"}]', [], "no tokenizer for text: set data.text_tokenizer"),
+        ('[{kind = "text", passes = 2}]', [], "of kind text it takes nothing but a path"),
+        ('[{path = "configs", kind = "text"}]', ["data.text_tokenizer=bytes"], "configs: no .txt or .jsonl file"),
+        ('[{path = "requirements.txt", kind = "text"}]', ["data.text_tokenizer=bytes"], "into the held_out split"),
+    ],
+)
+def test_texts_that_cannot_be_are_one_line(sources, more, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = ROOT / "configs" / "tiny_llama.toml"
+    with pytest.raises(UserError, match=says):
+        words = ["--out", tmp_path / "x.jsonl", "--split", "held_out", f"data.sources={sources}", *more]
+        run(capsys, "tokenize", "--config", config, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_source_is_no_source_of_pictures():
+    with pytest.raises(UserError, match="kind text has no pictures"):
+        PictureRows(DataSettings(side=SIDE, sources=(SourceSettings("emoji", "text"),)), seed=0)

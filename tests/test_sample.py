@@ -4,6 +4,7 @@ Most tests prompt a toy: random weights, 8×8 pictures of 2×2 codes, a context 
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,14 +12,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_tiny
 from PIL import Image
 from torch import nn
 
+import data
 import sample
 from model import LLaMA, LLaMAConfig
 from sample import LVM
 from settings import UserError
+from tokenizer import Tokenizer
 from vqgan import VQGAN, VQGANConfig
 
 CODES, SPARE = 16, 4  # image codes, and ids beyond them
@@ -357,3 +360,176 @@ def test_originals_stand_above_reconstructions(folders, prompt, tmp_path, progra
         assert f"{prompt[i]}: 4 codes, " in text
         shown = float(text.splitlines()[i].split(", ")[1].removesuffix(" dB"))
         assert shown == pytest.approx(-10 * np.log10(error), abs=0.1)  # shown to 0.1, from unrounded pixels
+
+
+# ---- python sample.py text -------------------------------------------------------------------
+
+LETTERS = Tokenizer.from_pretrained("bytes")
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A toy that writes bytes, and where it is: (LLaMA, folder). It has four ids more than there are tokens."""
+    torch.manual_seed(0)
+    llama = LLaMA(LLaMAConfig(LETTERS.vocab_size + 4, 16, 2, 2, hidden_dim=32, max_seq_len=32)).eval()
+    with torch.no_grad():
+        for weight in llama.parameters():
+            weight.mul_(10 if weight.ndim == 2 else 1)
+        llama.lm_head.weight[LETTERS.vocab_size :] *= 50  # what it would always say, were it allowed to
+    folder = tmp_path_factory.mktemp("writer")
+    llama.save_pretrained(folder)
+    return llama, folder
+
+
+def write(program, folder, *options):
+    """What `sample.py text` prints, with the byte tokenizer."""
+    code, out, err = program(sample.main, "text", "--run", folder, "--tokenizer", "bytes", "--device", "cpu", *options)
+    assert code == 0, err
+    return out
+
+
+def speaking(llama, *ids):
+    """A copy of the LLaMA that says nothing but these ids whatever it reads, each e^½ times as often as the next."""
+    copy = LLaMA(llama.config).eval()
+    with torch.no_grad():
+        copy.embed_tokens.weight[:] = 1.0
+        h = copy.hidden(copy.embed_tokens(torch.zeros(1, 1, dtype=torch.long)))[0, 0]  # (D,), the same at all places
+        copy.lm_head.weight.zero_()
+        for place, i in enumerate(ids):
+            copy.lm_head.weight[i] = h / h.norm() ** 2 * (40 - place / 2)  # its logit: all others' are 0
+    return copy
+
+
+def test_what_is_streamed_is_what_is_generated(writer):
+    """generate() is stream() gathered; each step gives a column."""
+    llama, _ = writer
+    tokens = torch.randint(0, 256, (2, 5), generator=seeded(0))
+    columns = list(llama.stream(tokens, 6, samples=2, generator=seeded(1)))
+    assert [tuple(new.shape) for new in columns] == [(4, 1)] * 6
+    whole = llama.generate(tokens, 6, samples=2, generator=seeded(1))
+    assert torch.equal(whole, torch.cat((tokens.repeat_interleave(2, 0), *columns), dim=1))
+
+
+def test_a_text_is_its_prompt_and_what_the_model_says(writer, program):
+    """Ids beyond the tokenizer's are never drawn; a seed repeats, another does not."""
+    llama, folder = writer
+    first, again, other = (write(program, folder, "--prompt", "ab", "--max-new", 9, "--seed", n) for n in (1, 1, 2))
+    assert first == again != other
+    prompt = torch.tensor([LETTERS.encode("ab", bos=True)])
+    drawn = llama.generate(prompt, 9, allowed=range(LETTERS.vocab_size), generator=seeded(1))[0].tolist()
+    assert first == LETTERS.decode(drawn) + "\n"
+
+
+def test_a_text_ends_where_the_model_says_so_or_its_context(writer, program, tmp_path):
+    """An end token is not shown; without one the context of 32 is filled: begin, "ab", 29 letters."""
+    speaking(writer[0], LETTERS.eos).save_pretrained(tmp_path / "silent")
+    speaking(writer[0], ord("z")).save_pretrained(tmp_path / "sleepy")
+    assert write(program, tmp_path / "silent", "--prompt", "ab", "--temperature", 0) == "ab\n"
+    assert write(program, tmp_path / "sleepy", "--prompt", "ab", "--temperature", 0) == "ab" + 29 * "z" + "\n"
+    assert write(program, tmp_path / "sleepy", "--prompt", "ab", "--temperature", 0, "--max-new", 3) == "abzzz\n"
+
+
+def test_a_chat_shows_the_answer_alone(writer, program, tmp_path):
+    """The question stands in its template; the answer's first space is the template's, so to speak."""
+    llama = speaking(writer[0], ord(" "), ord("!"))
+    llama.save_pretrained(tmp_path)
+    options = ["--prompt", "Hi", "--chat", "plain", "--system", "Be kind.", "--max-new", 9]
+    shown = write(program, tmp_path, *options, "--seed", 3)
+    ids = LETTERS.encode("Be kind.\nHi", bos=True)
+    drawn = llama.generate(torch.tensor([ids]), 9, allowed=range(LETTERS.vocab_size), generator=seeded(3))
+    answer = LETTERS.decode(drawn[0, len(ids) :].tolist())
+    assert answer[0] == " " and "!" in answer and shown == answer.lstrip() + "\n"
+
+
+def test_a_prompt_that_cannot_be_is_one_line(writer, program, folders):
+    _, folder = writer
+    common = ["text", "--run", folder, "--device", "cpu", "--tokenizer"]
+    assert "no tokenizer here" in one_line(program(sample.main, *common, folder, "--prompt", "a"))
+    assert "--system needs --chat" in one_line(program(sample.main, *common, "bytes", "--system", "a"))
+    message = one_line(program(sample.main, *common, "bytes", "--prompt", "a" * 31))
+    assert "the prompt's 32 tokens fill the model's context of 32" in message
+    pair = ["--run", folders[1], "--tokenizer", "bytes"]
+    assert "258 tokens, the LLaMA only 20" in one_line(program(sample.main, "text", *pair, "--device", "cpu"))
+
+
+def test_a_run_on_text_from_its_words_to_its_samples(program, tmp_path):
+    """configs/tiny_text.toml as its comment says, cut short. The run remembers its tokenizer."""
+    config = ROOT / "configs" / "tiny_text.toml"
+    overrides = [f'data.rows=["{tmp_path}/train.jsonl"]', f'data.held_out=["{tmp_path}/held_out.jsonl"]']
+    for split in ("train", "held_out"):
+        arguments = ["tokenize", "--config", config, "--out", tmp_path / f"{split}.jsonl", "--split", split]
+        assert program(data.main, *arguments)[0] == 0
+    run = run_tiny("text", tmp_path / "run", "train.steps=30", "train.eval_batches=1", *overrides)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_perplexity"] < 40  # of 258
+    arguments = ["--run", run, "--prompt", "woman ", "--max-new", 5, "--seed", 0, "--device", "cpu"]
+    code, out, err = program(sample.main, "text", *arguments)
+    assert code == 0 and out.startswith("woman "), err
+    (tmp_path / "x.txt").write_text("woman firefighter, dark skin tone")
+    code, out, err = program(sample.main, "perplexity", "--run", run, "--input", tmp_path / "x.txt", "--device", "cpu")
+    assert code == 0 and "(33 tokens" in out, err
+
+
+# ---- python sample.py perplexity -------------------------------------------------------------
+
+
+def by_definition(llama, tokens, place, seen):
+    """−log p of tokens[place], with the `seen` tokens before it known."""
+    return -llama(tokens[None, place - seen : place])[0, -1].log_softmax(-1)[tokens[place]].item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 20, 33, 34, 70])
+def test_every_token_of_a_long_text_counts_once(writer, length):
+    """A window of 32: 32 tokens at once, then 16 by 16. The slow twin asks for each token by itself."""
+    llama, _ = writer
+    tokens = torch.randint(0, 256, (length,), generator=seeded(length))
+    losses = sample.text_surprise(llama, tokens, 32)
+    ends = [min(33 + 16 * i, length) for i in range(9)]  # where windows end
+    starts = [max(0, end - 33) for end in ends]
+    window = [next(i for i, end in enumerate(ends) if place < end) for place in range(length)]
+    expected = [by_definition(llama, tokens, p, p - starts[window[p]]) for p in range(1, length)]
+    assert losses.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_perplexity_of_a_text_is_counted_in_tokens_and_bytes(writer, program, tmp_path):
+    """One that says a or b, e^½ : 1, has the perplexity of that coin; an id is a byte."""
+    speaking(writer[0], ord("a"), ord("b")).save_pretrained(tmp_path / "coin")
+    (tmp_path / "x.txt").write_text("ab" * 40)
+    options = ["--run", tmp_path / "coin", "--tokenizer", "bytes", "--device", "cpu", "--input", tmp_path / "x.txt"]
+    code, out, err = program(sample.main, "perplexity", *options)
+    p = 1 / (1 + math.exp(-0.5))
+    bits = -(math.log2(p) + math.log2(1 - p)) / 2
+    shown = f"perplexity {2**bits:.4g} a token, {bits:.4f} bits a byte (80 tokens, seen through a window of 32)"
+    assert (code, out) == (0, f"{tmp_path / 'x.txt'}: {shown}\n"), err
+
+
+@torch.no_grad()
+def test_perplexity_of_pictures_follows_lvms_protocol(lvm, folders, prompt, tmp_path, program):
+    """exp(mean −log p of the target's codes) for each row; then the mean of that over rows."""
+    a, b, c = (str(path) for path in prompt)
+    rows = [{"input": [a, b], "target": [c]}, {"input": [a], "target": [b, c]}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    values = []
+    for row in rows:
+        given = np.stack([sample.load_picture(path, 8) for path in row["input"] + row["target"]])
+        tokens = lvm.encode(given).flatten()
+        places = range(4 * len(row["input"]), 12)
+        values.append(math.exp(np.mean([by_definition(lvm.llama, tokens, p, p) for p in places])))
+    code, out, err = program(sample.main, "perplexity", *folders, "--input", file)
+    assert code == 0, err
+    assert float(out.split("perplexity ")[1].split()[0]) == pytest.approx(np.mean(values), rel=1e-3)
+    assert "the mean of 2 rows" in out
+
+
+def test_what_has_no_perplexity_is_one_line(folders, writer, prompt, tmp_path, program):
+    """More pictures than the context holds, a row without a target, a file that is not there."""
+    common = ["perplexity", *folders, "--input"]
+    file = write_rows(tmp_path / "long.jsonl", [{"input": [str(prompt[0])] * 4, "target": [str(prompt[1])]}])
+    code, _, err = program(sample.main, *common, file)
+    assert code == 2 and "long.jsonl:1: 5 pictures; the model's context holds 4" in err
+    file = write_rows(tmp_path / "half.jsonl", [{"input": [str(prompt[0])]}])
+    expected = 'half.jsonl:1: expected {"input": [picture paths], "target": [picture paths]}'
+    assert expected in one_line(program(sample.main, *common, file))
+    absent = ["perplexity", "--run", writer[1], "--tokenizer", "bytes", "--input", tmp_path / "absent.txt"]
+    assert "absent.txt" in one_line(program(sample.main, *absent))

@@ -1,0 +1,457 @@
+"""Tokenizer: text ⇄ ids, with whatever vocabulary a checkpoint's folder brings along.
+
+A language model reads numbers. Which numbers stand for a text was settled before its training, by byte-pair
+encoding (Gage 1994; Sennrich et al. 2016, algorithm 1; on bytes: Radford et al. 2019): start from bytes, and
+join the two neighbours that were most often neighbours in some large text, again and again. The list of those
+joins, in order, is the vocabulary. To encode, make the same joins in the same order.
+
+    text ─ cut at special tokens ─ cut into words (a regex) ─ join bytes, earliest merge first ─▶ ids
+    ids  ─ each id's bytes, end to end ─ UTF-8, as soon as a character is whole ─────────────────▶ text
+
+What a folder holds decides which tokenizer it is:
+
+    tokenizer.json      byte-level BPE: Llama 3, SmolLM2, GPT-2 …        merged by the package tiktoken
+    tokenizer.model     lines "base64 rank": Llama 3 as Meta gives it    the same
+    tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    by the package sentencepiece (optional)
+    (the word "bytes")  no file at all: 256 bytes, begin, end            for small runs of our own
+
+Special tokens (`<s>`, `<|eot_id|>`) are the frame around texts: where one begins, who speaks. Typed by a user
+they are mere text, unless encode() is asked to see them: else anyone could end a turn and begin another's.
+
+Read next: data.py, which makes rows of texts; sample.py, which prints them as they come.
+"""
+
+import base64
+import binascii
+import codecs
+import re
+
+import regex
+import tiktoken
+
+import checkpoint
+from settings import UserError
+
+
+class Tokenizer:
+    """Text ⇄ ids.
+
+    bos     the id that stands before every text, None where there is none (GPT-2, SmolLM2)
+    eos     the id that ends a text; `stops`: all ids that end an answer
+    special {name: id} of the tokens that are seen in a text only when asked
+    pieces  {id: bytes} of every token
+    """
+
+    def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=()):
+        self.words = words  # a function, text without special tokens → ids
+        self.pieces, self.special, self.added = pieces, special, dict(added)
+        self.bos, self.eos = bos, eos
+        turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
+        self.stops = {i for i in (eos, *stops, *turns) if i is not None}
+        self.vocab_size = max(pieces) + 1
+        # SentencePiece writes a space before every text, so that its first word looks like any other
+        first = words("a")[0]
+        self.adds_space = pieces[first].startswith(b" ")
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The tokenizer of a folder (a run's too), of a tokenizer.json or tokenizer.model, or "bytes"."""
+        if str(path) == "bytes":
+            return byte_tokenizer()
+        path = checkpoint.resolve(path)
+        if path.is_file():
+            files = [path]
+        else:
+            files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
+        if not files:
+            raise UserError(f"{path}: no tokenizer here (looked for tokenizer.json, tokenizer.model)")
+        if files[0].suffix != ".json":
+            return from_model(files[0])
+        saved = checkpoint.read_json(files[0])
+        if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
+            return from_model(files[1])
+        return from_json(files[0], saved)
+
+    def encode(self, text, bos=False, eos=False, special=False):
+        """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens."""
+        known = self.added | self.special if special else self.added
+        ids = [self.bos] if bos and self.bos is not None else []
+        for part in _cut_out(text, known):
+            ids += [known[part]] if part in known else self.words(part)
+        return ids + ([self.eos] if eos and self.eos is not None else [])
+
+    def decode(self, ids, special=False):
+        """[id, …] → text; special tokens are left out, or written by name. Bytes that are no UTF-8 become �."""
+        text = "".join(self.stream(ids, special))
+        return text[1:] if self.adds_space and text.startswith(" ") else text
+
+    def stream(self, ids, special=False):
+        """Yields text while `ids` (any iterable) come in, only whole characters; a text's first space stays."""
+        hidden = set() if special else set(self.special.values())
+        characters = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character back
+        for i in ids:
+            if i not in self.pieces:
+                raise UserError(f"id {i} stands for nothing in this vocabulary of {len(self.pieces)} tokens")
+            if i not in hidden and (text := characters.decode(self.pieces[i])):
+                yield text
+        if text := characters.decode(b"", final=True):
+            yield text
+
+    def encode_chat(self, messages, template):
+        """[{"role": "system" | "user" | "assistant", "content": text}, …] → ids.
+
+        `template` is a key of TEMPLATES. The system message comes first or not at all, then user and assistant
+        take turns; after a last user message the assistant's answer is what the model says next.
+        """
+        if template not in TEMPLATES:
+            raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')
+        ids = []
+        for part in TEMPLATES[template](*_turns(messages)):
+            if not isinstance(part, Special):
+                ids += self.encode(part)  # whoever writes special tokens into a message gets their letters
+            elif part in (BOS, EOS):
+                i = self.bos if part == BOS else self.eos
+                ids += [] if i is None else [i]
+            elif part in self.special:
+                ids.append(self.special[part])
+            else:
+                raise UserError(f'the chat template "{template}" needs {part}, which this tokenizer does not have')
+        return ids
+
+
+def _cut_out(text, names):
+    """text → its pieces, each one of `names` (the longest that fits, as the reference does) or what lies between."""
+    if not names:
+        return [text] if text else []
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return [part for part in re.split(f"({pattern})", text) if part]
+
+
+def byte_tokenizer():
+    """The smallest vocabulary that can say everything: a byte is its own id; 256 begins a text, 257 ends it."""
+    special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
+    pieces = {i: bytes([i]) for i in range(256)} | {i: name.encode() for name, i in special.items()}
+    return Tokenizer(lambda text: list(text.encode(errors="replace")), pieces, special, bos=256, eos=257)
+
+
+# ---- byte-pair encoding ----------------------------------------------------------------------
+
+# How a text is cut into words before any byte is joined: no token reaches over these borders.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_pair_encoder(tokens, patterns):
+    """tokens {bytes: id} in the order of their merges, all 256 bytes first → a function text → ids.
+
+    Each of `patterns` cuts the pieces that the one before left: its matches, and what lies between them.
+    """
+    patterns = [rf"{pattern}|(?s:(?!{pattern}).)+" for pattern in patterns] or [r"(?s:.)+"]
+    *before, last = patterns
+    before = [regex.compile(pattern) for pattern in before]
+    # tiktoken takes an id for a rank. In published files they may differ (SmolLM2's special tokens come first).
+    ranks, ids = {token: rank for rank, token in enumerate(tokens)}, list(tokens.values())
+    bpe = tiktoken.Encoding("", pat_str=last, mergeable_ranks=ranks, special_tokens={})
+
+    def encode(text):
+        pieces = list(_slices(text))
+        for pattern in before:
+            pieces = [match.group() for piece in pieces for match in pattern.finditer(piece)]
+        return [ids[rank] for piece in pieces for rank in bpe.encode_ordinary(piece)]
+
+    return encode
+
+
+def _slices(text, size=100_000):
+    """text in pieces: tiktoken's regex gives up (by a panic, not an exception) on a million spaces in a row.
+
+    Between a letter and a space every pattern cuts, and none looks back over its cut: there, slices change no id.
+    """
+    start, border = 0, re.compile(r"(?<=[^\W\d_])(?=\s)")
+    while len(text) - start > 4 * size:
+        cut = border.search(text, start + size, start + 4 * size)
+        end = cut.start() if cut else start + 4 * size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _byte_letters():
+    """tokenizer.json writes bytes as letters: printable ones as themselves, the 68 others as U+0100 and on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+BYTE_OF = _byte_letters()
+
+
+def is_byte_level(saved):
+    """Whether a tokenizer.json (a dict) holds byte-level BPE."""
+    try:
+        return saved["model"]["type"] == "BPE" and _steps(saved["pre_tokenizer"])[-1]["type"] == "ByteLevel"
+    except (KeyError, TypeError, IndexError):
+        return False
+
+
+USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where no file beside it says what ends a text
+
+
+def from_json(file, saved):
+    """A tokenizer.json (read: `saved`) and the small files beside it as a Tokenizer."""
+    if not is_byte_level(saved):
+        raise UserError(f"{file}: holds no byte-level BPE; put the tokenizer.model it was made of beside it")
+    config = _beside(file, "tokenizer_config.json")
+    try:
+        tokens, unmade, added = _merged_tokens(saved)
+        words = byte_pair_encoder(tokens, _patterns(saved))
+        names = {entry["content"]: entry["id"] for entry in added}
+        special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
+        bos = _name(config.get("bos_token")) if config.get("add_bos_token") else _first(saved.get("post_processor"))
+        eos = _name(config.get("eos_token")) or next((n for n in USUAL_ENDS if n in names), None)
+    except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+        reason = error if type(error) is ValueError else f"not the file it should be: {error!r}"
+        raise UserError(f"{file}: {reason}") from None
+    pieces = {i: token for token, i in (tokens | unmade).items()} | {i: name.encode() for name, i in names.items()}
+    others = {name: i for name, i in names.items() if name not in special}
+    return Tokenizer(words, pieces, special, others, names.get(bos), names.get(eos), _stops(file))
+
+
+def _merged_tokens(saved):
+    """→ {bytes: id} in merge order, {bytes: id} that no merge makes, the added tokens; ValueError if it cannot be."""
+    model, added = saved["model"], saved["added_tokens"]
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            raise ValueError(f"BPE with {key} is not supported")
+    if any(entry.get(key) for entry in added for key in ("lstrip", "rstrip", "single_word")):
+        raise ValueError("added tokens that take the spaces beside them along are not supported")
+    names = {entry["content"] for entry in added}
+    spelled = {text: i for text, i in model["vocab"].items() if text not in names or set(text) <= BYTE_OF.keys()}
+    vocab = {bytes(map(BYTE_OF.__getitem__, text)): i for text, i in spelled.items()}
+    if lacking := [b for b in range(256) if bytes([b]) not in vocab]:
+        raise ValueError(f"its vocabulary lacks {len(lacking)} of the 256 bytes")
+    order = sorted((token for token in vocab if len(token) == 1), key=vocab.get)
+    for merge in model["merges"]:  # "a b", or since 2024 ["a", "b"]
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        order.append(bytes(BYTE_OF[letter] for letter in "".join(pair)))
+    if absent := [token for token in order if token not in vocab]:
+        raise ValueError(f"the merge to {absent[0]!r} makes a token that is not in its vocabulary")
+    tokens = {token: vocab[token] for token in order}  # of several merges to one token the first counts
+    known = {*tokens.values(), *(entry["id"] for entry in added)}
+    unmade = {token: i for token, i in vocab.items() if i not in known}
+    if unmade and model.get("ignore_merges"):  # then whole words are looked up there, and tiktoken would merge too
+        raise ValueError(f"ignore_merges, with {len(unmade)} tokens that no merge makes, is not supported")
+    return tokens, unmade, added
+
+
+def _steps(step):
+    """A part of tokenizer.json, or a sequence of them, as a flat list."""
+    parts = step.get("pretokenizers") or step.get("processors") or step.get("normalizers")
+    return [inner for part in parts for inner in _steps(part)] if parts else [step]
+
+
+def _patterns(saved):
+    """What cuts a text into words, as regexes one after the other; ValueError where we do not know how."""
+    if any(step.get("type") != "Sequence" for step in _steps(saved.get("normalizer") or {"type": "Sequence"})):
+        raise ValueError(f"the normalizer {saved['normalizer'].get('type')} is not supported")
+    patterns = []
+    *steps, letters = _steps(saved["pre_tokenizer"])  # the last one writes bytes as letters
+    for step in steps:
+        kind, how = step["type"], (step.get("behavior"), step.get("invert"))
+        if kind == "Split" and how in (("Isolated", False), ("Removed", True)):
+            form, pattern = next(iter(step["pattern"].items()))
+            patterns.append(pattern if form == "Regex" else re.escape(pattern))
+        elif kind == "Digits":
+            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
+        else:
+            raise ValueError(f"the pre-tokenizer {' '.join([kind, *map(str, filter(None, how))])} is not supported")
+    if letters["add_prefix_space"]:
+        raise ValueError("add_prefix_space is not supported")
+    return [*patterns, GPT2] if letters.get("use_regex", True) else patterns
+
+
+def _first(post_processor):
+    """The name of the token that is put before every text, or None."""
+    templates = [step["single"] for step in _steps(post_processor or {}) if step.get("type") == "TemplateProcessing"]
+    before = templates[0][0] if templates else {}  # {"SpecialToken": {"id": name}} or {"Sequence": …}, the text
+    return before["SpecialToken"]["id"] if "SpecialToken" in before else None
+
+
+# ---- the files beside it ---------------------------------------------------------------------
+
+
+def _beside(file, name):
+    """A JSON file in the same folder as a dict, {} where there is none."""
+    path = file.parent / name
+    saved = checkpoint.read_json(path) if path.exists() else {}
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: expected a table")
+    return saved
+
+
+def _name(token):
+    """A token as configurations give it: a name, or a table that has it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _stops(file):
+    """The ids that end an answer, according to generation_config.json."""
+    ids = _beside(file, "generation_config.json").get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
+
+
+# ---- tokenizer.model -------------------------------------------------------------------------
+
+LLAMA3_SPECIAL = {  # place among the 256 after the ranks; the others are reserved (Llama 3.1)
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+
+
+def from_model(file):
+    """A tokenizer.model: lines of "base64 rank", else SentencePiece's binary."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    ranks = re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", data)
+    return from_ranks(file, data) if ranks else from_sentencepiece(file)
+
+
+def from_ranks(file, data):
+    """Llama 3's ranks and its 256 special tokens."""
+    try:
+        pairs = [line.split() for line in data.splitlines() if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error) as error:
+        raise UserError(f"{file}: not a list of tokens and ranks ({error})") from None
+    if sorted(ranks.values()) != list(range(128_000)):
+        raise UserError(f"{file}: {len(ranks)} ranks; only Llama 3's 128000 are known")
+    tokens = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    reserved = iter(range(256))
+    names = [LLAMA3_SPECIAL.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
+    special = {name: len(tokens) + i for i, name in enumerate(names)}
+    pieces = {i: token for token, i in tokens.items()} | {i: name.encode() for name, i in special.items()}
+    words = byte_pair_encoder(tokens, [LLAMA3])
+    return Tokenizer(words, pieces, special, bos=128_000, eos=128_001, stops=_stops(file))
+
+
+def from_sentencepiece(file):
+    """A SentencePiece model, with the tokens that were added to it later (a Vicuna's or DreamLLM's)."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise UserError(f"{file} is a SentencePiece model: pip install sentencepiece") from None
+    try:
+        model = SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError, ValueError):
+        raise UserError(f"{file}: neither a SentencePiece model nor a list of tokens and ranks") from None
+    pieces, special = {}, {}
+    for i in range(model.get_piece_size()):
+        name = model.id_to_piece(i)
+        if model.is_byte(i):
+            pieces[i] = bytes([int(name[1:-1], 16)])  # "<0x0A>"
+        else:
+            pieces[i] = name.replace("▁", " ").encode()
+        if model.is_control(i) or model.is_unknown(i):
+            special[name] = i
+    config = _beside(file, "tokenizer_config.json")
+    try:
+        later = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{file.parent / 'tokenizer_config.json'}: added_tokens_decoder: {error!r}") from None
+    for name, i in (later | _beside(file, "added_tokens.json")).items():
+        if i not in pieces:
+            special[name], pieces[i] = i, name.encode()
+    bos = model.bos_id() if model.bos_id() >= 0 and config.get("add_bos_token", True) else None
+    eos = model.eos_id() if model.eos_id() >= 0 else None
+    return Tokenizer(model.encode, pieces, special, bos=bos, eos=eos, stops=_stops(file))
+
+
+# ---- conversations ---------------------------------------------------------------------------
+
+
+class Special(str):
+    """A special token by name, in a list of texts: a message that contains the same letters is no such thing."""
+
+
+BOS, EOS = Special("<s>"), Special("</s>")  # whatever begins and ends a text in the tokenizer at hand
+
+
+def _turns(messages):
+    """→ the system's text (None: it said nothing), [(role, text), …] of the others in turns; or a UserError."""
+    if not messages:
+        raise UserError("a conversation needs a message")
+    first, *rest = messages
+    system, turns = (first["content"], rest) if first["role"] == "system" else (None, messages)
+    for number, message in enumerate(turns):
+        if message["role"] != ("user", "assistant")[number % 2]:
+            raise UserError(f"message {number + 1} is of the {message['role']}: user and assistant must take turns")
+    if not turns:
+        raise UserError("a conversation needs a user's message")
+    return system, [(message["role"], message["content"].strip()) for message in turns]
+
+
+def plain(system, turns):
+    """No template: all texts, a line break between them."""
+    texts = [text for _, text in turns]
+    end = [EOS] if turns[-1][0] == "assistant" else []
+    return [BOS, "\n".join(texts if system is None else [system, *texts]), *end]
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def vicuna(system, turns):
+    """Vicuna v1.1 (FastChat's "vicuna_v1.1"); its usual system text stands in for none."""
+    system = VICUNA_SYSTEM if system is None else system
+    parts, text = [BOS], f"{system} " if system else ""
+    for role, content in turns:
+        if role == "user":
+            text += f"USER: {content} ASSISTANT:"
+        else:
+            parts += [f"{text} {content}", EOS]
+            text = ""
+    return [*parts, text] if text else parts
+
+
+def llama2(system, turns):
+    """Llama 2's chat models (Meta's `chat_completion`): each question and its answer are a text of their own."""
+    parts = []
+    for number, (role, content) in enumerate(turns):
+        if role == "user":
+            if number == 0 and system is not None:
+                content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
+            parts += [BOS, f"[INST] {content} [/INST]"]
+        else:
+            parts[-1] += f" {content} "
+            parts.append(EOS)
+    return parts
+
+
+def llama3(system, turns):
+    """Llama 3's instructed models (Meta's `ChatFormat`)."""
+
+    def header(role):
+        return [Special("<|start_header_id|>"), role, Special("<|end_header_id|>")]
+
+    said = turns if system is None else [("system", system.strip()), *turns]
+    parts = [Special("<|begin_of_text|>")]
+    for role, content in said:
+        parts += [*header(role), f"\n\n{content}", Special("<|eot_id|>")]
+    return [*parts, *header("assistant"), "\n\n"] if turns[-1][0] == "user" else parts
+
+
+TEMPLATES = {"plain": plain, "vicuna": vicuna, "llama2": llama2, "llama3": llama3}
