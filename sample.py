@@ -205,8 +205,8 @@ def save_animation(pictures, path, seconds_per_frame=0.15):
 def load(a, loader):
     """loader(run, tokenizer, device, dtype) for what was asked, else for the best at hand."""
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = a.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    return loader(a.run, a.tokenizer, device, getattr(torch, dtype))
+    dtype = a.dtype or ("bfloat16" if device.startswith("cuda") else None)  # None: as stored, left in the file
+    return loader(a.run, a.tokenizer, device, getattr(torch, dtype) if dtype not in (None, "int8") else dtype)
 
 
 def sampling(a, llama, number=0):
@@ -350,12 +350,12 @@ def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, run, help, example):
+    def command(name, run, help, example, precisions=("float32", "bfloat16", "float16", "int8")):
         c = commands.add_parser(name, help=help, description=help, epilog=f"example:\n  {example}")
         c.set_defaults(run_command=run)
         c.add_argument("--run", required=True, help="a run of ours or a published checkpoint's folder")
         c.add_argument("--device", help="cpu or cuda; default: the best at hand")
-        c.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU")
+        c.add_argument("--dtype", choices=precisions, help="of the weights; default: bfloat16 on a GPU, else as stored")
         return c
 
     def prompted(c, candidates):
@@ -395,6 +395,7 @@ def main():
         reconstruct,
         "pictures to codes and back, originals above reconstructions",
         "python sample.py reconstruct --run out/demo/tokenizer --images a.png b.png --out grid.png",
+        precisions=("float32", "bfloat16", "float16"),
     )
     c.add_argument("--images", nargs="+", required=True, metavar="PICTURE")
     c.add_argument("--out", default="grid.png")
