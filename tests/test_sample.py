@@ -267,7 +267,7 @@ def test_a_run_that_is_not_there_is_not_said_to_lack_a_tokenizer(prompt, program
         (["--resize", "1,2,3"], '--resize "1,2,3" must be original or W,H, as in 128,128'),
         (["--frames", "0"], "'0' is not a whole number above 0"),
         (["--candidates", "two"], "'two' is not a whole number above 0"),
-        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
         (["--out", "grid.txt"], "grid.txt: a picture's name must end in"),
     ],
 )
