@@ -1085,24 +1085,28 @@ def tokenize(arguments):
         images = torch.from_numpy(np.stack(filled)).to(device).permute(0, 3, 1, 2)  # (B, 3, H, W)
         return model.encode(images.float() / 255).flatten(1)[: len(pictures)].cpu().numpy()  # (n, h·w), row-major
 
-    known = {}  # a picture's digest → its codes: pictures come back in many sentences
+    # Pictures come back in many sentences: codes are kept. In one table, because small arrays that stay, among
+    # large ones that go, keep the memory of both.
+    known, table = {}, np.empty((100_000, np.prod(model.grid(data.side))), np.int32)  # a picture's digest → its row
     tokens = pictures = 0
     began = time.time()
     made = prefetch(make, numbers, data.workers)
     made = iter(tqdm(made, total=len(numbers), desc="tokenize", unit=" sentences", mininterval=1))
     with written_whole(arguments.out) as beside, open(beside, "w", newline="\n") as file:
         while group := list(itertools.islice(made, 16)):  # 16 sentences at a time: enough to fill batches
+            if len(known) + sum(map(len, group)) > len(table):  # enough for a small set; a large one starts anew
+                known.clear()
             fresh = {digest: picture for row in group for digest, picture in row if digest not in known}
             digests = list(fresh)
             for i in range(0, len(digests), arguments.batch):
                 some = digests[i : i + arguments.batch]
-                known.update(zip(some, encode([fresh[digest] for digest in some]), strict=True))
+                rows = range(len(known), len(known) + len(some))
+                table[rows] = encode([fresh[digest] for digest in some])
+                known.update(zip(some, rows, strict=True))
             for row in group:
-                codes = np.concatenate([known[digest] for digest, _ in row])
+                codes = table[[known[digest] for digest, _ in row]].ravel()
                 file.write(encode_row(codes))
                 tokens, pictures = tokens + len(codes), pictures + len(row)
-            if len(known) > 200_000:  # enough for a small set; a large one must not fill the memory
-                known.clear()
     rate = pictures / max(time.time() - began, 1e-9)
     skipped = sum({id(s.source): s.source.skipped for s in sentences}.values())
     print(f"{arguments.out}: {len(numbers)} rows, {tokens} tokens, {rate:.1f} pictures/s, {skipped} skipped")
