@@ -91,7 +91,7 @@ class SourceSettings:
             raise ValueError(_unknown_kind(self.kind))
         if self.weight < 0 or self.passes <= 0:
             raise ValueError(f"source {self.path}: weight must be at least 0 and passes more than 0")
-        if self.kind == "text" and self != SourceSettings(self.path, "text"):
+        if self.kind == "text" and (self.modalities or self.mirror or (self.weight, self.passes) != (1, 1)):
             raise ValueError(f"source {self.path}: of kind text it takes nothing but a path")
 
 

@@ -193,7 +193,7 @@ def is_byte_level(saved):
     """Whether a tokenizer.json (a dict) holds byte-level BPE."""
     try:
         return saved["model"]["type"] == "BPE" and _steps(saved["pre_tokenizer"])[-1]["type"] == "ByteLevel"
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, AttributeError):  # such as "pre_tokenizer": null
         return False
 
 
