@@ -85,6 +85,7 @@ class SourceSettings:
     weight: float = 1.0  # share of the pictures drawn while training the tokenizer, from the same sentences
     passes: float = 1.0  # how often its pictures are permuted into sentences when tokenizing; 0.5: half of them
     mirror: bool = False  # half of the sentences as in a mirror: a small set goes further (LVM needs none)
+    move: bool = False  # of captioned pictures: each time a little turned, shrunk and shifted, on white
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -835,6 +836,50 @@ class PictureRows:
         index = int(rng.integers(self.counts[source]))
         shot, k = int(rng.integers(sentences.shots)), int(rng.integers(sentences.per_shot))
         return sentences.picture(index, shot, k)
+
+
+class CaptionRows:
+    """Captioned pictures, to train what joins pictures and texts: every pair once in a pass, in a new order each."""
+
+    def __init__(self, data, batch_size, seed, split="train"):
+        opened = {s.path: open_source(s.path, data.side, split, data.held_out_fraction) for s in data.sources}
+        self.seed, self.batch_size = seed, batch_size
+        self.places = [  # (source, index in it, whether to move its picture)
+            (opened[s.path], i, s.move and split == "train")
+            for s in data.sources
+            for i, item in enumerate(opened[s.path])
+            if item.caption
+        ]
+        if not self.places:
+            raise UserError("no captions: [[data.sources]] must name pictures with NAME.txt beside them, or \"emoji\"")
+        self._order = functools.lru_cache(2)(self._permute)
+
+    def __len__(self):
+        return len(self.places)
+
+    def batch(self, number, rows):
+        """Rows `rows` (a range) of batch `number`: (len(rows), side, side, 3) uint8, [caption, …]."""
+        pictures, captions = zip(*(self.pair(number * self.batch_size + row) for row in rows), strict=True)
+        return np.stack(pictures), list(captions)
+
+    def pair(self, position):
+        """The picture and caption at one position of the endless sequence of passes."""
+        number, place = divmod(position, len(self))
+        # a broken picture is replaced by what follows it
+        places = (self.places[i] for i in np.roll(self._order(number), -place))
+        sound = ((source[i], moves) for source, i, moves in places if source.sound(source[i], [("image", None)]))
+        item, moves = next(sound, (None, False))
+        if item is None:
+            raise UserError(f"not one of the {len(self)} captioned pictures can be read")
+        if not moves:
+            return item.image, item.caption
+        rng = np.random.default_rng((self.seed, position, 5))
+        x, y = rng.uniform(-0.06, 0.06, size=2)
+        pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
+        return motion_frame(item.image, np.array([pose, (0, 0, 0, 0)]), 0), item.caption
+
+    def _permute(self, number):
+        return np.random.default_rng((self.seed, number, 6)).permutation(len(self))
 
 
 def held_out_pictures(data, n):

@@ -48,7 +48,9 @@ from tqdm import tqdm
 
 import checkpoint
 import settings
-from data import DataSettings, PictureRows, TokenRows, held_out_pictures, prefetch, save_grid
+from clip import CLIP, CLIPConfig, contrastive_loss, sigmoid_loss
+from clip import Tokenizer as CLIPTokenizer
+from data import CaptionRows, DataSettings, PictureRows, TokenRows, held_out_pictures, prefetch, save_grid
 from model import SIZES, LLaMA, LLaMAConfig
 from settings import OptimSettings, RunSettings, TrainSettings, UserError
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
@@ -70,6 +72,12 @@ class LLaMASection(LLaMAConfig):
 
 
 @dataclass(frozen=True)
+class CLIPSection(CLIPConfig):
+    kind: str = "clip"
+    init: str = ""
+
+
+@dataclass(frozen=True)
 class VQGANRun:
     run: RunSettings
     model: VQGANSection
@@ -88,7 +96,16 @@ class LLaMARun:
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
-RUNS = {"vqgan": VQGANRun, "llama": LLaMARun}
+@dataclass(frozen=True)
+class CLIPRun:
+    run: RunSettings
+    model: CLIPSection
+    data: DataSettings
+    train: TrainSettings
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+RUNS = {"vqgan": VQGANRun, "llama": LLaMARun, "clip": CLIPRun}
 
 
 def read_run(path, overrides=()):
@@ -331,7 +348,71 @@ class LLaMATask:
         pass
 
 
-TASKS = {"vqgan": VQGANTask, "llama": LLaMATask}
+class CLIPTask:
+    """Pictures and their captions → two towers that put a pair in one place."""
+
+    unit = "pairs"
+
+    def __init__(self, s, given, ranks, resume):
+        self.settings, self.ranks = s, ranks
+        if s.train.activation_checkpointing:
+            raise UserError("train.activation_checkpointing is for model.kind llama only")
+        self.model = start_model(CLIP, CLIPConfig, s.model, given, resume)
+        if not (self.model.config.vision and self.model.config.text):
+            raise UserError("to train a CLIP takes both [model.vision] and [model.text]")
+        if self.model.tokenizer is None:
+            of = s.data.text_tokenizer
+            if not of:
+                raise UserError('no tokenizer: set data.text_tokenizer to "bytes", or to a folder of CLIP\'s')
+            self.model.tokenizer = CLIPTokenizer.of_bytes() if of == "bytes" else CLIPTokenizer.from_pretrained(of)
+        words, vocabulary = len(self.model.tokenizer.vocabulary), self.model.config.text.vocab_size
+        if words > vocabulary:
+            raise UserError(f"the tokenizer has {words} tokens, model.text.vocab_size is only {vocabulary}")
+        if s.data.side != self.model.config.vision.image_size:
+            raise UserError(f"data.side {s.data.side} must be model.vision.image_size {self.model.config.vision.image_size}")
+        self.modules = {"model": self.model}
+        self.rows = CaptionRows(s.data, s.train.batch_size, s.train.seed)
+        self.items_per_row = 1
+
+    def active(self, phase, step):
+        return True
+
+    def batch(self, step, microstep, rows):
+        return self.rows.batch(step * self.settings.train.accumulate + microstep, rows)  # (B, S, S, 3), B captions
+
+    def loss(self, phase, wrapped, batch, step, microstep):
+        pictures, captions = batch
+        c, device = self.model.config.vision, self.ranks.device
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (c.mean, c.std))
+        images = (to_images(pictures, device) - mean) / std
+        image, text, scale, bias = wrapped(images, self.model.tokenize(captions).to(device))
+        loss = contrastive_loss(image, text, scale) if bias is None else sigmoid_loss(image, text, scale, bias)
+        return loss, {"scale": scale}
+
+    @torch.no_grad()
+    def after_step(self, step, ema):
+        self.model.logit_scale.clamp_(max=math.log(100))  # Radford et al. 2021, section 2.5
+
+    def evaluate(self):
+        """The loss over held-out pairs."""
+        t = self.settings.train
+        held_out = CaptionRows(self.settings.data, t.batch_size, t.seed, "held_out")
+        batches = min(t.eval_batches, max(1, len(held_out) // t.batch_size))
+        rows = self.ranks.rows(t.batch_size)
+        losses = [self.loss("model", self.model, held_out.batch(i, rows), 0, 0)[0] for i in range(batches)]
+        return {"held_out_loss": torch.stack(losses).mean()}
+
+    def sample(self, path):
+        pass
+
+    def state(self):
+        return {}
+
+    def load_state(self, tensors):
+        pass
+
+
+TASKS = {"vqgan": VQGANTask, "llama": LLaMATask, "clip": CLIPTask}
 
 
 def to_images(pictures, device):
