@@ -778,12 +778,13 @@ def text_encoders(path, tokenizer=None, dtype=None, device="cpu"):
         everything = everything.get("state_dict", everything)
         for start, rename, activation, pad in SINGLE_FILE_TOWERS:
             tensors = {name.removeprefix(start): t for name, t in everything.items() if name.startswith(start)}
-            if not tensors:
-                continue
             tensors = rename(tensors)
             tensors.pop("logit_scale", None)  # for pairs with pictures
+            layers = _count_layers(tensors, "text_model")
+            if not layers:
+                continue
             if start == "cond_stage_model.model.":
-                last = f"text_model.encoder.layers.{_count_layers(tensors, 'text_model') - 1}."
+                last = f"text_model.encoder.layers.{layers - 1}."
                 tensors = {name: t for name, t in tensors.items() if not name.startswith((last, "text_projection"))}
             config = config_from_shapes(tensors, activation, path)
             found.append((CLIP.from_tensors(tensors, path, dtype, device, config), pad))

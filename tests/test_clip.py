@@ -416,6 +416,10 @@ def test_text_towers_in_single_file_checkpoints(tmp_path):
     assert_near(sdxl[1].pooled(tokens), second.pooled(tokens), 1e-6)
     assert [e.tokenizer.pad for e in sdxl] == [513, 0]
 
+    save_file(unet, tmp_path / "without.safetensors")
+    with pytest.raises(UserError, match=r"without\.safetensors: holds no CLIP text tower"):
+        clip.text_encoders(tmp_path / "without.safetensors")
+
 
 def test_text_towers_in_a_folder_find_their_own_tokenizers(tmp_path):
     for name, pad in (("", 513), ("_2", 0)):
