@@ -568,7 +568,8 @@ class Tokenizer:
     """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first joined first.
 
     `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in OpenAI's own
-    code and in open_clip's. It is seen by no pooled feature, but by latent diffusion.
+    code and in open_clip's. It is seen by no pooled feature, but by latent diffusion. (Where it is 0, which is
+    "!", transformers takes every "!" of a text for padding too; the original code does not, nor does this.)
     """
 
     def __init__(self, vocabulary, merges, pad):
