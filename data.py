@@ -851,7 +851,7 @@ class CaptionRows:
             if item.caption
         ]
         if not self.places:
-            raise UserError("no captions: [[data.sources]] must name pictures with NAME.txt beside them, or \"emoji\"")
+            raise UserError('no captions: [[data.sources]] must name pictures with NAME.txt beside them, or "emoji"')
         self._order = functools.lru_cache(2)(self._permute)
 
     def __len__(self):

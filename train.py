@@ -369,7 +369,9 @@ class CLIPTask:
         if words > vocabulary:
             raise UserError(f"the tokenizer has {words} tokens, model.text.vocab_size is only {vocabulary}")
         if s.data.side != self.model.config.vision.image_size:
-            raise UserError(f"data.side {s.data.side} must be model.vision.image_size {self.model.config.vision.image_size}")
+            raise UserError(
+                f"data.side {s.data.side} must be model.vision.image_size {self.model.config.vision.image_size}"
+            )
         self.modules = {"model": self.model}
         self.rows = CaptionRows(s.data, s.train.batch_size, s.train.seed)
         self.items_per_row = 1

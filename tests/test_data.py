@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 import data
-from data import DataSettings, PictureRows, Sentences, SourceSettings, TokenRows, open_source
+from data import CaptionRows, DataSettings, PictureRows, Sentences, SourceSettings, TokenRows, open_source
 from settings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -732,3 +733,39 @@ def test_texts_that_cannot_be_are_one_line(sources, more, says, tmp_path, capsys
 def test_a_text_source_is_no_source_of_pictures():
     with pytest.raises(UserError, match="kind text has no pictures"):
         PictureRows(DataSettings(side=SIDE, sources=(SourceSettings("emoji", "text"),)), seed=0)
+
+
+# ---- captioned pictures ----------------------------------------------------------------------
+
+
+def captions(path="emoji", side=SIDE, split="train", **source):
+    return CaptionRows(DataSettings(side=side, sources=(SourceSettings(path, **source),)), 8, 0, split)
+
+
+def test_every_captioned_picture_comes_once_in_a_pass_in_another_order_each(pictures, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    for file in sorted(folder.glob("*.png"))[:10]:
+        file.with_suffix(".txt").write_text(f"number {file.stem}")
+    settings = DataSettings(side=SIDE, sources=(SourceSettings(str(folder)),), held_out_fraction=0)
+    rows = CaptionRows(settings, 8, 0)
+    first, second = ([rows.pair(n * 10 + i)[1] for i in range(10)] for n in (0, 1))
+    assert sorted(first) == sorted(second) == [f"number {i:02d}" for i in range(10)] and first != second
+    broken = folder / "03.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    assert "number 03" not in {CaptionRows(settings, 8, 0).pair(i)[1] for i in range(10)}
+
+
+def test_a_batch_of_captions_is_the_same_however_it_is_cut():
+    """And moved pictures are a function of their place, too."""
+    rows = captions(move=True)
+    whole, halves = rows.batch(3, range(8)), [rows.batch(3, range(4)), rows.batch(3, range(4, 8))]
+    assert np.array_equal(whole[0], np.concatenate([half[0] for half in halves]))
+    assert whole[1] == halves[0][1] + halves[1][1]
+    still = captions().batch(3, range(8))
+    assert still[1] == whole[1] and not np.array_equal(still[0], whole[0])
+
+
+def test_pictures_without_captions_are_refused(pictures):
+    with pytest.raises(UserError, match=r"no captions"):
+        captions(str(pictures))

@@ -21,6 +21,7 @@ from torch import nn
 
 import checkpoint
 import train
+from clip import CLIP
 from model import LLaMA
 from settings import OptimSettings, UserError
 from vqgan import VQGAN
@@ -152,6 +153,17 @@ def test_a_llama_run_in_two_parts_ends_in_the_same_bits(lvm_run, row_overrides, 
     assert_same_bits(tmp_path / "run" / "step_00000012", lvm_run / "step_00000012")
 
 
+def test_a_clip_run_in_two_parts_ends_in_the_same_bits_and_opens_as_a_clip(tmp_path):
+    whole = run_tiny("clip", tmp_path / "whole", "train.ema=0.9")
+    run_tiny("clip", tmp_path / "run", "train.steps=10", "optim.decay_steps=20", "train.ema=0.9", *QUIET)
+    run_tiny("clip", tmp_path / "run", "optim.decay_steps=20", "train.ema=0.9", *QUIET)
+    assert_same_bits(tmp_path / "run" / "step_00000020", whole / "step_00000020")
+    losses = [entry["loss"] for entry in metrics(whole)]
+    assert losses[-1] < losses[0] and metrics(whole)[-1]["held_out_loss"] < math.log(16)  # better than guessing
+    clip = CLIP.from_pretrained(whole)
+    assert clip.encode_text(clip.tokenize(["grinning face"])).shape == (1, 32)
+
+
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tokenizer_run, tmp_path):
     """kill -9, once the first checkpoint is there; started again, it also logs each step once, with the same values."""
     run = tmp_path / "run"
@@ -192,6 +204,23 @@ def test_a_changed_setting_is_told_on_resuming(lvm_run, row_overrides, tmp_path,
     out = capsys.readouterr().out
     assert "resuming with another setting than before: lr = 0.0001" in out
     assert "another setting than before: seed" not in out
+
+
+# ---- CLIP's settings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.text_tokenizer=", 'set data.text_tokenizer to "bytes"'),
+        ("data.side=64", "data.side 64 must be model.vision.image_size 32"),
+        ("model.text.vocab_size=100", "the tokenizer has 514 tokens, model.text.vocab_size is only 100"),
+        ("model.text.heads=3", "heads 3 does not divide width 32"),
+        ("train.activation_checkpointing=true", "is for model.kind llama only"),
+    ],
+)
+def test_a_clip_that_cannot_be_trained_is_one_line(override, says, tmp_path):
+    assert says in refused(run_tiny, "clip", tmp_path / "run", override)
 
 
 # ---- start: init -----------------------------------------------------------------------------

@@ -1,0 +1,134 @@
+"""Does a small CLIP know emoji it never saw? Retrieval of their names, and their categories.
+
+    python bench/clip_report.py --run out/emoji/clip
+
+Two held-out sets: `combo`, whose kind of emoji was seen in other variants (another skin tone, another gender), and
+`new`, whose kind was not. For each picture:
+
+    retrieval   its own name among 100, the others drawn from all emoji; R@1: it comes first, R@5: among five
+    category    of ten, the one whose training names lie closest on average (no picture of it is used)
+
+beside chance (of categories: the commonest, always) and a bag of words: from a 16×16 thumbnail, ridge regression
+says which words the name has.
+± is half a 95 % interval.
+"""
+
+import collections
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint
+import settings
+from clip import CLIP
+from data import open_source
+
+SEED, AMONG = 0, 100
+
+
+def words(caption):
+    return re.findall(r"\w+", caption.lower())
+
+
+class BagOfWords:
+    """A linear map from small pictures to the words of their names, and nothing that knows their order."""
+
+    def __init__(self, items, strength=30.0):
+        self.vocabulary = {word: i for i, word in enumerate(sorted({w for item in items for w in words(item.caption)}))}
+        x, y = self.pixels(items), self.texts([item.caption for item in items])  # (N, 769), (N, V)
+        self.map = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ y)  # (769, V)
+
+    @staticmethod
+    def pixels(items):
+        small = [np.asarray(Image.fromarray(item.image).resize((16, 16), Image.Resampling.BOX)) for item in items]
+        x = np.stack(small).reshape(len(small), -1) / 255 - 0.5
+        return np.concatenate((x, np.ones((len(x), 1))), axis=1)
+
+    def texts(self, captions):
+        """(N, V): a caption's words, weighted so that all captions are equally long; unknown words are nothing."""
+        y = np.zeros((len(captions), len(self.vocabulary)))
+        for row, caption in zip(y, captions, strict=True):
+            for word in words(caption):
+                if word in self.vocabulary:
+                    row[self.vocabulary[word]] = 1
+        return y / np.linalg.norm(y, axis=1, keepdims=True).clip(1e-9)
+
+    def images(self, items):
+        return self.pixels(items) @ self.map
+
+
+class Learned:
+    """The same two functions of a CLIP."""
+
+    def __init__(self, clip):
+        self.clip = clip
+
+    def texts(self, captions):
+        parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
+        return torch.cat([self.clip.encode_text(self.clip.tokenize(part)) for part in parts]).numpy()
+
+    def images(self, items):
+        images = self.clip.preprocess([Image.fromarray(item.image) for item in items])
+        return torch.cat([self.clip.encode_image(part) for part in images.split(256)]).numpy()
+
+
+def interval(hits):
+    """A share and half the width of its 95 % interval."""
+    hits = np.asarray(hits, np.float64)
+    return {"mean": hits.mean(), "error": 1.96 * hits.std(ddof=1) / len(hits) ** 0.5}
+
+
+def measure(model, items, train, others):
+    """Retrieval and categories of `items`; `others` (N, 99): the names beside which each must be found."""
+    images = model.images(items)  # (N, E)
+    own, rest = model.texts([item.caption for item in items]), model.texts(list(others.flat))
+    scores = np.concatenate((own[:, None], rest.reshape(*others.shape, -1)), axis=1) @ images[:, :, None]  # (N, 100, 1)
+    better = (scores[:, 1:, 0] >= scores[:, :1, 0]).sum(1)  # a tie is no hit
+    names = collections.defaultdict(list)
+    for item in train:
+        names[item.category].append(item.caption)
+    centres = np.stack([model.texts(captions).mean(0) for captions in names.values()])  # (10, E)
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    found = np.array(list(names))[(images @ centres.T).argmax(1)]
+    return {
+        "R@1": interval(better < 1),
+        "R@5": interval(better < 5),
+        "category": interval(found == [item.category for item in items]),
+    }
+
+
+@torch.inference_mode()
+def main():
+    parser = settings.Parser(prog="python bench/clip_report.py", description=__doc__)
+    parser.add_argument("--run", required=True, help="a trained CLIP's folder")
+    run = parser.parse_args().run
+    clip = CLIP.from_pretrained(run, dtype=torch.float32)
+    side = clip.config.vision.image_size
+    train = list(open_source("emoji", side, "train"))
+    splits = {split: list(open_source("emoji", side, split)) for split in ("combo", "new")}
+    everyone = np.array(sorted({item.caption for item in (*train, *splits["combo"], *splits["new"])}))
+    models, draws = {"clip": Learned(clip), "bag_of_words": BagOfWords(train)}, np.random.default_rng(SEED)
+    report = {}
+    for split, items in splits.items():
+        others = [draws.choice(everyone[everyone != item.caption], AMONG - 1, replace=False) for item in items]
+        report[split] = {name: measure(model, items, train, np.stack(others)) for name, model in models.items()}
+        commonest = collections.Counter(item.category for item in items).most_common(1)[0][1] / len(items)
+        report[split]["chance"] = {"R@1": 1 / AMONG, "R@5": 5 / AMONG, "category": commonest}
+        report[split]["pictures"] = len(items)
+    checkpoint.write_text(Path(run) / "report.json", json.dumps(report, indent=2) + "\n")
+    for split in splits:
+        print(f"\n{split}, {report[split]['pictures']} pictures    clip             bag of words     chance")
+        for what, chance in report[split]["chance"].items():
+            shown = [report[split][name][what] for name in models]
+            print(f"  {what:20}" + "".join(f"{s['mean']:6.3f} ± {s['error']:.3f}   " for s in shown) + f"{chance:.3f}")
+
+
+if __name__ == "__main__":
+    settings.run_main(main)
