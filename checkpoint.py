@@ -92,6 +92,7 @@ def read_json(path):
 # ---- weights ---------------------------------------------------------------------------------
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES += tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin", "fp16.safetensors"))
 
 
 def read_tensors(path):
@@ -120,6 +121,8 @@ def read_tensors(path):
     except Exception as error:  # torch.load raises many kinds, and some span pages
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a plain file of tensors ({reason})") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]  # a training library's checkpoint: the weights are one entry of it
     if not isinstance(tensors, dict):
         raise UserError(f"{path}: holds a {type(tensors).__name__}, not a table of tensors")
     return tensors
