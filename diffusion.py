@@ -283,6 +283,12 @@ class Level(nn.Module):
         x = self.resnets[n](x, emb)
         return self.attentions[n](x, context) if n < len(self.attentions) else x
 
+    def through(self, x):
+        """All of them, for the autoencoder, which knows no time and no text."""
+        for n in range(len(self.resnets)):
+            x = self(x, n)
+        return x
+
 
 # ---- the U-Net -------------------------------------------------------------------------------
 
@@ -411,7 +417,7 @@ class UNet(nn.Module):
             config = unet_config_from_diffusers(checkpoint.read_json(path / "config.json"), path / "config.json")
         else:
             tensors = under(tensors, "model.diffusion_model.", path)
-            config = config or published_unet(tensors, path)
+            config = config or UNetConfig.named(published_unet(tensors, path))
             tensors = renamed(tensors, unet_names(config))
         with torch.device("meta"):
             model = cls(config)
@@ -444,13 +450,10 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)
         for level in self.down_blocks:
-            for n in range(len(level.resnets)):
-                x = level(x, n)
+            x = level.through(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
-        for n in range(2):
-            x = self.mid_block(x, n)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block.through(x))))
 
 
 class Decoder(nn.Module):
@@ -471,12 +474,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(x, c.out_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for n in range(2):
-            x = self.mid_block(x, n)
+        x = self.mid_block.through(self.conv_in(x))
         for level in self.up_blocks:
-            for n in range(len(level.resnets)):
-                x = level(x, n)
+            x = level.through(x)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, (2 * x.shape[2], 2 * x.shape[3]))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -600,8 +600,8 @@ class NoiseSchedule:
             raise UserError(f"{path}: {saved.get('_class_name')} is not supported; {', '.join(SCHEDULERS)} are")
         unsupported(saved, SCHEDULER_FIXED, path)
         # what diffusers takes where the file is silent
-        fields = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "steps_offset": 0}
-        fields |= {"set_alpha_to_one": True}
+        fields = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+        fields |= {"steps_offset": 0, "set_alpha_to_one": True}
         fields |= {f.name: saved[f.name] for f in dataclasses.fields(cls) if saved.get(f.name) is not None}
         return built(cls, fields, path)
 
@@ -662,7 +662,7 @@ class NoiseSchedule:
             times = torch.arange(n, dtype=torch.float64) * (T // n) + self.steps_offset
         else:
             times = (torch.arange(1, n + 1, dtype=torch.float64) * T / n).round() - 1
-        return times.flip(0)[:steps][steps - max(1, int(steps * strength)) :]
+        return times.clamp(max=T - 1).flip(0)[:steps][steps - max(1, int(steps * strength)) :]
 
 
 def diffusion_loss(unet, schedule, latents, noise, t, context, text_embeds=None, time_ids=None, min_snr=0.0):
@@ -939,19 +939,23 @@ class LatentDiffusion(nn.Module):
 
     @classmethod
     def from_single_file(cls, path, text_encoder=None, dtype=None, device="cpu", config=None):
-        """See from_pretrained. Weights are read as the file's, averaged ones (model_ema) are left aside."""
+        """See from_pretrained; a config of the same name beside the file is found. Averaged weights are left aside."""
         tensors = checkpoint.read_tensors(path)
+        beside = (path.with_suffix(ending) for ending in (".yaml", ".json"))
+        config = config or next((file for file in beside if file.exists()), None)
         for name in tensors:
             if not name.startswith(("model.diffusion_model.", "first_stage_model.", *ASIDE)):
                 raise UserError(f"{path}: {name} belongs to no part of a latent diffusion model")
-        if config is not None:
+        if config:
             unet_config, vae_config, schedule = original_config(config)
         else:
-            unet_config = published_unet(under(tensors, "model.diffusion_model.", path), path)
-            name = next(n for n in UNETS if UNetConfig.named(n) == unet_config)
+            name = published_unet(under(tensors, "model.diffusion_model.", path), path)
             if name == "sd21":
                 raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
-            vae_config = AutoencoderKLConfig.named("sdxl" if name == "sdxl" else "sd")
+            unet_config, vae_config = (
+                UNetConfig.named(name),
+                AutoencoderKLConfig.named("sdxl" if name == "sdxl" else "sd"),
+            )
             schedule = NoiseSchedule(timestep_spacing="leading" if name == "sdxl" else "")
         unet = UNet.from_pretrained(path, dtype, device, unet_config)
         vae = AutoencoderKL.from_pretrained(path, vae_dtype(dtype), device, vae_config)
@@ -1190,7 +1194,7 @@ def vae_names(c):
 
 
 def published_unet(tensors, path):
-    """Which of the published U-Nets these tensors, under their single-file names, are."""
+    """The name of the published U-Net that these tensors, under their single-file names, are."""
     try:
         width = len(tensors["input_blocks.0.0.weight"])
         context = tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
@@ -1199,8 +1203,8 @@ def published_unet(tensors, path):
     for name in UNETS:
         c = UNetConfig.named(name)
         if (c.block_out_channels[0], c.cross_attention_dim) == (width, context):
-            return c
-    raise UserError(f"{path}: no published U-Net has width {width} and context {context}: its shape needs config=")
+            return name
+    raise UserError(f"{path}: no published U-Net has width {width} and context {context}: it needs config=")
 
 
 def original_config(source):

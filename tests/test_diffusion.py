@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
+from sampler_orders import LINE, path_error
 from torch import nn
 
 import diffusion
@@ -221,6 +222,31 @@ def test_diffusers_opens_what_we_save_and_draws_the_same_picture(tmp_path, xl):
     assert (ours - theirs).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("xl", [False, True])
+def test_a_prompt_becomes_the_picture_that_diffusers_draws(tmp_path, xl):
+    """With clip.py's text towers and tokenizer: SD reads one tower's last layer, SDXL two towers' last but one."""
+    diffusers, clip = pytest.importorskip("diffusers"), pytest.importorskip("clip")
+    pytest.importorskip("transformers")
+    towers = []
+    for width, embed_dim in ((4, 0), (8, 5)) if xl else ((12, 0),):
+        shape = {"width": width, "layers": 2, "heads": 2, "hidden_dim": 16, "vocab_size": 514}
+        towers.append(randomize(clip.CLIP(clip.CLIPConfig(embed_dim, vision=None, text=clip.TextConfig(**shape)))))
+        towers[-1].tokenizer = clip.Tokenizer.of_bytes()
+    added = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 5 + 6 * 4} if xl else {}
+    tiny(text_encoder=towers, **added).save_pretrained(tmp_path)
+    model = LatentDiffusion.from_pretrained(tmp_path, clip.text_encoders(tmp_path))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    latents, size = randn(1, 4, 8, 8), {"height": 16, "width": 16}
+    for negative in ("a dog", None):
+        theirs = pipeline(
+            "a cat", negative_prompt=negative, latents=latents, num_inference_steps=3, guidance_scale=5.0, **size,
+            output_type="pt",
+        ).images  # fmt: skip
+        ours = model.generate("a cat", negative, guidance=5.0, steps=3, size=16, draw=lambda: latents)
+        assert (ours - theirs).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_noise_tables_are_diffusers(beta_schedule, zero_snr):
@@ -231,26 +257,33 @@ def test_noise_tables_are_diffusers(beta_schedule, zero_snr):
     assert (ours.alphas_cumprod[-1] == 0) == zero_snr
 
 
-PAIRS = [
-    ("ddim", "DDIM"),
-    ("dpmpp_2m", "DPMSolverMultistep"),
-    ("euler", "EulerDiscrete"),
-    ("euler_ancestral", "EulerAncestralDiscrete"),
+THEIRS = {
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPMSolverMultistep",
+    "euler": "EulerDiscrete",
+    "euler_ancestral": "EulerAncestralDiscrete",
+}
+# diffusers' DDIM does not step to its own next time where the spacing is linspace, its Euler-ancestral knows no x0
+NOT_THEIRS = {("ddim", "linspace"), ("euler_ancestral", "sample")}
+CASES = [
+    (sampler, spacing, prediction)
+    for sampler in THEIRS
+    for spacing in ("leading", "linspace", "trailing")
+    for prediction in ("epsilon", "v_prediction", "sample")
+    if not NOT_THEIRS & {(sampler, spacing), (sampler, prediction)}
 ]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("sampler, kind", PAIRS)
-def test_every_sampler_and_spacing_ends_where_diffusers_does(sampler, kind, spacing, prediction_type, monkeypatch):
+@pytest.mark.parametrize("sampler, spacing, prediction_type", CASES)
+def test_every_sampler_and_spacing_ends_where_diffusers_does(sampler, spacing, prediction_type, monkeypatch):
     """What the golden files leave out: the third kind of prediction, other spacings, Euler's ancestral form."""
     diffusers = pytest.importorskip("diffusers")
     schedule = NoiseSchedule(timestep_spacing=spacing, prediction_type=prediction_type)
-    theirs = getattr(diffusers, f"{kind}Scheduler").from_config(schedule.to_config())
+    theirs = getattr(diffusers, f"{THEIRS[sampler]}Scheduler").from_config(schedule.to_config())
     theirs.set_timesteps(10)
     noise = [randn(1, 4, 4, 4, seed=i) for i in range(11)]
     module = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
-    if kind.startswith("EulerA"):
+    if sampler == "euler_ancestral":
         monkeypatch.setattr(module, lambda *_, **__: noise[theirs.step_index + 1])
     x = noise[0] * theirs.init_noise_sigma
     for t in theirs.timesteps:
@@ -300,7 +333,7 @@ def test_a_published_single_file_is_told_by_its_shapes(name):
             "input_blocks.0.0.weight": torch.empty(c.block_out_channels[0], 4, 3, 3),
             "middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.empty(1280, c.cross_attention_dim),
         }
-    assert diffusion.published_unet(tensors, "x.safetensors") == c
+    assert diffusion.published_unet(tensors, "x.safetensors") == name
 
 
 def test_every_published_name_of_a_single_file_is_renamed_to_one_of_ours():
@@ -430,6 +463,7 @@ def test_recomputing_changes_memory_not_gradients():
         kept.append(sum(saved))
     torch.testing.assert_close(gradients[0], gradients[1])
     assert gradients[0].abs().max() > 0
+    assert kept[1] < kept[0] / 2
 
 
 def test_sides_that_do_not_halve_evenly_pass_through():
@@ -475,56 +509,7 @@ def test_noise_cannot_be_predicted_where_no_signal_is_left():
         NoiseSchedule(rescale_betas_zero_snr=True)
 
 
-# ---- samplers on a line, where everything is known -------------------------------------------
-# x0 is ±1 with spread 0.3, a mixture of two normals. Its noised densities are such mixtures too, so the best
-# prediction is known, and the exact path of a point: it keeps its place among all others (its quantile).
-
-MEANS, SPREAD, T = torch.tensor([-1.0, 1.0], dtype=torch.float64), 0.3, 4097
-LINE = {"num_train_timesteps": T, "beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T, "beta_schedule": "linear"}
-
-
-def variance(a):
-    return a * SPREAD**2 + 1 - a
-
-
-def perfect_prediction(schedule):
-    def predict(x, t):
-        a = schedule.alphas_cumprod[t.round().long()].double()
-        distance = x[..., None] - a.sqrt() * MEANS  # to each mode
-        likely = (-(distance**2) / (2 * variance(a))).softmax(-1)
-        noise = (likely * distance).sum(-1) * (1 - a).sqrt() / variance(a)  # E[ε | x] = -σ·∂log p
-        return schedule.target((x - (1 - a).sqrt() * noise) / a.sqrt(), noise, t.round().long())
-
-    return predict
-
-
-def quantile(x, a):
-    return torch.special.ndtr((x[..., None] - a.sqrt() * MEANS) / variance(a).sqrt()).mean(-1)
-
-
-def exact(x, a_from, a_to):
-    """Where the probability flow brings x, by bisection."""
-    wanted, low, high = quantile(x, a_from), torch.full_like(x, -10), torch.full_like(x, 10)
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = quantile(middle, a_to) < wanted
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return low
-
-
-def path_error(sampler, prediction_type, steps):
-    """After three quarters of the way from T-1 to 0, which `steps` divides evenly; the last steps to no noise at all
-    are first order in every sampler."""
-    schedule = NoiseSchedule(**LINE, prediction_type=prediction_type, timestep_spacing="linspace")
-    a = schedule.alphas_cumprod.double()
-    start = torch.linspace(-2, 2, 64, dtype=torch.float64)
-    asked = steps if sampler == "dpmpp_2m" else steps + 1  # it leaves out t = 0 itself
-    xs = SAMPLERS[sampler](perfect_prediction(schedule), schedule, asked, lambda: start)
-    x = [x for x, _ in zip(xs, range(3 * steps // 4), strict=False)][-1]
-    begin, end = a[T - 1], a[(T - 1) // 4]
-    if sampler == "euler":  # x lives on the scale x / √ᾱ there, and starts at σ/α times the noise
-        x, start = x * end.sqrt(), start * (1 - begin).sqrt()
-    return (x - exact(start, begin, end)).abs().max().item()
+# ---- samplers on a line, where everything is known: bench/sampler_orders.py -------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
