@@ -197,15 +197,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # [1]: dropout
-
-    def forward(self, x):
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     """Tokens of the picture look at each other, then at the prompt, then think by themselves."""
 
@@ -213,12 +204,14 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, heads)
         self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, heads, context_width)
-        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+        self.norm3 = nn.LayerNorm(width)
+        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # [1] was dropout
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff["net"](self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
