@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import checkpoint
+import settings
 from settings import UserError
 
 # ---- configuration ---------------------------------------------------------------------------
@@ -596,7 +597,7 @@ class NoiseSchedule:
         fields = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
         fields |= {"steps_offset": 0, "set_alpha_to_one": True}
         fields |= {f.name: saved[f.name] for f in dataclasses.fields(cls) if saved.get(f.name) is not None}
-        return built(cls, fields, path)
+        return settings.build(cls, fields, str(path))
 
     def to_config(self):
         """What scheduler_config.json says of this schedule."""
@@ -1025,13 +1026,6 @@ def unsupported(saved, fixed, path):
             raise UserError(f"{path}: {key} is {saved[key]!r}; only {value!r} is supported")
 
 
-def built(cls, fields, path):
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def as_json(config):
     return json.dumps(config, indent=2) + "\n"
 
@@ -1071,7 +1065,7 @@ def unet_config_from_diffusers(saved, path="config.json"):
     kind = saved.get("addition_embed_type")
     if kind not in (None, "text_time"):
         raise UserError(f"{path}: addition_embed_type is {kind!r}; only 'text_time' is supported")
-    return built(UNetConfig, fields, path)
+    return settings.build(UNetConfig, fields, str(path))
 
 
 def unet_config_to_diffusers(c):
@@ -1099,7 +1093,7 @@ def vae_config_from_diffusers(saved, path="config.json"):
     if odd := kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise UserError(f"{path}: levels of {', '.join(odd)} are not supported")
     names = [f.name for f in dataclasses.fields(AutoencoderKLConfig)]
-    return built(AutoencoderKLConfig, {n: saved[n] for n in names if saved.get(n) is not None}, path)
+    return settings.build(AutoencoderKLConfig, {n: saved[n] for n in names if saved.get(n) is not None}, str(path))
 
 
 def vae_config_to_diffusers(c):
@@ -1243,7 +1237,11 @@ def original_config(source):
         }
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: is no configuration of latent diffusion ({error!r})") from None
-    return built(UNetConfig, unet, path), built(AutoencoderKLConfig, vae, path), built(NoiseSchedule, schedule, path)
+    return (
+        settings.build(UNetConfig, unet, str(path)),
+        settings.build(AutoencoderKLConfig, vae, str(path)),
+        settings.build(NoiseSchedule, schedule, str(path)),
+    )
 
 
 def read_yaml(path):
