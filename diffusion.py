@@ -799,6 +799,8 @@ class LatentDiffusion(nn.Module):
         self.unet, self.vae, self.schedule = unet, vae, schedule
         encoders = [] if text_encoder is None else text_encoder if isinstance(text_encoder, list) else [text_encoder]
         self.text_encoders = nn.ModuleList(encoders)
+        if vae.quant_conv.weight.dtype == torch.float16:
+            vae.float()  # the published autoencoders overflow in float16
 
     def encode_text(self, texts):
         """texts (a list of B) → Conditioning.
@@ -928,7 +930,7 @@ class LatentDiffusion(nn.Module):
         saved = path / "scheduler" / "scheduler_config.json"
         schedule = NoiseSchedule.from_config(checkpoint.read_json(saved), saved)
         unet = UNet.from_pretrained(path / "unet", dtype, device)
-        vae = AutoencoderKL.from_pretrained(path / "vae", vae_dtype(dtype), device)
+        vae = AutoencoderKL.from_pretrained(path / "vae", dtype, device)
         return cls(unet, vae, schedule, text_encoder)
 
     @classmethod
@@ -946,13 +948,11 @@ class LatentDiffusion(nn.Module):
             name = published_unet(under(tensors, "model.diffusion_model.", path), path)
             if name == "sd21":
                 raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
-            unet_config, vae_config = (
-                UNetConfig.named(name),
-                AutoencoderKLConfig.named("sdxl" if name == "sdxl" else "sd"),
-            )
-            schedule = NoiseSchedule(timestep_spacing="leading" if name == "sdxl" else "")
+            xl = name == "sdxl"
+            unet_config, vae_config = UNetConfig.named(name), AutoencoderKLConfig.named("sdxl" if xl else "sd")
+            schedule = NoiseSchedule(timestep_spacing="leading" if xl else "")
         unet = UNet.from_pretrained(path, dtype, device, unet_config)
-        vae = AutoencoderKL.from_pretrained(path, vae_dtype(dtype), device, vae_config)
+        vae = AutoencoderKL.from_pretrained(path, dtype, device, vae_config)
         return cls(unet, vae, schedule, text_encoder)
 
     def save_pretrained(self, path):
@@ -969,9 +969,11 @@ class LatentDiffusion(nn.Module):
             if there:
                 encoder = self.text_encoders[n]
                 encoder.save_pretrained(path / f"text_encoder{number}")
-                encoder.tokenizer.save_pretrained(path / f"tokenizer{number}", encoder.config.text.context_length)
+                if encoder.tokenizer:
+                    encoder.tokenizer.save_pretrained(path / f"tokenizer{number}", encoder.config.text.context_length)
             kind = "CLIPTextModelWithProjection" if number else "CLIPTextModel"
             parts[f"text_encoder{number}"] = ["transformers", kind] if there else [None, None]
+            there = (path / f"tokenizer{number}").is_dir()
             parts[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"] if there else [None, None]
         if xl:
             index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
@@ -979,11 +981,6 @@ class LatentDiffusion(nn.Module):
             index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
             parts |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
         checkpoint.write_text(path / "model_index.json", as_json(index | parts))
-
-
-def vae_dtype(dtype):
-    """The published autoencoders overflow in float16: they stay in float32 there."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def to_pil(images):

@@ -635,6 +635,13 @@ def test_texts_without_a_text_encoder_are_refused():
         tiny().generate("a cat")
 
 
+def test_in_float16_the_autoencoder_stays_in_float32():
+    model = tiny()
+    model = LatentDiffusion(model.unet.half(), model.vae.half(), model.schedule)
+    assert model.unet.conv_in.weight.dtype == torch.float16
+    assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
+
+
 def test_a_step_that_breaks_is_reported_not_painted():
     model = tiny(text_encoder=Words(12))
     with torch.no_grad():
