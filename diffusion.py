@@ -20,7 +20,8 @@ Ho 2022; guidance, Ho & Salimans 2022. Each sampler names its own. Modules bear 
 checkpoint's keys can be read beside the code; single files (CompVis, Stability) are renamed at the door.
 
 Text encoders are handed in, never imported. What is asked of one: `.tokenize(texts) → (B, 77) int64`,
-`.hidden(tokens, layer=-1 | -2, final_norm=True) → (B, 77, D)`, `.pooled(tokens) → (B, P)`, and the two ends of a file.
+`.hidden(tokens, layer=-1 | -2, final_norm=True) → (B, 77, D)`, `.pooled(tokens) → (B, P)`; to be saved, what clip.CLIP
+has: `.save_pretrained(folder)`, `.tokenizer`, `.config.text.context_length`.
 
 Read before: clip.py. Read next: train.py, then DreamLLM in model.py, which steers this U-Net with a language model.
 """

@@ -501,6 +501,25 @@ def test_min_snr_counts_the_error_of_x0(prediction_type):
     torch.testing.assert_close(plain, (wrong - schedule.target(x0, noise, t)).pow(2).mean())
 
 
+def test_a_unet_taught_two_words_draws_what_each_means():
+    """Two contexts, two pictures, each of one colour: noise and the word alone bring the colour back."""
+    torch.manual_seed(0)
+    unet, schedule, draws = UNet(TINY), NoiseSchedule(prediction_type="v_prediction"), seeded()
+    words = randn(2, 7, 12, seed=5)
+    colours = torch.tensor([[1.0, -1, 1, -1], [-1, 1, 1, 1]])[:, :, None, None].expand(-1, -1, 8, 8)
+    optimizer = torch.optim.Adam(unet.parameters(), 1e-2)
+    for _ in range(100):
+        which, t = torch.randint(2, (16,), generator=draws), torch.randint(1000, (16,), generator=draws)
+        noise = torch.randn(16, 4, 8, 8, generator=draws)
+        diffusion_loss(unet, schedule, colours[which], noise, t, words[which]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        *_, drawn = SAMPLERS["ddim"](lambda x, t: unet(x, t, words), schedule, 10, lambda: randn(2, 4, 8, 8, seed=9))
+    right, wrong = ((drawn - x).abs().mean() for x in (colours, colours.flip(0)))
+    assert right < wrong / 2
+
+
 def test_offset_noise_moves_whole_channels():
     noise, draws = randn(2, 4, 8, 8), randn(2, 4, 1, 1, seed=1)
     moved = diffusion.offset_noise(noise, draws, 0.1) - noise
