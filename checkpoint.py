@@ -93,6 +93,7 @@ def read_json(path):
 # ---- weights ---------------------------------------------------------------------------------
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES += tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin", "fp16.safetensors"))
 
 
 def read_tensors(path):

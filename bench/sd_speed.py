@@ -1,0 +1,78 @@
+"""How long does Stable Diffusion 2.1, at its true size, take for a picture here, and how much memory?
+
+    python bench/sd_speed.py                                         512×512, bfloat16, DDIM with guidance 7.5
+    python bench/sd_speed.py --steps 2 --out sd.png                  only to see that it runs
+
+The weights are random (published ones are as large and as fast), and so is the prompt's conditioning: the text tower
+runs once a picture, for less than one step's time. Prints the seconds of each part and the most memory ever held.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import settings
+from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig, to_pil
+
+
+def timed(module, name, seconds):
+    """Notes how long each call of module.name takes."""
+    method = getattr(module, name)
+
+    def run(*inputs):
+        start = time.perf_counter()
+        result = method(*inputs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    setattr(module, name, run)
+
+
+def main():
+    parser = settings.Parser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--out", help="write the picture here: noise, as the weights are")
+    a = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, a.dtype))  # so that no float32 copy is ever made
+    with torch.device(device):
+        unet, vae = UNet(UNetConfig.named("sd21")).eval(), AutoencoderKL(AutoencoderKLConfig.named("sd")).eval()
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.01)  # starts at 0, and would predict nothing
+        context = torch.randn(1, 77, unet.config.cross_attention_dim)
+    torch.set_default_dtype(torch.float32)
+    model = LatentDiffusion(unet, vae, NoiseSchedule(prediction_type="v_prediction"))
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"SD 2.1: {weights:,} weights in {a.dtype}, made in {time.perf_counter() - start:.0f} s, on {device}")
+
+    unet_seconds, vae_seconds = [], []
+    timed(unet, "forward", unet_seconds)
+    timed(vae, "decode", vae_seconds)
+    start = time.perf_counter()
+    images = model.generate(context, torch.zeros_like(context), size=a.size, steps=a.steps, sampler=a.sampler, seed=0)
+    print(f"{a.size}×{a.size}, {a.steps} {a.sampler} steps with guidance: {time.perf_counter() - start:.1f} s")
+    print(f"  a step (median, both passes at once): {statistics.median(unet_seconds):.2f} s")
+    print(f"  decoding: {vae_seconds[0]:.2f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    print(f"  most memory held: {peak:.2f} GiB")
+    if device == "cuda":
+        print(f"  of the GPU's: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if a.out:
+        to_pil(images)[0].save(a.out)
+
+
+if __name__ == "__main__":
+    settings.run_main(main)
