@@ -393,6 +393,12 @@ class CLIP(nn.Module):
             )
         return self.tokenizer.tokenize(texts, self.config.text.context_length)
 
+    def text_encoder(self):
+        """The text tower by itself, sharing its weights: what latent diffusion keeps of a CLIP."""
+        alone = CLIP(dataclasses.replace(self.config, vision=None, embed_dim=0, logit_bias=False))
+        alone.text_model, alone.tokenizer = self.text_model, self.tokenizer
+        return alone
+
     def preprocess(self, images):
         """A list of PIL images → (B, 3, S, S) as this model was trained to see them."""
         c = self.config.vision

@@ -106,6 +106,8 @@ class DataSettings:
     held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have their own split
     tokenizer: str = ""  # the VQGAN of an LVM run: a run's folder or a published one
     text_tokenizer: str = ""  # of a run on text: "bytes", or a folder with a tokenizer's files
+    vae: str = ""  # of a U-Net's run: the autoencoder whose latents it draws
+    clip: str = ""  # of a U-Net's run: the CLIP whose text tower reads its prompts
     rows: tuple[str, ...] = ()  # JSONL files of tokenized sentences to train on, or patterns of them
     weights: tuple[float, ...] = ()  # how rows files are mixed; empty: all rows shuffled together (LVM)
     held_out: tuple[str, ...] = ()  # JSONL files for the held-out loss
@@ -864,6 +866,16 @@ class CaptionRows:
 
     def pair(self, position):
         """The picture and caption at one position of the endless sequence of passes."""
+        item, moves = self.item(position)
+        if not moves:
+            return item.image, item.caption
+        rng = np.random.default_rng((self.seed, position, 5))
+        x, y = rng.uniform(-0.06, 0.06, size=2)
+        pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
+        return motion_frame(item.image, np.array([pose, (0, 0, 0, 0)]), 0), item.caption
+
+    def item(self, position):
+        """What stands at a position: the Item, and whether its picture is to be moved."""
         number, place = divmod(position, len(self))
         # a broken picture is replaced by what follows it
         places = (self.places[i] for i in np.roll(self._order(number), -place))
@@ -871,12 +883,7 @@ class CaptionRows:
         item, moves = next(sound, (None, False))
         if item is None:
             raise UserError(f"not one of the {len(self)} captioned pictures can be read")
-        if not moves:
-            return item.image, item.caption
-        rng = np.random.default_rng((self.seed, position, 5))
-        x, y = rng.uniform(-0.06, 0.06, size=2)
-        pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
-        return motion_frame(item.image, np.array([pose, (0, 0, 0, 0)]), 0), item.caption
+        return item, moves
 
     def _permute(self, number):
         return np.random.default_rng((self.seed, number, 6)).permutation(len(self))

@@ -542,6 +542,22 @@ def kl_divergence(mean, logvar):
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
 
 
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of the terms, all taken a number of the picture: l1·|x-x̂| + l2·(x-x̂)² + kl·KL."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    kl: float = 1e-6
+
+    def __call__(self, images, reconstruction, mean, logvar):
+        """→ the loss, {"nll", "kl"}; images and reconstruction (B, 3, H, W) in [-1, 1]."""
+        error = (reconstruction.float() - images).abs()
+        nll = (self.l1 * error + self.l2 * error**2).mean()
+        kl = kl_divergence(mean.float(), logvar.float()) / images[0].numel()
+        return nll + self.kl * kl, {"nll": nll, "kl": kl}
+
+
 # ---- the noise schedule ----------------------------------------------------------------------
 
 SPACINGS = ("", "leading", "linspace", "trailing")

@@ -6,6 +6,7 @@
     python sample.py reconstruct --run out/demo/tokenizer --images a.png b.png --out grid.png
     python sample.py text --run FOLDER --prompt "Why is the sky blue?" --chat llama3
     python sample.py perplexity --run out/demo/lvm --input rows.jsonl
+    python sample.py image --run FOLDER --prompt "a taco" --guidance 7.5 --steps 50 --sampler ddim --out taco.png
 
 An LVM is prompted with nothing but pictures (Bai et al. 2023, section 5). A *sequential* prompt is frames,
 and the model continues them; an *analogy* prompt is pairs x1, y1, …, xn, yn and a query x, and the model
@@ -38,7 +39,9 @@ from tqdm import tqdm
 
 import checkpoint
 import settings
+from clip import text_encoders
 from data import load_picture, save_grid, warn
+from diffusion import SAMPLERS, LatentDiffusion, to_pil
 from model import LLaMA
 from settings import UserError
 from tokenizer import TEMPLATES, Tokenizer
@@ -346,6 +349,33 @@ def picture_perplexity(a):
     print(f"{a.input}: perplexity {np.mean(values):.4g} a code, the mean of {len(values)} rows")
 
 
+def image(a):
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, a.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    encoders = text_encoders(a.run, a.tokenizer or None, dtype, device)
+    model = LatentDiffusion.from_pretrained(a.run, encoders, dtype, device, a.config or None)
+    size, start = parse_size(a.size, a.image), None
+    if a.image:
+        width, height = size or load_picture(a.image).shape[1::-1]
+        (picture,) = resized([load_picture(a.image)], (width, height))
+        start = torch.from_numpy(picture.copy())[None].permute(0, 3, 1, 2) / 255  # (1, 3, H, W)
+    images = model.generate(
+        [a.prompt] * a.count,
+        negative=a.negative,
+        guidance=a.guidance,
+        steps=a.steps,
+        sampler=a.sampler,
+        size=size and size[::-1],
+        seed=a.seed,
+        image=start,
+        strength=a.strength,
+        rescale=a.rescale,
+        progress=True,
+    )
+    save_grid([[np.asarray(picture) for picture in to_pil(images)]], a.out, pad=0 if a.count == 1 else 2)
+    print(f"{a.out}: {a.count} × {images.shape[3]}×{images.shape[2]}, {a.steps} steps of {a.sampler}")
+
+
 def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -412,6 +442,28 @@ def main():
     c.add_argument("--max-new", type=positive, default=256, help="most tokens to draw (256, or what the context holds)")
     c.add_argument("--tokenizer", default="", help="folder of the tokenizer's files; default: the run's own")
     drawn(c)
+
+    c = command(
+        "image",
+        image,
+        "draw pictures of a text with latent diffusion (Stable Diffusion 1, 2, XL, or a run of ours)",
+        'python sample.py image --run out/emoji/unet --prompt "pizza" --out pizza.png',
+        precisions=("float32", "bfloat16", "float16"),
+    )
+    c.add_argument("--prompt", required=True)
+    c.add_argument("--negative", help="what to move away from (the empty text)")
+    c.add_argument("--guidance", type=float, default=7.5, help="how far from there to the prompt; 1: none (7.5)")
+    c.add_argument("--rescale", type=float, default=0.0, help="against too strong contrasts (0; published 0.7)")
+    c.add_argument("--steps", type=positive, default=50, help="passes of the U-Net (50)")
+    c.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    c.add_argument("--size", default="", help="W,H in pixels; default: what the model was trained for")
+    c.add_argument("--image", default="", help="start from this picture instead of from noise")
+    c.add_argument("--strength", type=float, default=0.8, help="how much of it may change: 1, all (0.8)")
+    c.add_argument("--count", type=positive, default=1, help="pictures, side by side (1)")
+    c.add_argument("--config", default="", help="of a single file that needs one: the YAML or JSON of its code base")
+    c.add_argument("--tokenizer", default="", help="of a single file: a folder with CLIP's vocabulary")
+    c.add_argument("--seed", type=int, help="makes the result repeatable")
+    c.add_argument("--out", default="image.png")
 
     c = command(
         "perplexity",

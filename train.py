@@ -6,8 +6,8 @@
 
 The loop knows nothing of pictures or tokens. It asks a *task*, which has
 
-    model     what is saved, averaged and sampled from
-    modules   {phase: the module that phase trains}; a GAN has two phases, everything else one
+    model     what is saved and sampled from
+    modules   {phase: the module that phase trains}; a GAN has two phases, everything else one. The first is averaged
     active    (phase, step) → whether that phase has begun
     batch     (step, microstep, rows) → arrays; depends on the seed and these numbers only
     loss      (phase, wrapped module, batch, step, microstep) → a scalar to descend, and values to log
@@ -48,9 +48,21 @@ from tqdm import tqdm
 
 import checkpoint
 import settings
-from clip import CLIP, CLIPConfig, contrastive_loss, sigmoid_loss
+from clip import CLIP, CLIPConfig, contrastive_loss, sigmoid_loss, text_encoders
 from clip import Tokenizer as CLIPTokenizer
 from data import CaptionRows, DataSettings, PictureRows, TokenRows, held_out_pictures, prefetch, save_grid
+from diffusion import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    AutoencoderLoss,
+    LatentDiffusion,
+    NoiseSchedule,
+    UNet,
+    UNetConfig,
+    diffusion_loss,
+    offset_noise,
+    reparameterize,
+)
 from model import SIZES, LLaMA, LLaMAConfig
 from settings import OptimSettings, RunSettings, TrainSettings, UserError
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
@@ -75,6 +87,27 @@ class LLaMASection(LLaMAConfig):
 class CLIPSection(CLIPConfig):
     kind: str = "clip"
     init: str = ""
+
+
+@dataclass(frozen=True)
+class VAESection(AutoencoderKLConfig):
+    kind: str = "vae"
+    init: str = ""
+
+
+@dataclass(frozen=True)
+class UNetSection(UNetConfig):
+    kind: str = "unet"
+    init: str = ""
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """Beside ε, v or x0 as the schedule says: what may be added to the plain squared error, and dropped captions."""
+
+    min_snr: float = 0.0  # γ of the min-SNR weights (Hang et al. 2023: 5); 0: none
+    noise_offset: float = 0.0  # published 0.1; 0: none
+    drop: float = 0.1  # share of captions replaced by the empty one, which guidance needs
 
 
 @dataclass(frozen=True)
@@ -105,7 +138,28 @@ class CLIPRun:
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
-RUNS = {"vqgan": VQGANRun, "llama": LLaMARun, "clip": CLIPRun}
+@dataclass(frozen=True)
+class VAERun:
+    run: RunSettings
+    model: VAESection
+    data: DataSettings
+    train: TrainSettings
+    loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+@dataclass(frozen=True)
+class UNetRun:
+    run: RunSettings
+    model: UNetSection
+    data: DataSettings
+    train: TrainSettings
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    loss: DiffusionLoss = field(default_factory=DiffusionLoss)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+RUNS = {"vqgan": VQGANRun, "llama": LLaMARun, "clip": CLIPRun, "vae": VAERun, "unet": UNetRun}
 
 
 def read_run(path, overrides=()):
@@ -414,7 +468,177 @@ class CLIPTask:
         pass
 
 
-TASKS = {"vqgan": VQGANTask, "llama": LLaMATask, "clip": CLIPTask}
+class VAETask:
+    """Pictures → a normal distribution of latents → pictures."""
+
+    unit = "images"
+
+    def __init__(self, s, given, ranks, resume):
+        self.settings, self.ranks = s, ranks
+        if s.train.activation_checkpointing:
+            raise UserError("train.activation_checkpointing is for model.kind llama and unet only")
+        self.model = start_model(AutoencoderKL, AutoencoderKLConfig, s.model, given, resume)
+        self.modules = {"model": self.model}
+        self.pictures = PictureRows(s.data, s.train.seed)
+        c = self.model.config
+        if s.data.side % c.factor:
+            raise UserError(f"data.side {s.data.side} is no multiple of {c.factor}, the pixels of a latent")
+        self.shape = (c.latent_channels, s.data.side // c.factor, s.data.side // c.factor)
+        self.items_per_row = 1
+
+    def active(self, phase, step):
+        return True
+
+    def batch(self, step, microstep, rows):
+        keys = [(self.settings.train.seed, step, microstep, row, 7) for row in rows]
+        noise = np.stack([np.random.default_rng(key).standard_normal(self.shape, np.float32) for key in keys])
+        return self.pictures.batch(step, microstep, rows), noise  # (B, side, side, 3), (B, z, h, w)
+
+    def loss(self, phase, wrapped, batch, step, microstep):
+        pictures, noise = batch
+        images = 2 * to_images(pictures, self.ranks.device) - 1
+        return self.settings.loss(images, *wrapped(images, torch.from_numpy(noise).to(self.ranks.device)))
+
+    def after_step(self, step, ema):
+        pass
+
+    def evaluate(self):
+        """PSNR of held-out pictures in dB (mean over pictures), and how large their latents are."""
+        t, psnrs, latents = self.settings.train, [], []
+        pictures = held_out_pictures(self.settings.data, t.eval_batches * t.batch_size)
+        for start in range(0, len(pictures), t.batch_size):
+            images = to_images(pictures[start : start + t.batch_size], self.ranks.device)
+            reconstruction, mean, _ = self.model(2 * images - 1)
+            error = (reconstruction.float() / 2 + 0.5).clamp(0, 1) - images
+            psnrs.append(-10 * error.pow(2).mean((1, 2, 3)).log10())
+            latents.append(mean.float())
+        return {"held_out_psnr": torch.cat(psnrs).mean(), "latent_std": torch.cat(latents).std()}
+
+    def sample(self, path):
+        """Held-out pictures above their reconstructions."""
+        pictures = held_out_pictures(self.settings.data, 8)
+        reconstruction, _, _ = self.model(2 * to_images(pictures, self.ranks.device) - 1)
+        save_grid([list(pictures), to_pictures(reconstruction / 2 + 0.5)], path)
+
+    def state(self):
+        return {}
+
+    def load_state(self, tensors):
+        pass
+
+
+class UNetTask:
+    """Captions and noise → the latents of their pictures. Saved, and sampled from, as a whole pipeline.
+
+    The autoencoder and the text tower stay as they are. Every picture is encoded once, at the start.
+    """
+
+    unit = "images"
+
+    def __init__(self, s, given, ranks, resume):
+        self.settings, self.ranks = s, ranks
+        for key in ("vae", "clip"):
+            if not resume and not getattr(s.data, key):
+                raise UserError(f"data.{key} is empty: name the trained {key} to build on")
+        unet = start_model(UNet, UNetConfig, s.model, given, resume)
+        unet.activation_checkpointing = s.train.activation_checkpointing
+        vae = AutoencoderKL.from_pretrained(resume or s.data.vae, dtype=torch.float32)
+        text = text_encoders(resume)[0] if resume else CLIP.from_pretrained(s.data.clip).text_encoder()
+        if text.tokenizer is None:
+            raise UserError(f"{s.data.clip}: came without a tokenizer, so it cannot read captions")
+        if (width := text.config.text.width) != unet.config.cross_attention_dim:
+            raise UserError(
+                f"model.cross_attention_dim {unet.config.cross_attention_dim} must be CLIP's width, {width}"
+            )
+        self.model = LatentDiffusion(unet, vae, s.schedule, text).to(ranks.device)
+        for part in (vae, text):
+            part.requires_grad_(False)
+        self.modules = {"model": unet}
+        self.items_per_row = 1
+        self.pairs = {}  # split: (captions, mean and log-variance of their pictures' latents)
+        for split in ("train", "held_out"):
+            rows = CaptionRows(s.data, s.train.batch_size, s.train.seed, split)
+            items = [source[i] for source, i, _ in rows.places if source.sound(source[i], [("image", None)])]
+            self.pairs[split] = [item.caption for item in items], self.encode(items, split)
+        if not resume:  # latents of size 1 are what the noise schedule is made for
+            scale = 1 / self.pairs["train"][1][:, 0].std().item()
+            vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 5))
+
+    @torch.inference_mode()
+    def encode(self, items, split):
+        """→ (N, 2, z, h, w): mean and log-variance. Kept in the run's folder, for the next start."""
+        file = Path(self.settings.run.dir) / f"latents_{split}.safetensors"
+        if file.exists() and len(known := checkpoint.read_tensors(file)["latents"]) == len(items):
+            return known
+        device = self.ranks.device
+        parts = []
+        for start in tqdm(range(0, len(items), 64), desc=f"latents of {split} pictures", disable=self.ranks.rank > 0):
+            pictures = np.stack([item.image for item in items[start : start + 64]])
+            parts.append(torch.stack(self.model.vae.encode(2 * to_images(pictures, device) - 1), dim=1).cpu())
+        latents = torch.cat(parts)
+        if self.ranks.rank == 0:
+            checkpoint.write_tensors(file, {"latents": latents})
+        return latents.clone()
+
+    def active(self, phase, step):
+        return True
+
+    def batch(self, step, microstep, rows):
+        return self.draw("train", step * self.settings.train.accumulate + microstep, rows)
+
+    def draw(self, split, number, rows):
+        """Batch `number` of a split: captions, latents (B, 2, z, h, w), two noises (2, B, z, h, w), offsets, times."""
+        captions, latents = self.pairs[split]
+        s, drawn = self.settings, []
+        for row in rows:
+            pass_, place = divmod(number * s.train.batch_size + row, len(captions))
+            i = np.random.default_rng((s.train.seed, pass_, 8)).permutation(len(captions))[place]
+            rng = np.random.default_rng((s.train.seed, number, row, 9))
+            noise = rng.standard_normal((2, *latents.shape[2:]), np.float32)
+            offset = rng.standard_normal((latents.shape[2], 1, 1), np.float32)
+            caption = "" if rng.random() < s.loss.drop and split == "train" else captions[i]
+            drawn.append((caption, latents[i], noise, offset, rng.integers(s.schedule.num_train_timesteps)))
+        captions, latents, noises, offsets, times = zip(*drawn, strict=True)
+        return list(captions), torch.stack(latents), np.stack(noises, axis=1), np.stack(offsets), np.array(times)
+
+    def loss(self, phase, wrapped, batch, step, microstep):
+        captions, latents, noises, offsets, times = batch
+        device, c = self.ranks.device, self.settings.loss
+        mean, logvar = latents.to(device).unbind(1)  # (B, z, h, w)
+        sampled, noise = torch.from_numpy(noises).to(device)
+        x0 = reparameterize(mean, logvar, sampled) * self.model.vae.config.scaling_factor
+        noise = offset_noise(noise, torch.from_numpy(offsets).to(device), c.noise_offset)
+        with torch.no_grad():
+            context = self.model.encode_text(captions).context
+        t = torch.from_numpy(times).to(device)
+        return diffusion_loss(wrapped, self.settings.schedule, x0, noise, t, context, min_snr=c.min_snr), {}
+
+    def after_step(self, step, ema):
+        pass
+
+    def evaluate(self):
+        t, unet = self.settings.train, self.model.unet
+        batches = min(t.eval_batches, max(1, len(self.pairs["held_out"][0]) // t.batch_size))
+        drawn = [self.draw("held_out", i, self.ranks.rows(t.batch_size)) for i in range(batches)]
+        return {"held_out_loss": torch.stack([self.loss("model", unet, batch, 0, 0)[0] for batch in drawn]).mean()}
+
+    def sample(self, path):
+        """The first held-out captions, drawn twice, below the true pictures' reconstructions."""
+        captions, latents = (x[:8] for x in self.pairs["held_out"])
+        scale = self.model.vae.config.scaling_factor
+        true = self.model.to_images(latents[:, 0].to(self.ranks.device) * scale)
+        size = self.settings.data.side
+        drawn = [self.model.generate(captions, guidance=3, steps=25, size=size, seed=8 * row) for row in range(2)]
+        save_grid([to_pictures(images) for images in (true, *drawn)], path)
+
+    def state(self):
+        return {}
+
+    def load_state(self, tensors):
+        pass
+
+
+TASKS = {"vqgan": VQGANTask, "llama": LLaMATask, "clip": CLIPTask, "vae": VAETask, "unet": UNetTask}
 
 
 def to_images(pictures, device):
@@ -512,7 +736,7 @@ def train(s, given, device=None):
     resume = checkpoint.latest_step(run)
     torch.manual_seed(t.seed)
     task = TASKS[s.model.kind](s, given, ranks, resume)
-    model = task.model
+    model = next(iter(task.modules.values()))  # the one that is averaged; a U-Net is saved as part of a pipeline
     s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(model.config)))
     for module in task.modules.values():
         module.to(ranks.device).train()
@@ -650,13 +874,14 @@ def tensorboard(run):
 def save_training(folder, step, task, optimizers, ema):
     """Fills `folder` with a checkpoint: see checkpoint.py for its layout."""
     task.model.save_pretrained(folder)
+    model, *others = task.modules.values()
     if ema:
-        with averaged(task.model, ema):
+        with averaged(model, ema):
             task.model.save_pretrained(folder / "ema")
     for phase, module in task.modules.items():
         tensors = optimizer_tensors(optimizers[phase], module)
         checkpoint.write_tensors(folder / "training" / f"optimizer.{phase}.safetensors", tensors)
-        if module is not task.model:
+        if module in others:
             checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
     checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
     checkpoint.write_text(folder / "state.json", json.dumps({"step": step}) + "\n")
@@ -664,14 +889,15 @@ def save_training(folder, step, task, optimizers, ema):
 
 def load_training(folder, task, optimizers, ema, ranks):
     """The other half: everything but the model's weights, which are loaded already. → the step."""
+    model, *others = task.modules.values()
     for phase, module in task.modules.items():
         file = folder / "training" / f"optimizer.{phase}.safetensors"
         load_optimizer(optimizers[phase], module, checkpoint.read_tensors(file))
-        if module is not task.model:
+        if module in others:
             module.load_state_dict(checkpoint.read_tensors(folder / "training" / f"{phase}.safetensors"))
     task.load_state(checkpoint.read_tensors(folder / "training" / "state.safetensors"))
     if ema and (folder / "ema").is_dir():
-        saved = type(task.model).from_pretrained(folder / "ema", dtype=torch.float32, device=ranks.device)
+        saved = type(model).from_pretrained(folder / "ema", dtype=torch.float32, device=ranks.device)
         torch._foreach_copy_(ema, [p.detach() for p in saved.parameters()])
     return checkpoint.read_json(folder / "state.json")["step"]
 
