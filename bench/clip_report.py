@@ -42,12 +42,15 @@ class BagOfWords:
 
     def __init__(self, items, strength=30.0):
         self.vocabulary = {word: i for i, word in enumerate(sorted({w for item in items for w in words(item.caption)}))}
-        x, y = self.pixels(items), self.texts([item.caption for item in items])  # (N, 769), (N, V)
+        x, y = (
+            self.pixels([item.image for item in items]),
+            self.texts([item.caption for item in items]),
+        )  # (N, 769), (N, V)
         self.map = np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ y)  # (769, V)
 
     @staticmethod
-    def pixels(items):
-        small = [np.asarray(Image.fromarray(item.image).resize((16, 16), Image.Resampling.BOX)) for item in items]
+    def pixels(pictures):
+        small = [np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BOX)) for p in pictures]
         x = np.stack(small).reshape(len(small), -1) / 255 - 0.5
         return np.concatenate((x, np.ones((len(x), 1))), axis=1)
 
@@ -60,8 +63,8 @@ class BagOfWords:
                     row[self.vocabulary[word]] = 1
         return y / np.linalg.norm(y, axis=1, keepdims=True).clip(1e-9)
 
-    def images(self, items):
-        return self.pixels(items) @ self.map
+    def images(self, pictures):
+        return self.pixels(pictures) @ self.map
 
 
 class Learned:
@@ -74,8 +77,8 @@ class Learned:
         parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
         return torch.cat([self.clip.encode_text(self.clip.tokenize(part)) for part in parts]).numpy()
 
-    def images(self, items):
-        images = self.clip.preprocess([Image.fromarray(item.image) for item in items])
+    def images(self, pictures):
+        images = self.clip.preprocess([Image.fromarray(p) for p in pictures])
         return torch.cat([self.clip.encode_image(part) for part in images.split(256)]).numpy()
 
 
@@ -85,23 +88,29 @@ def interval(hits):
     return {"mean": hits.mean(), "error": 1.96 * hits.std(ddof=1) / len(hits) ** 0.5}
 
 
-def measure(model, items, train, others):
-    """Retrieval and categories of `items`; `others` (N, 99): the names beside which each must be found."""
-    images = model.images(items)  # (N, E)
-    own, rest = model.texts([item.caption for item in items]), model.texts(list(others.flat))
+def distractors(items, everyone, draws):
+    """For each item 99 other names (N, 99), beside which its own must be found."""
+    return np.stack([draws.choice(everyone[everyone != i.caption], AMONG - 1, replace=False) for i in items])
+
+
+def retrieval(model, pictures, captions, others):
+    """How often a picture's own caption comes first, or among the first five, of itself and `others` (N, 99)."""
+    images = model.images(pictures)  # (N, E)
+    own, rest = model.texts(captions), model.texts(list(others.flat))
     scores = np.concatenate((own[:, None], rest.reshape(*others.shape, -1)), axis=1) @ images[:, :, None]  # (N, 100, 1)
     better = (scores[:, 1:, 0] >= scores[:, :1, 0]).sum(1)  # a tie is no hit
+    return {"R@1": interval(better < 1), "R@5": interval(better < 5)}
+
+
+def categories(model, items, train):
+    """How often the category whose training names lie closest is the picture's own."""
     names = collections.defaultdict(list)
     for item in train:
         names[item.category].append(item.caption)
     centres = np.stack([model.texts(captions).mean(0) for captions in names.values()])  # (10, E)
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    found = np.array(list(names))[(images @ centres.T).argmax(1)]
-    return {
-        "R@1": interval(better < 1),
-        "R@5": interval(better < 5),
-        "category": interval(found == [item.category for item in items]),
-    }
+    found = np.array(list(names))[(model.images([item.image for item in items]) @ centres.T).argmax(1)]
+    return interval(found == [item.category for item in items])
 
 
 @torch.inference_mode()
@@ -117,8 +126,12 @@ def main():
     models, draws = {"clip": Learned(clip), "bag_of_words": BagOfWords(train)}, np.random.default_rng(SEED)
     report = {}
     for split, items in splits.items():
-        others = [draws.choice(everyone[everyone != item.caption], AMONG - 1, replace=False) for item in items]
-        report[split] = {name: measure(model, items, train, np.stack(others)) for name, model in models.items()}
+        others = distractors(items, everyone, draws)
+        pictures, captions = [item.image for item in items], [item.caption for item in items]
+        report[split] = {
+            name: retrieval(model, pictures, captions, others) | {"category": categories(model, items, train)}
+            for name, model in models.items()
+        }
         commonest = collections.Counter(item.category for item in items).most_common(1)[0][1] / len(items)
         report[split]["chance"] = {"R@1": 1 / AMONG, "R@5": 5 / AMONG, "category": commonest}
         report[split]["pictures"] = len(items)

@@ -21,7 +21,8 @@ from torch import nn
 
 import checkpoint
 import train
-from clip import CLIP
+from clip import CLIP, text_encoders
+from diffusion import LatentDiffusion
 from model import LLaMA
 from settings import OptimSettings, UserError
 from vqgan import VQGAN
@@ -162,6 +163,35 @@ def test_a_clip_run_in_two_parts_ends_in_the_same_bits_and_opens_as_a_clip(tmp_p
     assert losses[-1] < losses[0] and metrics(whole)[-1]["held_out_loss"] < math.log(16)  # better than guessing
     clip = CLIP.from_pretrained(whole)
     assert clip.encode_text(clip.tokenize(["grinning face"])).shape == (1, 32)
+
+
+def test_a_vae_and_a_unet_run_in_two_parts_end_in_the_same_bits_and_draw(tmp_path):
+    """The U-Net's steps are whole pipelines; its latents are computed once and found again."""
+    clip = run_tiny("clip", tmp_path / "clip", "train.steps=2", *QUIET)
+    parts = [f"data.clip={clip}", f"data.vae={tmp_path / 'vae_whole'}"]
+    for kind in ("vae", "unet"):
+        overrides = parts if kind == "unet" else []
+        whole = run_tiny(kind, tmp_path / f"{kind}_whole", *overrides)
+        twice = tmp_path / f"{kind}_twice"
+        run_tiny(kind, twice, "train.steps=7", "optim.decay_steps=12", *overrides, *QUIET)
+        run_tiny(kind, twice, "optim.decay_steps=12", *overrides, *QUIET)
+        assert_same_bits(twice / "step_00000012", whole / "step_00000012")
+        losses = [entry["loss"] for entry in metrics(whole)]
+        assert losses[-1] < losses[0] and (whole / "samples" / "step_00000012.png").exists()
+    assert metrics(tmp_path / "vae_whole")[-1]["held_out_psnr"] > 8
+    model = LatentDiffusion.from_pretrained(whole, text_encoders(whole))
+    latents = checkpoint.read_tensors(whole / "latents_train.safetensors")["latents"][:, 0]
+    assert abs(latents.std() * model.vae.config.scaling_factor - 1) < 1e-3  # what the schedule is made for
+    again = [model.generate(["pizza"], steps=3, size=16, seed=1) for _ in range(2)]
+    assert again[0].shape == (1, 3, 16, 16) and torch.equal(*again)
+
+
+def test_a_unet_whose_text_encoder_has_another_width_is_one_line(tmp_path):
+    clip, vae = (run_tiny(kind, tmp_path / kind, "train.steps=1", *QUIET) for kind in ("clip", "vae"))
+    parts = [f"data.clip={clip}", f"data.vae={vae}"]
+    message = refused(run_tiny, "unet", tmp_path / "unet", *parts, "model.cross_attention_dim=16")
+    assert message == "model.cross_attention_dim 16 must be CLIP's width, 32"
+    assert "data.vae is empty" in refused(run_tiny, "unet", tmp_path / "unet", "data.vae=")
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tokenizer_run, tmp_path):
