@@ -355,12 +355,17 @@ def read_weights(folder, table, c, mesh):
     return place(tensors, "", table, c, mesh, folder)
 
 
+@partial(jax.jit, static_argnums=2)
+def whole(array, layer, mesh):
+    """A weight, or one layer of it, on every device."""
+    return constrain(array if layer is None else array[layer], NamedSharding(mesh, P()))
+
+
 def write(stem, trees, table, c, mesh, extra=None):
     """Writes {ending: {name: array}}, and `extra` arrays, as stem.safetensors or numbered files beside an index.
 
     One tensor at a time is brought together, by all processes, and kept by the one that writes its file.
     """
-    whole = jax.jit(lambda x, layer: x if layer is None else x[layer], out_shardings=NamedSharding(mesh, P()))
     tensors = []
     for ending, tree in trees.items():
         for name, layer, there, shape in places(table, c):
@@ -377,7 +382,7 @@ def write(stem, trees, table, c, mesh, extra=None):
         held = dict(extra or {}) if number == 0 else {}
         for i in np.flatnonzero(numbers == number):
             there, array, layer, shape = tensors[i]
-            tensor = whole(array, layer)
+            tensor = whole(array, layer, mesh)
             if mine:
                 held[there] = np.asarray(tensor.addressable_data(0))[tuple(slice(n) for n in shape)]
         if mine:
@@ -499,8 +504,18 @@ def train(s, given, devices=None):
     resume = checkpoint.latest_step(run)
     c = model_config(s, given, resume or (s.model.init and checkpoint.resolve(s.model.init)))
     s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(c)))
-    with jax.set_mesh(mesh):
+    # a TPU multiplies float32 in bfloat16 unless told otherwise
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if t.dtype == "float32" else "default"):
         table, update_step, loss_of, _, abstract_batch = prepare(s, c, mesh)
+        if not s.data.rows:
+            raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
+
+        def open_rows(paths, **options):
+            rows = TokenRows(paths, c.max_seq_len, t.batch_size, t.seed, vocab_size=c.vocab_size, **options)
+            return rows, open_batches(rows, abstract_batch.sharding)
+
+        _, microsteps = open_rows(s.data.rows, weights=s.data.weights)
+        held_out, held_out_batch = open_rows(s.data.held_out) if s.data.held_out else (None, None)
         state, first = start(s, c, mesh, table, resume)
         if first >= t.steps:
             if chief:
@@ -512,15 +527,6 @@ def train(s, given, devices=None):
             grid = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             print(f"llama, {count:,} parameters, {origin}, on {mesh.devices.flat[0].platform}, {grid}; run: {run}")
             checkpoint.start_run(run, s, first)
-
-        def open_rows(paths, **options):
-            rows = TokenRows(paths, c.max_seq_len, t.batch_size, t.seed, vocab_size=c.vocab_size, **options)
-            return rows, open_batches(rows, abstract_batch.sharding)
-
-        if not s.data.rows:
-            raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
-        _, microsteps = open_rows(s.data.rows, weights=s.data.weights)
-        held_out, held_out_batch = open_rows(s.data.held_out) if s.data.held_out else (None, None)
 
         def evaluate(params):
             count = min(t.eval_batches, max(1, held_out.tokens // (t.batch_size * c.max_seq_len)))
