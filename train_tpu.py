@@ -1,11 +1,12 @@
 """LVM's LLaMA in pure JAX on a mesh of devices: from one core to a pod of TPUs, one program.
 
-    python train_tpu.py --config configs/tiny_llama.toml                           every device of this machine
-    python train_tpu.py --config configs/lvm.toml model.size=lvm_7b mesh.fsdp=64 mesh.tensor=4 --distributed auto
-    python train_tpu.py --config configs/lvm.toml model.size=lvm_7b mesh.fsdp=64 mesh.tensor=4 --plan
+    python train_tpu.py --config configs/tiny_llama.toml         on every device of this machine
+    python train_tpu.py --config configs/lvm.toml model.size=lvm_7b train.batch_size=128 train.accumulate=1 \
+        mesh.fsdp=64 mesh.tensor=4 --distributed auto            on each host of a slice of 256 chips
+    … --plan                                                     what that would need; runs on a laptop
 
 The program below is written for one device of unlimited memory. What makes it run on 256 is a *sharding* for
-each array: a mesh axis beside each dimension that is split. XLA's partitioner (GSPMD, Xu et al. 2021) follows
+each array: a mesh axis beside each dimension that is split. XLA's partitioner (Xu et al. 2021, GSPMD) follows
 them through the program and inserts the communication. The devices stand in a grid (data, fsdp, tensor):
 
     data      copies of the model, each with its own rows       gradients are summed, once a microstep
@@ -218,7 +219,9 @@ def mean_loss(params, tokens, s, c, table):
 
     if s.train.activation_checkpointing:
         layer = jax.checkpoint(layer, policy=KEPT[s.mesh.keep], prevent_cse=False)
-    x = constrain(ready("embed_tokens", params["embed_tokens"])[inputs], P(ROWS))  # (B, T, D)
+    # the constraint holds backward too: each device adds up its own rows' gradients, then these are summed
+    embedding = constrain(ready("embed_tokens", params["embed_tokens"]), P("tensor"))  # (V, D)
+    x = constrain(embedding[inputs], P(ROWS))  # (B, T, D)
     x, _ = jax.lax.scan(layer, x, {name: w for name, w in params.items() if name.startswith("layers.")})
     x = rms_norm(x, ready("norm", params["norm"]), c.norm_eps)
 
