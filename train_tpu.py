@@ -37,6 +37,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -198,9 +199,10 @@ def block(x, w, angles, c):
     return x + constrain(jnp.einsum("btf,df->btd", jax.nn.silu(gate) * up, w["mlp.down_proj"]), P(ROWS))
 
 
-KEPT = {  # what a recomputed layer keeps besides its input
+KEPT = {  # what a layer keeps for the backward pass besides its input; never its weights, which are gathered again
     "nothing": jax.checkpoint_policies.nothing_saveable,
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
 }
 
 
@@ -215,10 +217,10 @@ def mean_loss(params, tokens, s, c, table):
 
     def layer(x, weights):
         w = {name.removeprefix("layers."): ready(name, weight) for name, weight in weights.items()}
-        return block(x, w, angles, c), None
+        return block(x, checkpoint_name(w, "gathered"), angles, c), None
 
-    if s.train.activation_checkpointing:
-        layer = jax.checkpoint(layer, policy=KEPT[s.mesh.keep], prevent_cse=False)
+    kept = KEPT[s.mesh.keep if s.train.activation_checkpointing else "everything"]
+    layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
     # the constraint holds backward too: each device adds up its own rows' gradients, then these are summed
     embedding = constrain(ready("embed_tokens", params["embed_tokens"]), P("tensor"))  # (V, D)
     x = constrain(embedding[inputs], P(ROWS))  # (B, T, D)
@@ -411,7 +413,7 @@ def save(run, step, keep, state, table, c, mesh):
                     config = config_to_hf(c) | {"torch_dtype": "float32"}
                     checkpoint.write_text(folder / name / "config.json", json.dumps(config, indent=2) + "\n")
                 write(folder / name / "model", {"": tree}, table, c, mesh)
-        counts = {f"{there}.step": np.float32(step) for _, _, there, _ in places(table, c)}
+        counts = {f"{there}.step": np.array(step, np.float32) for _, _, there, _ in places(table, c)}
         moments = {f".{kind}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
         write(folder / "training" / "optimizer.model", moments, table, c, mesh, counts)
         if chief:

@@ -125,11 +125,11 @@ def count(computations, name, devices):
 def compile_and_count(lowered, devices):
     """A lowered step → (Counter as above, bytes of temporaries on one device)."""
     with tempfile.TemporaryDirectory() as folder:
-        # the program as the partitioner leaves it: afterwards the CPU's compiler turns bfloat16 into float32
-        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning|.*layout_assignment.*"}
-        compiled = lowered.compile(compiler_options=options)
-        dumped = sorted(Path(folder).glob("*HLO_passes_through_layout_assignment.after_pipeline-start*"))
-        text = dumped[-1].read_text()
+        # the program as the partitioner leaves it, before this pass, the CPU compiler's first of its own
+        first = "batched_gather_scatter_normalizer"
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_pass_re": first})
+        (dumped,) = Path(folder).glob(f"*.before_{first}*.txt")
+        text = dumped.read_text()
     computations, entry = parse(text)
     return count(computations, entry, devices), compiled.memory_analysis().temp_size_in_bytes
 
