@@ -37,7 +37,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -199,10 +198,10 @@ def block(x, w, angles, c):
     return x + constrain(jnp.einsum("btf,df->btd", jax.nn.silu(gate) * up, w["mlp.down_proj"]), P(ROWS))
 
 
-KEPT = {  # what a layer keeps for the backward pass besides its input; never its weights, which are gathered again
+KEPT = {  # what a layer keeps for its backward pass, besides its input; never its weights, which are gathered again
     "nothing": jax.checkpoint_policies.nothing_saveable,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "everything": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of x with weights
+    "everything": jax.checkpoint_policies.dots_saveable,  # all but what is cheap to compute again
 }
 
 
@@ -217,7 +216,7 @@ def mean_loss(params, tokens, s, c, table):
 
     def layer(x, weights):
         w = {name.removeprefix("layers."): ready(name, weight) for name, weight in weights.items()}
-        return block(x, checkpoint_name(w, "gathered"), angles, c), None
+        return block(x, w, angles, c), None
 
     kept = KEPT[s.mesh.keep if s.train.activation_checkpointing else "everything"]
     layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
