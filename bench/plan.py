@@ -127,7 +127,10 @@ def compile_and_count(lowered, devices):
     with tempfile.TemporaryDirectory() as folder:
         # the program as the partitioner leaves it, before this pass, the CPU compiler's first of its own
         first = "batched_gather_scatter_normalizer"
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_pass_re": first})
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": first}
+        # this pass would take float32 copies of all layers' activations at once, out of the loop over the layers
+        options["xla_disable_hlo_passes"] = "while-loop-invariant-code-motion"
+        compiled = lowered.compile(compiler_options=options)
         (dumped,) = Path(folder).glob(f"*.before_{first}*.txt")
         text = dumped.read_text()
     computations, entry = parse(text)
