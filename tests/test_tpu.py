@@ -3,6 +3,7 @@
 Eight CPU devices are made out of one, so every sharding and every collective below is real; only their speed is not.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -432,3 +433,13 @@ def test_a_checkpoint_of_another_shape_is_named(one_device, tmp_path):
         checkpoint.write_tensors(tmp_path / str(number) / "model.safetensors", found)
         assert said in refused(train_tpu.read_weights, Path(tmp_path / str(number)), table, c, mesh)
     assert json.loads((folder / "state.json").read_text()) == {"step": 5}
+
+
+def test_between_slices_only_the_data_axis_runs():
+    """Of two slices (stand-ins: there is no TPU here), each holds whole copies of the model."""
+    names = ("id", "slice_index", "process_index", "platform", "device_kind")
+    stand_in = dataclasses.make_dataclass("StandIn", names, frozen=True)
+    devices = [stand_in(i, i % 2, i % 2, "cpu", "cpu") for i in range(16)]
+    grid = train_tpu.make_mesh(settings.MeshSettings(data=4, fsdp=2, tensor=2), devices).devices
+    assert [{device.slice_index for device in copy.flat} for copy in grid] == [{0}, {0}, {1}, {1}]
+    assert "multiple of the 2 slices" in refused(train_tpu.make_mesh, settings.MeshSettings(data=1), devices)
