@@ -26,6 +26,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import settings
 from settings import UserError
 
 # ---- one file --------------------------------------------------------------------------------
@@ -114,6 +115,8 @@ def read_tensors(path):
             if (path / f"{name}.index.json").exists():
                 return _read_shards(path / f"{name}.index.json")
         raise UserError(f"{path}: no weights in this folder (looked for {', '.join(WEIGHT_FILES)})")
+    if not path.exists() and (index := path.with_name(f"{path.name}.index.json")).exists():
+        return _read_shards(index)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -229,6 +232,24 @@ def steps(run):
 
 def latest_step(run):
     return next(reversed(steps(run)), None)
+
+
+def start_run(run, s, first):
+    """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes: step `first`."""
+    run.mkdir(parents=True, exist_ok=True)
+    remove_parts(run)
+    text = settings.dumps(s)
+    if first and (run / "config.toml").exists():
+        before = (run / "config.toml").read_text().splitlines()
+        for line in text.splitlines():
+            if line not in before:
+                print(f"resuming with another setting than before: {line}")
+    write_text(run / "config.toml", text)
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    # a kill may have cut the last line short, and steps after the checkpoint will be run again
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+    write_text(log, "".join(line + "\n" for line in kept))
 
 
 @contextmanager

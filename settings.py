@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import tomllib
 import types
@@ -85,6 +86,14 @@ class OptimSettings:
             raise ValueError(f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}")
 
 
+def learning_rate(o, step, steps):
+    """Linear warm-up to o.lr, then half a cosine down to o.min_lr at o.decay_steps (else the last step)."""
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    progress = (step - o.warmup_steps) / max(1, (o.decay_steps or steps) - o.warmup_steps)
+    return o.min_lr + (o.lr - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     steps: int
@@ -113,6 +122,23 @@ class TrainSettings:
                 raise ValueError(f"{name} must be at least 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """The grid of devices of train_tpu.py, which train.py leaves unread: rows are split over data × fsdp,
+    weights and optimizer over fsdp × tensor."""
+
+    data: int = 1
+    fsdp: int = 0  # 0: all devices that the others leave
+    tensor: int = 1
+    keep: str = "nothing"  # by a recomputed layer: "nothing", or the "products" of its matrices (faster, larger)
+
+    def __post_init__(self):
+        if min(self.data, self.tensor) < 1 or self.fsdp < 0:
+            raise ValueError("data and tensor must be at least 1, fsdp at least 0")
+        if self.keep not in ("nothing", "products"):
+            raise ValueError(f'keep "{self.keep}" must be "nothing" or "products"')
 
 
 # ---- TOML → dict -----------------------------------------------------------------------------

@@ -64,7 +64,7 @@ from diffusion import (
     reparameterize,
 )
 from model import SIZES, LLaMA, LLaMAConfig
-from settings import OptimSettings, RunSettings, TrainSettings, UserError
+from settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError, learning_rate
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
 
 # ---- settings: which sections a run of each kind has -----------------------------------------
@@ -127,6 +127,7 @@ class LLaMARun:
     data: DataSettings
     train: TrainSettings
     optim: OptimSettings = field(default_factory=OptimSettings)
+    mesh: MeshSettings = field(default_factory=MeshSettings)  # of train_tpu.py; here it only has to be right
 
 
 @dataclass(frozen=True)
@@ -664,14 +665,6 @@ def frozen(module):
 # ---- optimization ----------------------------------------------------------------------------
 
 
-def learning_rate(o, step, steps):
-    """Linear warm-up to o.lr, then half a cosine down to o.min_lr at o.decay_steps (else the last step)."""
-    if step < o.warmup_steps:
-        return o.lr * (step + 1) / o.warmup_steps
-    progress = (step - o.warmup_steps) / max(1, (o.decay_steps or steps) - o.warmup_steps)
-    return o.min_lr + (o.lr - o.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 def make_optimizer(module, o):
     return torch.optim.AdamW(
         module.parameters(), o.lr, (o.beta1, o.beta2), o.eps, weight_decay=o.weight_decay, fused=True
@@ -753,7 +746,7 @@ def train(s, given, device=None):
         count = sum(p.numel() for p in model.parameters())
         origin = f"resumed from {resume}" if resume else f"from {s.model.init}" if s.model.init else "from scratch"
         print(f"{s.model.kind}, {count:,} parameters, {origin}, on {ranks.world} × {ranks.device}; run: {run}")
-        start_folder(run, s, first)
+        checkpoint.start_run(run, s, first)
 
     if t.compile and can_compile(ranks.device):
         model.compile()
@@ -843,24 +836,6 @@ def train(s, given, device=None):
     if ranks.world > 1:
         dist.destroy_process_group()
     return run
-
-
-def start_folder(run, s, first):
-    """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes."""
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.remove_parts(run)
-    text = settings.dumps(s)
-    if first and (run / "config.toml").exists():
-        before = (run / "config.toml").read_text().splitlines()
-        for line in text.splitlines():
-            if line not in before:
-                print(f"resuming with another setting than before: {line}")
-    checkpoint.write_text(run / "config.toml", text)
-    log = run / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    # a kill may have cut the last line short, and steps after the checkpoint will be run again
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-    checkpoint.write_text(log, "".join(line + "\n" for line in kept))
 
 
 def tensorboard(run):

@@ -1,0 +1,445 @@
+"""What train_tpu.py promises: on any mesh the run of one device; train.py's run folder, both ways; a plan that adds up.
+
+Eight CPU devices are made out of one, so every sharding and every collective below is real; only their speed is not.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT
+from safetensors.torch import load_file
+from test_train import assert_same_bits, copy_up_to, metrics, refused
+
+import checkpoint
+import data
+import settings
+import train
+import train_tpu
+from bench import plan
+from model import LLaMA
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+CONFIG = ROOT / "configs" / "tiny_llama.toml"
+# 66 is no multiple of 4: there the vocabulary is padded
+TINY = ["model.vocab_size=66", "model.n_kv_heads=4", "model.max_seq_len=64", "train.batch_size=8", "train.keep=0",
+        "train.ema=0.9", "train.eval_every=0", "train.sample_every=0", "data.tokenizer="]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """Programs compiled once are found again, by the other processes too."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_disable_most_optimizations": True,  # of the machine code; sharding is done before
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """The [data] of a run on 100 rows that count upwards by ones and twos."""
+    path, rng = tmp_path_factory.mktemp("rows") / "rows.jsonl", np.random.default_rng(0)
+    path.write_text("".join(data.encode_row(rng.integers(1, 3, 90).cumsum() % 66) for _ in range(100)))
+    return [f'data.rows=["{path}"]', f'data.held_out=["{path}"]']
+
+
+def on_mesh(mesh):
+    return [f"mesh.{axis}={size}" for axis, size in zip(train_tpu.AXES, mesh, strict=True)]
+
+
+def run_tpu(run, mesh, *overrides):
+    """Trains configs/tiny_llama.toml, made TINY, on as many of the eight devices as the mesh has."""
+    s, given = train_tpu.read_run(CONFIG, [f"run.dir={run}", *TINY, *on_mesh(mesh), *overrides])
+    return train_tpu.train(s, given, jax.devices()[: math.prod(mesh)])
+
+
+def opened(folder, mesh, *overrides):
+    """What train() holds at its start from `folder`: (settings, LLaMAConfig, mesh, {name: Weight}, state)."""
+    s, given = train_tpu.read_run(CONFIG, ["run.dir=", *TINY, *on_mesh(mesh), *overrides])
+    c = train_tpu.model_config(s, set() if folder else given, folder)
+    grid = train_tpu.make_mesh(s.mesh, jax.devices()[: math.prod(mesh)])
+    table = train_tpu.declare(c, grid.shape["tensor"])
+    return s, c, grid, table, train_tpu.start(s, c, grid, table, folder)[0]
+
+
+def assert_close_weights(a, b, tolerance):
+    """‖a - b‖ / ‖b‖ of every weight of two checkpoints."""
+    a, b = (LLaMA.from_pretrained(folder).state_dict() for folder in (a, b))
+    far = {name: float((a[name] - b[name]).norm() / b[name].norm()) for name in a}
+    assert max(far.values()) <= tolerance, max(far.items(), key=lambda item: item[1])
+
+
+def assert_same_curve(a, b, tolerance):
+    a, b = metrics(a), metrics(b)
+    assert [entry["step"] for entry in a] == [entry["step"] for entry in b]
+    for key in ("loss", "grad_norm", "lr"):
+        assert [entry[key] for entry in a] == pytest.approx([entry[key] for entry in b], rel=tolerance), key
+
+
+# ---- a mesh changes nothing but rounding -----------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def one_device(rows, tmp_path_factory):
+    return run_tpu(tmp_path_factory.mktemp("one") / "run", (1, 1, 1), "train.steps=5", *rows)
+
+
+@pytest.fixture(scope="session")
+def eight_devices(rows, tmp_path_factory):
+    """(2, 2, 2), trained without a break: 10 steps, a checkpoint after each 5."""
+    run = tmp_path_factory.mktemp("eight") / "run"
+    return run_tpu(run, (2, 2, 2), "train.steps=10", "train.save_every=5", *rows)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)])
+def test_every_mesh_trains_as_one_device(one_device, rows, mesh, tmp_path):
+    """Five float32 steps from scratch: loss, norm of the gradient, and then every weight."""
+    run = run_tpu(tmp_path / "run", mesh, "train.steps=5", *rows)
+    assert_same_curve(run, one_device, 1e-5)
+    assert_close_weights(run / "latest", one_device / "latest", 1e-5)
+    assert metrics(run)[-1]["loss"] < 0.95 * metrics(run)[0]["loss"]
+
+
+def test_two_processes_train_as_one(eight_devices, rows, tmp_path):
+    """2 × 4 devices: each process reads only its rows, and writes its share of the checkpoint's files."""
+    run = tmp_path / "run"
+    spying = """
+import data, settings, sys, train_tpu
+def batch(self, microstep, rows, read=data.TokenRows.batch):
+    print(*rows, file=spy, flush=True)
+    return read(self, microstep, rows)
+spy = open(sys.argv.pop(1), "w")
+data.TokenRows.batch = batch
+train_tpu.FILE_BYTES = 20_000
+settings.run_main(train_tpu.main)
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    settings_of_run = ["train.steps=10", "train.save_every=5", *rows]
+    overrides = [f"run.dir={run}", *TINY, *on_mesh((2, 2, 2)), *settings_of_run]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    processes = []
+    for i in range(2):
+        command = [sys.executable, "-c", spying, tmp_path / f"rows{i}", "--config", CONFIG]
+        command += ["--distributed", f"{address},2,{i}", *overrides]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    for process in processes:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+    assert_same_curve(run, eight_devices, 1e-5)
+    assert_close_weights(run / "latest", eight_devices / "latest", 1e-5)
+    assert_close_weights(run / "latest" / "ema", eight_devices / "latest" / "ema", 1e-5)
+    assert len(list((run / "latest").glob("model-*-of-*.safetensors"))) > 2
+    assert not list(run.rglob(".*.part.*"))
+    for i, expected in enumerate(({0, 1, 2, 3}, {4, 5, 6, 7})):
+        assert {int(row) for row in (tmp_path / f"rows{i}").read_text().split()} == expected
+
+
+def test_weights_are_split_as_declared():
+    """Each device holds 1/(fsdp·tensor) of every matrix, of its moments too, after an update as before."""
+    for mesh in ((1, 8, 1), (1, 1, 4), (2, 2, 2)):
+        s, c, grid, table, state = opened(None, mesh)
+        with jax.set_mesh(grid):
+            _, step, _, _, batch = train_tpu.prepare(s, c, grid)
+            tokens = jax.device_put(np.full(batch.shape, 7, np.int32), batch.sharding)
+            state, _ = step(state, tokens, train_tpu.rates(s, 0))
+        for kind, name in ((kind, name) for kind in state for name in table):
+            array, parts = state[kind][name], mesh[1] * mesh[2]
+            held = {shard.data.nbytes for shard in array.addressable_shards}
+            assert held == {array.nbytes // (1 if name.endswith("norm") else parts)}, (mesh, kind, name)
+        padding = np.asarray(state["exp_avg"]["lm_head"])[66:]
+        assert len(padding) == -66 % mesh[2] and not padding.any()  # no gradient reaches it
+
+
+# ---- train.py and train_tpu.py: one run folder -----------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def both(one_device, rows, tmp_path_factory):
+    """20 steps of each trainer from the same weights, on the same rows: (train.py's run, train_tpu.py's)."""
+    folder = tmp_path_factory.mktemp("both")
+    overrides = [f"model.init={one_device}", "train.steps=20", "train.save_every=10", "train.eval_every=10", *rows]
+    overrides = [*TINY, *on_mesh((1, 2, 2)), *overrides]
+    torchs = train.train(*train.read_run(CONFIG, [f"run.dir={folder / 'torch'}", *overrides]), device="cpu")
+    return torchs, run_tpu(folder / "jax", (1, 2, 2), *overrides), overrides
+
+
+def test_both_trainers_follow_the_same_curve(both):
+    torchs, ours, _ = both
+    assert_same_curve(ours, torchs, 1e-4)
+    assert_close_weights(ours / "latest", torchs / "latest", 1e-4)
+    assert_close_weights(ours / "latest" / "ema", torchs / "latest" / "ema", 1e-4)
+    held_out = [[entry["held_out_loss"] for entry in metrics(run)[9::10]] for run in (ours, torchs)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+
+
+def test_both_trainers_leave_the_same_files(both):
+    torchs, ours, _ = both
+    files = [{p.relative_to(run) for p in run.rglob("*") if p.name != "tensorboard"} for run in (torchs, ours)]
+    assert {p for p in files[0] if "tensorboard" not in str(p)} == files[1]
+    for path in sorted(p for p in files[1] if p.suffix == ".safetensors"):
+        a, b = load_file(torchs / path), load_file(ours / path)
+        assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
+    a, b = ((run / "config.toml").read_text().splitlines() for run in (torchs, ours))
+    assert a[2:] == b[2:]  # all but the folder's own name
+    assert [set(entry) for entry in metrics(ours)] == [set(entry) for entry in metrics(torchs)]
+
+
+def test_a_run_begun_in_one_is_finished_in_the_other(both, tmp_path):
+    torchs, ours, overrides = both
+    begun = copy_up_to(torchs, 10, tmp_path / "torch_jax")
+    run_tpu(begun, (1, 2, 2), *overrides)
+    assert_same_curve(begun, torchs, 1e-4)
+    assert_close_weights(begun / "latest", torchs / "latest", 1e-4)
+    begun = copy_up_to(ours, 10, tmp_path / "jax_torch")
+    train.train(*train.read_run(CONFIG, [f"run.dir={begun}", *overrides]), device="cpu")
+    assert_same_curve(begun, torchs, 1e-4)
+    assert_close_weights(begun / "latest" / "ema", torchs / "latest" / "ema", 1e-4)
+
+
+def test_train_py_opens_files_in_shards(both, tmp_path, monkeypatch):
+    """A large model's checkpoint is many files, the optimizer's state too; transformers reads the weights."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(train_tpu, "FILE_BYTES", 30_000)
+    torchs, _, overrides = both
+    begun = copy_up_to(torchs, 10, tmp_path / "run")
+    run_tpu(begun, (1, 2, 2), *overrides, "train.steps=11", "optim.decay_steps=20")
+    folder = begun / "step_00000011"
+    assert (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists()
+    tokens = torch.arange(32)[None]
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(LLaMA.from_pretrained(folder)(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    train.train(*train.read_run(CONFIG, [f"run.dir={begun}", *overrides]), device="cpu")
+    assert_same_curve(begun, torchs, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama_hf_lvm", "llama_hf_31"])
+def test_published_folders_are_opened(name):
+    """Grouped heads, tied embeddings, stretched rotary wavelengths and sharded files: the loss of model.py."""
+    folder = GOLDEN / name
+    reference = LLaMA.from_pretrained(folder, dtype=torch.float32)
+    s, _ = train_tpu.read_run(CONFIG, ["run.dir=", *on_mesh((2, 2, 2))])
+    c = train_tpu.model_config(s, set(), folder)
+    mesh = train_tpu.make_mesh(s.mesh, jax.devices())
+    table = train_tpu.declare(c, 2)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, c.vocab_size, (2, 4, 48)))
+    with jax.set_mesh(mesh), torch.inference_mode():
+        params = train_tpu.read_weights(folder, table, c, mesh)
+        found = jax.jit(lambda p, t: train_tpu.mean_loss(p, t, s, c, table))(params, tokens.numpy().astype(np.int32))
+        expected = torch.nn.functional.cross_entropy(reference(tokens[0]).flatten(0, 1), tokens[1].flatten())
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+# ---- resume ----------------------------------------------------------------------------------
+
+
+def test_a_run_in_two_parts_ends_in_the_same_bits(eight_devices, rows, tmp_path):
+    run = copy_up_to(eight_devices, 5, tmp_path / "run")
+    run_tpu(run, (2, 2, 2), "train.steps=10", "train.save_every=5", *rows)
+    assert_same_bits(run / "step_00000010", eight_devices / "step_00000010")
+    assert metrics(run) == metrics(eight_devices)
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_bits(eight_devices, rows, tmp_path):
+    """kill -9, once the first checkpoint is there; saving after every step, so that it likely falls into a save."""
+    run = tmp_path / "run"
+    overrides = [*TINY, *on_mesh((2, 2, 2)), "train.steps=10", *rows]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, ROOT / "train_tpu.py", "--config", CONFIG, f"run.dir={run}", *overrides]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, "train.save_every=1"], env=environment, **pipes)
+    while not checkpoint.steps(run) and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and len(checkpoint.steps(run)) < 10
+    again = subprocess.run([*command, "train.save_every=5"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"resumed from {run}/step_" in again.stdout
+    assert_same_bits(run / "step_00000010", eight_devices / "step_00000010")
+    assert metrics(run) == metrics(eight_devices)
+
+
+def test_a_checkpoint_opens_on_any_mesh(eight_devices, rows, tmp_path):
+    """The same bits right after loading; the same run, to rounding, five steps later."""
+    folder = eight_devices / "step_00000005"
+    weights = {k.removeprefix("model."): v for k, v in load_file(folder / "model.safetensors").items()}
+    moments = load_file(folder / "training" / "optimizer.model.safetensors")
+    for mesh in ((1, 1, 1), (1, 4, 2), (1, 1, 4)):
+        _, c, _, table, state = opened(folder, mesh)
+        for name, layer, there, shape in train_tpu.places(table, c):
+            for kind in ("params", "exp_avg", "exp_avg_sq"):
+                saved = weights[there] if kind == "params" else moments[f"{there}.{kind}"]
+                held = np.asarray(state[kind][name] if layer is None else state[kind][name][layer])
+                assert np.array_equal(held[: shape[0]], saved.numpy()), (mesh, kind, there)
+    run = copy_up_to(eight_devices, 5, tmp_path / "run")
+    run_tpu(run, (1, 4, 2), "train.steps=10", "train.save_every=5", *rows)
+    assert_close_weights(run / "latest", eight_devices / "latest", 1e-5)
+
+
+# ---- computing: recomputed layers, bfloat16 --------------------------------------------------
+
+
+def test_recomputing_changes_no_gradient(one_device):
+    """Whatever is kept between the passes; and bfloat16 stays near float32."""
+    tokens = np.random.default_rng(0).integers(0, 66, (2, 4, 64)).astype(np.int32)
+    found = {}
+    for options in ([], ["mesh.keep=nothing"], ["mesh.keep=products"], ["train.dtype=bfloat16"]):
+        recompute = f"train.activation_checkpointing={'true' if options else 'false'}"
+        s, c, mesh, table, state = opened(one_device / "step_00000005", (1, 1, 1), recompute, *options)
+        with jax.set_mesh(mesh):
+            gradient = jax.jit(jax.value_and_grad(lambda p, s=s, c=c, t=table: train_tpu.mean_loss(p, tokens, s, c, t)))
+            loss, gradients = gradient(state["params"])
+        found["".join(options)] = float(loss), {name: np.asarray(g) for name, g in gradients.items()}
+    loss, gradients = found.pop("")
+    for options, (other_loss, other) in found.items():
+        tolerance = 0.03 if "bfloat16" in options else 1e-5
+        assert other_loss == pytest.approx(loss, rel=tolerance / 3)
+        for name, g in gradients.items():
+            assert np.linalg.norm(other[name] - g) <= tolerance * np.linalg.norm(g), (options, name)
+
+
+# ---- the plan --------------------------------------------------------------------------------
+
+
+PLANNED = ["model.dim=64", "model.hidden_dim=192", "model.n_layers=5", "model.max_seq_len=128", "train.dtype=bfloat16"]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_the_planned_flops_are_those_of_the_formula(mesh):
+    """Loops within loops (microsteps, layers, pieces of the head), counted as often as they run: within 5 %."""
+    s, given = train_tpu.read_run(CONFIG, ["run.dir=", *TINY, *PLANNED, *on_mesh(mesh)])
+    c = train_tpu.model_config(s, given, None)
+    grid = train_tpu.make_mesh(s.mesh, jax.devices()[: math.prod(mesh)])
+    with jax.set_mesh(grid):
+        _, step, _, state, batch = train_tpu.prepare(s, c, grid)
+        lowered = step.lower(state, batch, jax.ShapeDtypeStruct((4,), "float32"))
+        cost, temporaries = plan.compile_and_count(lowered, math.prod(mesh))
+    expected = plan.model_flops(c, 2 * 8 * 128)
+    assert cost["flops"] * math.prod(mesh) == pytest.approx(expected, rel=0.05)
+    assert temporaries > 0
+    sent = {kind for kind in plan.COLLECTIVES if cost[kind]}
+    if mesh == (1, 1, 1):
+        assert not sent
+    if mesh == (1, 8, 1):  # each of 2 microsteps gathers the layers twice, in bfloat16, and sums what it scatters once
+        matrices = 5 * (4 * 64 * 64 + 3 * 64 * 192)
+        assert cost["all-gather"] == pytest.approx(2 * 2 * 2 * matrices * 7 / 8, rel=0.1)
+        assert cost["reduce-scatter"] == pytest.approx(2 * 2 * matrices * 7 / 8, rel=0.1)
+
+
+def test_the_plan_is_printed_and_nothing_is_run(tmp_path):
+    """As typed, in a process of its own: for more devices than the tests have."""
+    mesh = ["mesh.fsdp=8", "mesh.tensor=2", "train.batch_size=16"]
+    config = ["--config", CONFIG, f"run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, ROOT / "train_tpu.py", *config, *mesh, "--plan"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "fsdp 8 × tensor 2 = 16 devices" in done.stdout and "v5p" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+HLO = """HloModule step
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+%inner (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %a = bf16[8,4]{1,0} get-tuple-element(%p), index=1
+  %dot.1 = bf16[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+%short (p: (s32[], bf16[8,4])) -> pred[] {
+  %limit = s32[] constant(3)
+}
+%outer (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %w = (s32[], /*index=1*/bf16[8,4]{1,0}) while(%p), condition=%short, body=%inner
+  %g = bf16[8,4]{1,0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
+}
+%long (p: (s32[], bf16[8,4])) -> pred[] {
+  %limit = s32[] constant(5)
+}
+ENTRY %main (p: (s32[], bf16[8,4])) -> f32[4] {
+  %w = (s32[], bf16[8,4]{1,0}) while(%p), condition=%long, body=%outer
+  %r = f32[100]{0} all-reduce(%q), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %whole = f32[80]{0} all-reduce(%q2), replica_groups=mesh['a'=4,'b'=2] {'a','b'}, to_apply=%add
+  ROOT %part = f32[10]{0} dynamic-slice(%whole, %i), dynamic_slice_sizes={10}
+}
+"""
+
+
+def test_loops_are_counted_as_often_as_they_run():
+    cost = plan.count(*plan.parse(HLO), 8)
+    assert cost["flops"] == 5 * 3 * 2 * 8 * 8 * 4
+    assert cost["traffic"] == 5 * 3 * (2 * 64 + 2 * 32 + 2 * 32)
+    assert cost["all-gather"] == 5 * 64 // 2  # half of the result is there already
+    assert cost["all-reduce"] == 2 * 400 * 3 // 4
+    assert cost["reduce-scatter"] == 320 * 7 // 8  # a sum of which only a slice is used
+
+
+# ---- settings --------------------------------------------------------------------------------
+
+
+def test_train_py_reads_a_configuration_with_a_mesh(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG.read_text() + "\n[mesh]\ntensor = 2\n")
+    assert train.read_run(path)[0].mesh == train_tpu.read_run(path)[0].mesh == settings.MeshSettings(tensor=2)
+
+
+def test_what_does_not_fit_a_mesh_is_named(rows, tmp_path):
+    def attempt(mesh, *overrides):
+        return refused(lambda: run_tpu(tmp_path / "run", mesh, *rows, *overrides))
+
+    assert "data 3 × fsdp 4 × tensor 1 is not 8 devices" in attempt((3, 4, 1))
+    assert "mesh.tensor 4 does not divide the 2 key/value heads" in attempt((1, 1, 4), "model.n_kv_heads=2")
+    assert "batch_size 9 is no multiple of mesh data 2 × fsdp 2" in attempt((2, 2, 1), "train.batch_size=9")
+    narrow = ["model.n_heads=2", "model.n_kv_heads=2", "model.dim=20"]
+    assert "mesh.fsdp 8 does not divide 20, a dimension of embed_tokens" in attempt((1, 8, 1), *narrow)
+    assert 'keep "all" must be' in attempt((1, 1, 1), "mesh.keep=all")
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_a_llama_is_trained_here():
+    assert 'model.kind is "vqgan"' in refused(train_tpu.read_run, ROOT / "configs" / "tiny_vqgan.toml")
+
+
+def test_a_checkpoint_of_another_shape_is_named(one_device, tmp_path):
+    folder = one_device / "step_00000005"
+    _, c, mesh, table, _ = opened(folder, (1, 1, 1))
+    tensors = checkpoint.read_tensors(folder)
+    missing = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
+    wrong = tensors | {"lm_head.weight": torch.zeros(5, 32)}
+    extra = tensors | {"model.bias": torch.zeros(5)}
+    for number, (found, said) in enumerate(
+        [(missing, "norm.weight is missing"), (wrong, "lm_head.weight is (5, 32)"), (extra, "bias belongs to no part")]
+    ):
+        checkpoint.write_tensors(tmp_path / str(number) / "model.safetensors", found)
+        assert said in refused(train_tpu.read_weights, Path(tmp_path / str(number)), table, c, mesh)
+    assert json.loads((folder / "state.json").read_text()) == {"step": 5}
+
+
+def test_between_slices_only_the_data_axis_runs():
+    """Of two slices (stand-ins: there is no TPU here), each holds whole copies of the model."""
+    names = ("id", "slice_index", "process_index", "platform", "device_kind")
+    stand_in = dataclasses.make_dataclass("StandIn", names, frozen=True)
+    devices = [stand_in(i, i % 2, i % 2, "cpu", "cpu") for i in range(16)]
+    grid = train_tpu.make_mesh(settings.MeshSettings(data=4, fsdp=2, tensor=2), devices).devices
+    assert [{device.slice_index for device in copy.flat} for copy in grid] == [{0}, {0}, {1}, {1}]
+    assert "multiple of the 2 slices" in refused(train_tpu.make_mesh, settings.MeshSettings(data=1), devices)
