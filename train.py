@@ -561,7 +561,7 @@ class UNetTask:
             rows = CaptionRows(s.data, s.train.batch_size, s.train.seed, split)
             items = [source[i] for source, i, _ in rows.places if source.sound(source[i], [("image", None)])]
             self.pairs[split] = [item.caption for item in items], self.encode(items, split)
-        if not resume:  # latents of size 1 are what the noise schedule is made for
+        if not (resume or s.model.init):  # latents of size 1 are what the noise schedule is made for
             scale = 1 / self.pairs["train"][1][:, 0].std().item()
             vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 5))
 

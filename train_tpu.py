@@ -306,7 +306,6 @@ def prepare(s, c, mesh):
     return table, step, loss, state, batch
 
 
-
 # ---- checkpoints: train.py's files, without the whole model ever being in one place ----------
 
 FILE_BYTES = 2 << 30  # larger tables of tensors are split into numbered files with an index, as Hugging Face's are

@@ -236,6 +236,12 @@ def test_a_changed_setting_is_told_on_resuming(lvm_run, row_overrides, tmp_path,
     assert "another setting than before: seed" not in out
 
 
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_house_can_be_read(config):
+    s, given = train.read_run(config)
+    assert s.run.dir.startswith("out/") and "kind" in given
+
+
 # ---- CLIP's settings -------------------------------------------------------------------------
 
 
