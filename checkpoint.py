@@ -15,7 +15,7 @@ the last good file. Tensors are read as data only: safetensors, or pickles with 
 
 torch is imported only where tensors are read or written: the data code and the JAX trainer do without.
 
-Read next: data.py.
+Read next: tokenizer.py.
 """
 
 import collections
@@ -78,8 +78,14 @@ def write_tensors(path, tensors, metadata=None):
     import torch
     from safetensors.torch import save_file
 
-    form = torch.contiguous_format
-    tensors = {name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in tensors.items()}
+    sharers = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+
+    def plain(tensor):  # safetensors refuses what is strided, and what shares its storage
+        alone = sharers[tensor.untyped_storage().data_ptr()] == 1 and tensor.untyped_storage().nbytes() == tensor.nbytes
+        tensor = tensor.detach().cpu()
+        return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+
+    tensors = {name: plain(tensor) for name, tensor in tensors.items()}
     with written_whole(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
 
@@ -87,7 +93,9 @@ def write_tensors(path, tensors, metadata=None):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -124,7 +132,9 @@ def read_tensors(path):
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
     except Exception as error:  # torch.load raises many kinds, and some span pages
         raise UserError(f"{path}: not a plain file of tensors ({_first_line(error)})") from None

@@ -68,8 +68,11 @@ class LLaMAConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1 and less than 2³¹")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be greater than 0")
         if not self.head_dim and self.dim % self.n_heads:
             raise ValueError(f"n_heads {self.n_heads} does not divide dim {self.dim}")
         # frozen, but the zeros stand for values that follow from the others
@@ -348,8 +351,8 @@ class LLaMA(nn.Module):
     def from_pretrained(cls, path, dtype=None, device="cpu"):
         """A LLaMA from a run of ours, a Hugging Face folder, or Meta's (params.json, consolidated.NN.pth).
 
-        dtype None: as stored; "int8": every matrix of the layers and the head in 8 bits (Int8Linear), the
-        rest as stored. `path` may also be a weight file in such a folder.
+        dtype: a torch.dtype; None: as stored; "int8": every matrix of the layers and the head in 8 bits, the rest
+        as stored (Int8Linear). `path` may also be a weight file in such a folder.
         """
         path = checkpoint.resolve(path)
         folder = path if path.is_dir() else path.parent
@@ -361,6 +364,10 @@ class LLaMA(nn.Module):
             tensors = {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
         if config.tie_embeddings:
             tensors.pop("lm_head.weight", None)
+        if config.n_layers > len(tensors):
+            raise UserError(
+                f"{path}: {len(tensors)} tensors cannot be the {config.n_layers} layers of its configuration"
+            )
         with torch.device("meta"):
             model = cls(config)
         if dtype == "int8":
@@ -398,8 +405,6 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-# ---- config.json of Hugging Face folders -----------------------------------------------------
-
 # ---- eight bits ------------------------------------------------------------------------------
 
 
@@ -412,9 +417,13 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
-        scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127  # (out,)
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.register_buffer("weight", torch.empty(weight.shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(len(weight)))  # (out,)
+        for start in range(0, len(weight), 256):  # a few rows at a time, so that float32 copies stay small
+            rows = slice(start, start + 256)
+            part = weight[rows].float()
+            self.scale[rows] = part.abs().amax(1).clamp(min=1e-30) / 127
+            self.weight[rows] = (part / self.scale[rows, None]).round().to(torch.int8)
 
     def forward(self, x):
         return (F.linear(x, self.weight.to(x.dtype)) * self.scale).type_as(x)
@@ -501,7 +510,7 @@ def config_to_hf(config):
     elif scaling:
         saved["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
     fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02}
-    ends = {"bos_token_id": None, "eos_token_id": None}  # no id of an LVM means "stop"
+    ends = {"bos_token_id": None, "eos_token_id": None}  # an LVM has none, and of a text our tokenizers know them
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | saved | fixed | ends
 
 

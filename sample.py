@@ -5,7 +5,7 @@
     python sample.py batch --run out/demo/lvm --input prompts.jsonl
     python sample.py reconstruct --run out/demo/tokenizer --images a.png b.png --out grid.png
     python sample.py text --run FOLDER --prompt "Why is the sky blue?" --chat llama3
-    python sample.py perplexity --run out/demo/lvm --input rows.jsonl
+    python sample.py perplexity --run out/demo/lvm --input pairs.jsonl
     python sample.py image --run FOLDER --prompt "a taco" --guidance 7.5 --steps 50 --sampler ddim --out taco.png
 
 An LVM is prompted with nothing but pictures (Bai et al. 2023, section 5). A *sequential* prompt is frames,
@@ -26,6 +26,7 @@ tokenizer's files (default: the run's own).
 Read before: train.py. This is the last file: from here, change something and train it.
 """
 
+import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -128,7 +129,11 @@ def run_data(run):
 
 def load_text(run, tokenizer="", device="cpu", dtype=None):
     """(LLaMA, Tokenizer) from a run of ours, whose configuration names it, or a folder that holds both."""
-    tokenizer = Tokenizer.from_pretrained(tokenizer or run_data(run).get("text_tokenizer") or run)
+    data = run_data(run)
+    if data.get("tokenizer") and not tokenizer:
+        raise UserError(f"{run} is a run on pictures: use sample.py continue, or its perplexity of a .jsonl")
+    folder = Path(run).parent if Path(run).is_file() else run
+    tokenizer = Tokenizer.from_pretrained(tokenizer or data.get("text_tokenizer") or folder)
     llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
     if tokenizer.vocab_size > llama.config.vocab_size:
         sizes = f"the tokenizer knows {tokenizer.vocab_size} tokens, the LLaMA only {llama.config.vocab_size}"
@@ -205,9 +210,18 @@ def save_animation(pictures, path, seconds_per_frame=0.15):
 # ---- commands --------------------------------------------------------------------------------
 
 
+def find_device(name):
+    """The device of that name, if it is at hand; "": the best that is."""
+    try:
+        torch.zeros(1, device=name or "cpu").item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not at hand ({str(error).splitlines()[0]})") from None
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load(a, loader):
     """loader(run, tokenizer, device, dtype) for what was asked, else for the best at hand."""
-    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(a.device)
     dtype = a.dtype or ("bfloat16" if device.startswith("cuda") else None)  # None: as stored, left in the file
     return loader(a.run, a.tokenizer, device, getattr(torch, dtype) if dtype not in (None, "int8") else dtype)
 
@@ -236,7 +250,9 @@ def read_rows(path, key, kind):
     """JSONL of LVM's: each line {"input": [picture paths], key: a `kind`}. → [(line number, row)]."""
     try:
         lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}") from None
 
     def is_paths(value):
@@ -277,7 +293,7 @@ def batch(a):
 
 @torch.inference_mode()
 def reconstruct(a):
-    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(a.device)
     tokenizer = VQGAN.from_pretrained(a.run, device=device, dtype=a.dtype and getattr(torch, a.dtype))
     pictures = np.stack([load_picture(path, tokenizer.config.resolution) for path in a.images])
     images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 255  # (N, 3, side, side)
@@ -317,7 +333,9 @@ def perplexity(a):
         return
     try:
         text = Path(a.input).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{a.input}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{a.input}: {error}") from None
     llama, tokenizer = load(a, load_text)
     tokens = torch.tensor(tokenizer.encode(text, bos=True), device=llama.embed_tokens.weight.device)
@@ -350,7 +368,7 @@ def picture_perplexity(a):
 
 
 def image(a):
-    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(a.device)
     dtype = getattr(torch, a.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     encoders = text_encoders(a.run, a.tokenizer or None, dtype, device)
     model = LatentDiffusion.from_pretrained(a.run, encoders, dtype, device, a.config or None)
@@ -396,10 +414,10 @@ def main():
         drawn(c)
 
     def drawn(c):
-        c.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (1)")
+        c.add_argument("--temperature", type=temperature, default=1.0, help="0: always the likeliest token (1)")
         c.add_argument("--top-k", type=positive)
-        c.add_argument("--top-p", type=float)
-        c.add_argument("--seed", type=int, help="makes the result repeatable")
+        c.add_argument("--top-p", type=share)
+        c.add_argument("--seed", type=seed, help="makes the result repeatable")
 
     c = command(
         "continue",
@@ -458,18 +476,18 @@ def main():
     c.add_argument("--sampler", choices=SAMPLERS, default="ddim")
     c.add_argument("--size", default="", help="W,H in pixels; default: what the model was trained for")
     c.add_argument("--image", default="", help="start from this picture instead of from noise")
-    c.add_argument("--strength", type=float, default=0.8, help="how much of it may change: 1, all (0.8)")
+    c.add_argument("--strength", type=share, default=0.8, help="how much of it may change: 1, all (0.8)")
     c.add_argument("--count", type=positive, default=1, help="pictures, side by side (1)")
     c.add_argument("--config", default="", help="of a single file that needs one: the YAML or JSON of its code base")
     c.add_argument("--tokenizer", default="", help="of a single file: a folder with CLIP's vocabulary")
-    c.add_argument("--seed", type=int, help="makes the result repeatable")
+    c.add_argument("--seed", type=seed, help="makes the result repeatable")
     c.add_argument("--out", default="image.png")
 
     c = command(
         "perplexity",
         perplexity,
         "how well a model foresees pictures, or a text",
-        "python sample.py perplexity --run out/demo/lvm --input rows.jsonl",
+        "python sample.py perplexity --run out/demo/lvm --input pairs.jsonl",
     )
     c.add_argument(
         "--input",
@@ -484,10 +502,25 @@ def main():
     arguments.run_command(arguments)
 
 
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def number(kind, low, high, what):
+    """What argparse calls to read a number of `kind` in [low, high]."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return read
+
+
+positive = number(int, 1, 2**31, "a whole number above 0")
+seed = number(int, 0, 2**63 - 1, "a whole number from 0 on")
+share = number(float, 1e-9, 1, "a number above 0 and at most 1")
+temperature = number(float, 0, 1e9, "a number from 0 on")
 
 
 if __name__ == "__main__":

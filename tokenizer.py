@@ -38,12 +38,14 @@ class Tokenizer:
 
     bos     the id that stands before every text, None where there is none (GPT-2, SmolLM2)
     eos     the id that ends a text; `stops`: all ids that end an answer
+    words   a function, text without special tokens → ids
     special {name: id} of the tokens that are seen in a text only when asked
+    added   {name: id} of tokens that are no merges either but are always seen: SmolLM2's "<repo_name>", say
     pieces  {id: bytes} of every token
     """
 
     def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=()):
-        self.words = words  # a function, text without special tokens → ids
+        self.words = words
         self.pieces, self.special, self.added = pieces, special, dict(added)
         self.bos, self.eos = bos, eos
         turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
@@ -212,12 +214,14 @@ def from_json(file, saved):
         special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
         bos = _name(config.get("bos_token")) if config.get("add_bos_token") else _first(saved.get("post_processor"))
         eos = _name(config.get("eos_token")) or next((n for n in USUAL_ENDS if n in names), None)
-    except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
+        pieces = {i: token for token, i in (tokens | unmade).items()} | {i: name.encode() for name, i in names.items()}
+        if odd := [i for i in pieces if type(i) is not int or i < 0]:
+            raise ValueError(f"its vocabulary has the id {odd[0]!r}")
+        others = {name: i for name, i in names.items() if name not in special}
+        return Tokenizer(words, pieces, special, others, names.get(bos), names.get(eos), _stops(file))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, regex.error) as error:
         reason = error if type(error) is ValueError else f"not the file it should be: {error!r}"
         raise UserError(f"{file}: {reason}") from None
-    pieces = {i: token for token, i in (tokens | unmade).items()} | {i: name.encode() for name, i in names.items()}
-    others = {name: i for name, i in names.items() if name not in special}
-    return Tokenizer(words, pieces, special, others, names.get(bos), names.get(eos), _stops(file))
 
 
 def _merged_tokens(saved):

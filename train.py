@@ -65,6 +65,7 @@ from diffusion import (
 )
 from model import SIZES, LLaMA, LLaMAConfig
 from settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError, learning_rate
+from tokenizer import Tokenizer
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
 
 # ---- settings: which sections a run of each kind has -----------------------------------------
@@ -340,6 +341,13 @@ class LLaMATask:
         self.model.activation_checkpointing = s.train.activation_checkpointing
         self.modules = {"model": self.model}
         c = self.model.config
+        if s.data.tokenizer:
+            checkpoint.resolve(s.data.tokenizer)  # its pictures are wanted first after many steps: is it there at all?
+        if (
+            s.data.text_tokenizer
+            and (words := Tokenizer.from_pretrained(s.data.text_tokenizer).vocab_size) > c.vocab_size
+        ):
+            raise UserError(f"data.text_tokenizer has {words} tokens, but model.vocab_size is {c.vocab_size}")
         if not s.data.rows:
             raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
 

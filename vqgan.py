@@ -64,6 +64,12 @@ class VQGANConfig:
     def __post_init__(self):
         if self.layout not in CLASS_NAMES:
             raise ValueError(f'layout "{self.layout}" must be one of {", ".join(CLASS_NAMES)}')
+        sizes = ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels", "fold")
+        for name in (*sizes, "num_embeddings", "quantized_embed_dim"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1 and less than 2³¹")
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ValueError(f"channel_mult {list(self.channel_mult)} must name a width ≥ 1 for each level")
         if self.hidden_channels % 32:
             raise ValueError(f"hidden_channels {self.hidden_channels} must be a multiple of 32 (GroupNorm)")
         if self.resolution % self.factor:
@@ -391,8 +397,8 @@ class VQGAN(nn.Module):
         config = {"_class_name": CLASS_NAMES[config.pop("layout")], "_version": "0.0.1"} | config
         config |= {"dropout": 0.0, "resample_with_conv": True}
         checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+        checkpoint.write_tensors(path / "model.safetensors", self.state_dict())
         weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        checkpoint.write_tensors(path / "model.safetensors", weights)
         with checkpoint.written_whole(path / "pytorch_model.bin") as beside:
             torch.save(weights, beside)
 

@@ -269,7 +269,7 @@ model = LLaMA.from_pretrained({folder!r}, dtype={dtype})
 running = False
 thread.join()
 tensors = [*model.parameters(), *model.buffers()]
-print((max(peak, anonymous()) - before) / sum(t.numel() * t.element_size() for t in tensors))
+print(max(peak, anonymous()) - before, sum(t.numel() * t.element_size() for t in tensors))
 """
 
 
@@ -286,7 +286,9 @@ def test_loading_needs_hardly_more_memory_than_the_model(tmp_path, dtype, share)
     program = MEASURE.format(root=str(ROOT), folder=str(tmp_path), dtype=dtype)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout) <= share
+    peak, size = map(int, run.stdout.split())
+    # rounding to int8 makes small copies, of which the C library keeps up to 64 MB for the next ones
+    assert peak <= share * size + ("int8" in dtype) * 2**26
 
 
 def test_weights_left_in_the_file_can_be_trained_and_the_file_stays_as_it_is(tmp_path):
