@@ -341,6 +341,8 @@ class LLaMATask:
         self.model.activation_checkpointing = s.train.activation_checkpointing
         self.modules = {"model": self.model}
         c = self.model.config
+        if not s.data.rows:
+            raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
         if s.data.tokenizer:
             checkpoint.resolve(s.data.tokenizer)  # its pictures are wanted first after many steps: is it there at all?
         if (
@@ -348,8 +350,6 @@ class LLaMATask:
             and (words := Tokenizer.from_pretrained(s.data.text_tokenizer).vocab_size) > c.vocab_size
         ):
             raise UserError(f"data.text_tokenizer has {words} tokens, but model.vocab_size is {c.vocab_size}")
-        if not s.data.rows:
-            raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
 
         def rows(paths, **options):
             return TokenRows(paths, c.max_seq_len, s.train.batch_size, s.train.seed, vocab_size=c.vocab_size, **options)
