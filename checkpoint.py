@@ -13,7 +13,7 @@
 Everything is written beside its final name and renamed when it is whole: a kill at any instant leaves
 the last good file. Tensors are read as data only: safetensors, or pickles with `weights_only`.
 
-torch is imported only where tensors are read or written: the data code and the JAX trainer do without.
+torch is imported only where tensors are read or written: the data code does without.
 
 Read next: tokenizer.py.
 """

@@ -120,6 +120,8 @@ class TrainSettings:
         for name in ("seed", "keep", "eval_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed {self.seed} must be less than 2³¹")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema {self.ema} must lie in [0, 1)")
 

@@ -1,7 +1,7 @@
 """LVM's LLaMA in pure JAX on a mesh of devices: from one core to a pod of TPUs, one program.
 
     python train_tpu.py --config configs/tiny_llama.toml         on every device of this machine
-    python train_tpu.py --config configs/lvm.toml model.size=lvm_7b train.batch_size=128 train.accumulate=1 \
+    python train_tpu.py --config configs/lvm.toml model.size=lvm_7b train.batch_size=128 train.accumulate=1 \\
         mesh.fsdp=64 mesh.tensor=4 --distributed auto            on each host of a slice of 256 chips
     … --plan                                                     what that would need; runs on a laptop
 
@@ -65,11 +65,13 @@ def make_mesh(m, devices):
         raise UserError(f"mesh data {shape[0]} × fsdp {shape[1]} × tensor {shape[2]} is not {len(devices)} devices")
     types = (AxisType.Auto,) * 3  # the partitioner decides what we do not say
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     if m.data % slices:
         raise UserError(f"mesh.data {m.data} must be a multiple of the {slices} slices")
-    grid = mesh_utils.create_hybrid_device_mesh((m.data // slices, *shape[1:]), (slices, 1, 1), devices)
+    if slices == 1:  # an axis of the mesh may be a part of one of the torus
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        inside, across = (m.data // slices, *shape[1:]), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=types)
 
 
@@ -340,6 +342,8 @@ def place(tensors, ending, table, c, mesh, path):
         else:
             rows = found[name, None][index].float().numpy()
             part[: len(rows)] = rows  # what remains is the vocabulary's padding
+        if not np.isfinite(part).all():
+            raise UserError(f"{path}: {name}{ending} holds NaN or infinity")
         return part
 
     return {
@@ -588,7 +592,7 @@ def plan(s, given, devices):
         _, update_step, _, state, batch = prepare(s, c, mesh)
         lowered = update_step.lower(state, batch, jax.ShapeDtypeStruct((4,), "float32"))
     here = sum(4 * math.prod(a.sharding.shard_shape(a.shape)) for a in state["params"].values())
-    return report(lowered, c, dict(mesh.shape), here, s.train.batch_size, s.train.accumulate)
+    return report(lowered, c, dict(mesh.shape), here, s.train)
 
 
 def main():
@@ -597,7 +601,11 @@ def main():
     parser.add_argument(
         "--distributed", metavar="WHERE", help="for several processes: auto (TPU pods, Slurm), or HOST:PORT,N,I"
     )
-    parser.add_argument("--plan", action="store_true", help="print what a step would need, for the mesh; run nothing")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what a step would need, for mesh.fsdp and the others as given; run nothing",
+    )
     arguments = parser.parse_with_overrides()
     s, given = read_run(arguments.config, arguments.overrides)
     if arguments.plan:
@@ -605,14 +613,15 @@ def main():
         jax.config.update("jax_num_cpu_devices", s.mesh.data * max(1, s.mesh.fsdp) * s.mesh.tensor)
         print(plan(s, given, jax.devices()))
         return
-    if arguments.distributed == "auto":
-        jax.distributed.initialize()
-    elif arguments.distributed:
+    if arguments.distributed:
         try:
-            address, processes, number = arguments.distributed.split(",")
-            jax.distributed.initialize(address, int(processes), int(number))
-        except ValueError as error:
-            parser.error(f"--distributed {arguments.distributed}: {error}")
+            if arguments.distributed == "auto":
+                jax.distributed.initialize()
+            else:
+                address, processes, number = arguments.distributed.split(",")
+                jax.distributed.initialize(address, int(processes), int(number))
+        except (ValueError, IndexError, RuntimeError) as error:
+            parser.error(f"--distributed {arguments.distributed}: {str(error).splitlines()[0]}")
     train(s, given)
 
 

@@ -147,16 +147,17 @@ def model_flops(c, tokens):
     return 6 * n * tokens + 12 * c.n_layers * heads * c.max_seq_len * tokens
 
 
-def report(lowered, c, mesh, parameter_bytes, rows, accumulate):
-    """The text of --plan. parameter_bytes: float32, of one device; rows: of a microstep, over all devices."""
-    devices = math.prod(mesh.values())
+def report(lowered, c, mesh, parameter_bytes, train):
+    """The text of --plan. parameter_bytes: float32, of one device; train: the [train] section."""
+    devices, rows = math.prod(mesh.values()), train.batch_size
     cost, temporaries = compile_and_count(lowered, devices)
-    tokens = rows * accumulate * c.max_seq_len
+    tokens = rows * train.accumulate * c.max_seq_len
+    averaged = parameter_bytes * bool(train.ema)
     temporaries = max(0, temporaries - parameter_bytes)  # the gradients are among them
-    # the optimizer reads weights, moments and gradients and writes all but the latter
-    traffic = cost["traffic"] + 7 * parameter_bytes
+    # the optimizer reads weights, moments and gradients and writes all but the last; averages are read and written
+    traffic = cost["traffic"] + 7 * parameter_bytes + 2 * averaged
     sent = sum(cost[kind] for kind in COLLECTIVES)
-    needed = 4 * parameter_bytes + temporaries
+    needed = 4 * parameter_bytes + averaged + temporaries
     grid = " × ".join(f"{axis} {size}" for axis, size in mesh.items())
     share = cost["flops"] * devices / model_flops(c, tokens)
     lines = [
@@ -165,6 +166,7 @@ def report(lowered, c, mesh, parameter_bytes, rows, accumulate):
         f"  parameters         {_gb(parameter_bytes)}  float32",
         f"  gradients          {_gb(parameter_bytes)}",
         f"  moments            {_gb(2 * parameter_bytes)}",
+        *([f"  averaged weights   {_gb(averaged)}"] if averaged else []),
         f"  activations and    {_gb(temporaries)}  the CPU compiler's, in float32: a TPU needs less",
         "  temporaries",
         f"  products           {cost['flops'] / 1e12:9.2f} TFLOP, {share:.2f} × (6·N·tokens + attention)",
@@ -174,6 +176,7 @@ def report(lowered, c, mesh, parameter_bytes, rows, accumulate):
         "chip   memory   fits  products    memory   network   a step takes, all overlapped … nothing  largest",
     ]
     for chip, (speed, memory, bandwidth, network) in CHIPS.items():
+        speed /= 6 if train.dtype == "float32" else 1  # a float32 product is six of bfloat16 there
         terms = {"products": cost["flops"] / speed, "memory": traffic / bandwidth, "network": sent / network}
         largest = max(terms, key=terms.get)
         lines.append(
