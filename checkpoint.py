@@ -99,6 +99,20 @@ def read_json(path):
         raise UserError(f"{path}: {error}") from None
 
 
+def read_yaml(path):
+    """A YAML file as data: nothing that it names is built."""
+    try:
+        import yaml
+    except ImportError:
+        raise UserError(f"{path}: to read it, pip install pyyaml") from None
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+
+
 # ---- weights ---------------------------------------------------------------------------------
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")

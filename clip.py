@@ -51,6 +51,7 @@ from torch import nn
 
 import checkpoint
 from settings import UserError
+from tokenizer import BYTE_OF
 
 try:
     import ftfy  # mends mis-decoded text, as OpenAI did before tokenizing; an optional extra
@@ -540,11 +541,6 @@ PIECES = regex.compile(
 )
 TOKENIZER_FILES = (("vocab.json", "merges.txt"), ("bpe_simple_vocab_16e6.txt.gz",), ("tokenizer.json",))
 
-# The files write bytes as printable characters: those that are none take the next ones from 256 on (as GPT-2).
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
-BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
-
 
 def _basic_tokens():
     """The 512 tokens before any merge: each byte within a word, then each at a word's end."""
@@ -696,7 +692,7 @@ def read_weights(path):
     file = next((f for f in open_clip if f.exists() and not (path / "config.json").exists()), path)
     tensors = checkpoint.read_tensors(file)
     # what training programs wrap around the weights
-    tensors = {name.removeprefix("module."): t for name, t in tensors.get("state_dict", tensors).items()}
+    tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
     if any(name.startswith(("visual.", "transformer.resblocks.")) for name in tensors):
         return from_openai_names(tensors), "open_clip"
     tensors = from_hf_names(tensors)
@@ -782,7 +778,6 @@ def text_encoders(path, tokenizer=None, dtype=None, device="cpu"):
         found = [(CLIP.from_pretrained(folder, dtype, device), None) for folder in folders]
     else:
         everything = checkpoint.read_tensors(path)
-        everything = everything.get("state_dict", everything)
         for start, rename, activation, pad in SINGLE_FILE_TOWERS:
             tensors = {name.removeprefix(start): t for name, t in everything.items() if name.startswith(start)}
             tensors = rename(tensors)

@@ -878,7 +878,8 @@ class CaptionRows:
         """What stands at a position: the Item, and whether its picture is to be moved."""
         number, place = divmod(position, len(self))
         # a broken picture is replaced by what follows it
-        places = (self.places[i] for i in np.roll(self._order(number), -place))
+        order, n = self._order(number), len(self)
+        places = (self.places[order[(place + k) % n]] for k in range(n))
         sound = ((source[i], moves) for source, i, moves in places if source.sound(source[i], [("image", None)]))
         item, moves = next(sound, (None, False))
         if item is None:

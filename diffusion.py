@@ -1213,7 +1213,7 @@ def original_config(source):
     path, content = "config", source
     if not isinstance(source, dict):
         path = Path(source)
-        content = checkpoint.read_json(path) if path.suffix == ".json" else read_yaml(path)
+        content = checkpoint.read_json(path) if path.suffix == ".json" else checkpoint.read_yaml(path)
     try:
         model = content["model"]["params"]
         u = (model.get("unet_config") or model["network_config"])["params"]  # CompVis's name, SDXL's
@@ -1256,14 +1256,3 @@ def original_config(source):
         settings.build(AutoencoderKLConfig, vae, str(path)),
         settings.build(NoiseSchedule, schedule, str(path)),
     )
-
-
-def read_yaml(path):
-    try:
-        import yaml
-
-        return yaml.safe_load(path.read_text())
-    except ImportError:
-        raise UserError(f"{path}: reading YAML needs PyYAML (pip install pyyaml); JSON needs nothing") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from None

@@ -201,6 +201,15 @@ def build(cls, values, where="", known=()):
         raise UserError(f"[{where}] {error}" if where else str(error)) from None
 
 
+def must_agree(written, asked, found, folder):
+    """Raises a UserError unless each of the keys `written` in [model] has in `folder`'s model the value asked for."""
+    for name in sorted(written):
+        if getattr(asked, name) != getattr(found, name):
+            raise UserError(
+                f"model.{name} is {getattr(asked, name)} in the configuration but {getattr(found, name)} in {folder}"
+            )
+
+
 def convert(hint, value, where, known=()):
     """`value` as the type `hint`, or a UserError that names the key `where`."""
     if isinstance(hint, types.UnionType):  # X | None

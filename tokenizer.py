@@ -188,7 +188,7 @@ def _byte_letters():
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-BYTE_OF = _byte_letters()
+BYTE_OF = _byte_letters()  # in the order of CLIP's first 256 tokens
 
 
 def is_byte_level(saved):

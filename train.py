@@ -30,6 +30,7 @@ Read before: model.py, vqgan.py. Read next: sample.py.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -226,9 +227,7 @@ def start_model(cls, config_class, section, given, resume):
     if not folder:
         return cls(config_class(**{name: getattr(section, name) for name in names}))
     model = cls.from_pretrained(folder, dtype=torch.float32).train()
-    for name in given & set(names):
-        if (asked := getattr(section, name)) != (found := getattr(model.config, name)):
-            raise UserError(f"model.{name} is {asked} in the configuration but {found} in {folder}")
+    settings.must_agree(given & set(names), section, model.config, folder)
     return model
 
 
@@ -330,7 +329,23 @@ class VQGANTask:
         self.counts.copy_(tensors["counts"])
 
 
-class LLaMATask:
+class OnePhase:
+    """What every other task says of the questions that only a GAN answers at length."""
+
+    def active(self, phase, step):
+        return True
+
+    def after_step(self, step, ema):
+        pass
+
+    def state(self):
+        return {}
+
+    def load_state(self, tensors):
+        pass
+
+
+class LLaMATask(OnePhase):
     """Rows of tokens → next-token prediction. With data.tokenizer, the samples are pictures."""
 
     unit = "tokens"
@@ -345,11 +360,10 @@ class LLaMATask:
             raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
         if s.data.tokenizer:
             checkpoint.resolve(s.data.tokenizer)  # its pictures are wanted first after many steps: is it there at all?
-        if (
-            s.data.text_tokenizer
-            and (words := Tokenizer.from_pretrained(s.data.text_tokenizer).vocab_size) > c.vocab_size
-        ):
-            raise UserError(f"data.text_tokenizer has {words} tokens, but model.vocab_size is {c.vocab_size}")
+        if s.data.text_tokenizer:
+            words = Tokenizer.from_pretrained(s.data.text_tokenizer).vocab_size
+            if words > c.vocab_size:
+                raise UserError(f"data.text_tokenizer has {words} tokens, but model.vocab_size is {c.vocab_size}")
 
         def rows(paths, **options):
             return TokenRows(paths, c.max_seq_len, s.train.batch_size, s.train.seed, vocab_size=c.vocab_size, **options)
@@ -357,9 +371,6 @@ class LLaMATask:
         self.rows = rows(s.data.rows, weights=s.data.weights)
         self.held_out = rows(s.data.held_out) if s.data.held_out else None
         self.items_per_row = c.max_seq_len
-
-    def active(self, phase, step):
-        return True
 
     def batch(self, step, microstep, rows):
         return np.stack(self.rows.batch(step * self.settings.train.accumulate + microstep, rows))  # (2, B, T)
@@ -369,9 +380,6 @@ class LLaMATask:
         logits = wrapped(inputs)  # (B, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         return loss, {}
-
-    def after_step(self, step, ema):
-        pass
 
     def evaluate(self):
         if not self.held_out:
@@ -404,14 +412,8 @@ class LLaMATask:
         pictures = to_pictures(tokenizer.decode(codes.reshape(-1, h, w)))
         save_grid([pictures[i : i + count + 1] for i in range(0, len(pictures), count + 1)], path)
 
-    def state(self):
-        return {}
 
-    def load_state(self, tensors):
-        pass
-
-
-class CLIPTask:
+class CLIPTask(OnePhase):
     """Pictures and their captions → two towers that put a pair in one place."""
 
     unit = "pairs"
@@ -438,9 +440,6 @@ class CLIPTask:
         self.modules = {"model": self.model}
         self.rows = CaptionRows(s.data, s.train.batch_size, s.train.seed)
         self.items_per_row = 1
-
-    def active(self, phase, step):
-        return True
 
     def batch(self, step, microstep, rows):
         return self.rows.batch(step * self.settings.train.accumulate + microstep, rows)  # (B, S, S, 3), B captions
@@ -470,14 +469,8 @@ class CLIPTask:
     def sample(self, path):
         pass
 
-    def state(self):
-        return {}
 
-    def load_state(self, tensors):
-        pass
-
-
-class VAETask:
+class VAETask(OnePhase):
     """Pictures → a normal distribution of latents → pictures."""
 
     unit = "images"
@@ -495,9 +488,6 @@ class VAETask:
         self.shape = (c.latent_channels, s.data.side // c.factor, s.data.side // c.factor)
         self.items_per_row = 1
 
-    def active(self, phase, step):
-        return True
-
     def batch(self, step, microstep, rows):
         keys = [(self.settings.train.seed, step, microstep, row, 7) for row in rows]
         noise = np.stack([np.random.default_rng(key).standard_normal(self.shape, np.float32) for key in keys])
@@ -507,9 +497,6 @@ class VAETask:
         pictures, noise = batch
         images = 2 * to_images(pictures, self.ranks.device) - 1
         return self.settings.loss(images, *wrapped(images, torch.from_numpy(noise).to(self.ranks.device)))
-
-    def after_step(self, step, ema):
-        pass
 
     def evaluate(self):
         """PSNR of held-out pictures in dB (mean over pictures), and how large their latents are."""
@@ -529,14 +516,8 @@ class VAETask:
         reconstruction, _, _ = self.model(2 * to_images(pictures, self.ranks.device) - 1)
         save_grid([list(pictures), to_pictures(reconstruction / 2 + 0.5)], path)
 
-    def state(self):
-        return {}
 
-    def load_state(self, tensors):
-        pass
-
-
-class UNetTask:
+class UNetTask(OnePhase):
     """Captions and noise → the latents of their pictures. Saved, and sampled from, as a whole pipeline.
 
     The autoencoder and the text tower stay as they are. Every picture is encoded once, at the start.
@@ -564,6 +545,9 @@ class UNetTask:
             part.requires_grad_(False)
         self.modules = {"model": unet}
         self.items_per_row = 1
+        self.order = functools.lru_cache(4)(
+            lambda pass_, count: np.random.default_rng((s.train.seed, pass_, 8)).permutation(count)
+        )
         self.pairs = {}  # split: (captions, mean and log-variance of their pictures' latents)
         for split in ("train", "held_out"):
             rows = CaptionRows(s.data, s.train.batch_size, s.train.seed, split)
@@ -589,9 +573,6 @@ class UNetTask:
             checkpoint.write_tensors(file, {"latents": latents})
         return latents.clone()
 
-    def active(self, phase, step):
-        return True
-
     def batch(self, step, microstep, rows):
         return self.draw("train", step * self.settings.train.accumulate + microstep, rows)
 
@@ -601,7 +582,7 @@ class UNetTask:
         s, drawn = self.settings, []
         for row in rows:
             pass_, place = divmod(number * s.train.batch_size + row, len(captions))
-            i = np.random.default_rng((s.train.seed, pass_, 8)).permutation(len(captions))[place]
+            i = self.order(pass_, len(captions))[place]
             rng = np.random.default_rng((s.train.seed, number, row, 9))
             noise = rng.standard_normal((2, *latents.shape[2:]), np.float32)
             offset = rng.standard_normal((latents.shape[2], 1, 1), np.float32)
@@ -622,9 +603,6 @@ class UNetTask:
         t = torch.from_numpy(times).to(device)
         return diffusion_loss(wrapped, self.settings.schedule, x0, noise, t, context, min_snr=c.min_snr), {}
 
-    def after_step(self, step, ema):
-        pass
-
     def evaluate(self):
         t, unet = self.settings.train, self.model.unet
         batches = min(t.eval_batches, max(1, len(self.pairs["held_out"][0]) // t.batch_size))
@@ -639,12 +617,6 @@ class UNetTask:
         size = self.settings.data.side
         drawn = [self.model.generate(captions, guidance=3, steps=25, size=size, seed=8 * row) for row in range(2)]
         save_grid([to_pictures(images) for images in (true, *drawn)], path)
-
-    def state(self):
-        return {}
-
-    def load_state(self, tensors):
-        pass
 
 
 TASKS = {"vqgan": VQGANTask, "llama": LLaMATask, "clip": CLIPTask, "vae": VAETask, "unet": UNetTask}

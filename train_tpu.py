@@ -484,10 +484,7 @@ def model_config(s, given, folder):
     c = LLaMAConfig(**{name: getattr(s.model, name) for name in names})
     if folder:
         saved = config_from_hf(checkpoint.read_json(folder / "config.json"), folder / "config.json")
-        for name in given & set(names):
-            if getattr(c, name) != getattr(saved, name):
-                asked, found = getattr(c, name), getattr(saved, name)
-                raise UserError(f"model.{name} is {asked} in the configuration but {found} in {folder}")
+        settings.must_agree(given & set(names), c, saved, folder)
         c = saved
     return c
 

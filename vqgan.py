@@ -414,16 +414,13 @@ def config_from_json(path):
 
 
 def config_from_yaml(folder):
-    """taming's configuration, the one .yaml file of `folder`, as a VQGANConfig. Read as data: nothing is built."""
+    """taming's configuration, the one .yaml file of `folder`, as a VQGANConfig."""
     files = [file for pattern in ("*.yaml", "*.yml") for file in sorted(folder.glob(pattern))]
     if len(files) != 1:
         raise UserError(f"{folder}: one .yaml file is expected beside the .ckpt, not {len(files)}")
+    saved = checkpoint.read_yaml(files[0])
     try:
-        import yaml
-    except ImportError:
-        raise UserError(f"{files[0]}: to read it, pip install pyyaml") from None
-    try:
-        params = yaml.safe_load(files[0].read_text())["model"]["params"]
+        params = saved["model"]["params"]
         d = params["ddconfig"]
         fields = {
             "resolution": d["resolution"],
@@ -436,7 +433,7 @@ def config_from_yaml(folder):
             "num_embeddings": params["n_embed"],
             "quantized_embed_dim": params["embed_dim"],
         }
-    except (KeyError, TypeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{files[0]}: no taming model is described there ({str(error).splitlines()[0]})") from None
     fixed = {"layout": "taming", "no_attn_mid_block": False}
     return settings.build(VQGANConfig, fields | fixed, str(files[0]))
