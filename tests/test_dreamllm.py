@@ -380,7 +380,7 @@ def test_damaged_folders_are_named(tmp_path):
     assert "not the configuration of a DreamLLM" in damaged(lambda f: edit(f / "config.json", plugins_init_kwargs={}))
     ids = {"additional_special_tokens": {"<dream_start>": 388}}
     message = damaged(lambda f: edit(f / "config.json", special_tokens2ids_dict=ids))
-    assert "<dream_start> is 388, but 387" in message
+    assert "<dream_start> is 388 here but 387" in message
     wrong = {"dream_queries": torch.zeros(1, 7, 64)}
     assert "dream_queries is (1, 7, 64)" in damaged(lambda f: torch.save(wrong, f / "dream_embedding.bin"))
 
