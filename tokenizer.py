@@ -24,13 +24,19 @@ Read next: data.py, which makes rows of texts; sample.py, which prints them as t
 import base64
 import binascii
 import codecs
+import json
 import re
+import shutil
+from pathlib import Path
 
 import regex
 import tiktoken
 
 import checkpoint
 from settings import UserError
+
+# What DreamLLM's tokenizers know besides (its published files; their ids differ: resolve them by name).
+ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", "<dream_start>", "<dream_end>")
 
 
 class Tokenizer:
@@ -43,12 +49,15 @@ class Tokenizer:
     special {name: id} of the tokens that are seen in a text only when asked
     added   {name: id} of tokens that are no merges either but are always seen: SmolLM2's "<repo_name>", say
     pieces  {id: bytes} of every token
+    file    the tokenizer.json or tokenizer.model it was read from; None: "bytes"
+    later   {name: id} of the special tokens that were added since
     """
 
     def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=(), inner=None):
         self.words, self.inner = words, inner or words
         self.pieces, self.special, self.added = pieces, special, dict(added)
         self.bos, self.eos = bos, eos
+        self.file, self.later = None, {}
         turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
         self.stops = {i for i in (eos, *stops, *turns) if i is not None}
         self.vocab_size = max(pieces) + 1
@@ -68,12 +77,47 @@ class Tokenizer:
             files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
         if not files:
             raise UserError(f"{path}: no tokenizer here (looked for tokenizer.json, tokenizer.model)")
-        if files[0].suffix != ".json":
-            return from_model(files[0])
-        saved = checkpoint.read_json(files[0])
-        if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
-            return from_model(files[1])
-        return from_json(files[0], saved)
+        file, saved = files[0], None
+        if file.suffix == ".json":
+            saved = checkpoint.read_json(file)
+            if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
+                file, saved = files[1], None
+        tokenizer = from_json(file, saved) if saved else from_model(file)
+        tokenizer.file = file
+        later = _beside(file, "added_tokens.json")
+        tokenizer.add(sorted(later, key=later.get), later)
+        return tokenizer
+
+    def add(self, names, ids=None):
+        """Makes each of `names` a special token: at the end of the vocabulary, or where `ids` {name: id} says.
+
+        Names that are known already keep their ids.
+        """
+        for name in names:
+            if name in self.special or name in self.added:
+                continue
+            i = ids[name] if ids else self.vocab_size
+            if type(i) is not int or i < 0 or i in self.pieces:
+                raise UserError(f"{self.file}: the added token {name} has the id {i!r}, which it cannot have")
+            self.special[name], self.pieces[i], self.later[name] = i, name.encode(), i
+            self.vocab_size = max(self.vocab_size, i + 1)
+
+    def save_pretrained(self, folder):
+        """Writes the tokenizer's files into `folder`, with the special tokens that were added.
+
+        "bytes" becomes a tokenizer.json without merges, which Hugging Face's tokenizers read too.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.file is None:
+            for name, saved in byte_tokenizer_files(self).items():
+                checkpoint.write_text(folder / name, json.dumps(saved, indent=2) + "\n")
+            return
+        for name in (self.file.name, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+            if (self.file.parent / name).exists():
+                with checkpoint.written_whole(folder / name) as beside:
+                    shutil.copyfile(self.file.parent / name, beside)
+        checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.later, indent=2) + "\n")
 
     def encode(self, text, bos=False, eos=False, special=False, follows=False):
         """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens.
@@ -141,6 +185,26 @@ def byte_tokenizer():
     special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
     pieces = {i: bytes([i]) for i in range(256)} | {i: name.encode() for name, i in special.items()}
     return Tokenizer(lambda text: list(text.encode(errors="replace")), pieces, special, bos=256, eos=257)
+
+
+def byte_tokenizer_files(tokenizer):
+    """The same as a byte-level BPE without a merge: {file name: its content}."""
+    begin, end = (tokenizer.pieces[i].decode() for i in (tokenizer.bos, tokenizer.eos))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": i, "content": name, "special": True} | plain for name, i in tokenizer.special.items()]
+    template = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    first = {
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
+    }
+    first["special_tokens"] = {begin: {"id": begin, "ids": [tokenizer.bos], "tokens": [begin]}}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None}
+    saved |= {"pre_tokenizer": letters, "post_processor": first, "decoder": letters}
+    saved["model"] = {"type": "BPE", "vocab": {letter: byte for letter, byte in BYTE_OF.items()}, "merges": []}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
+    return {"tokenizer.json": saved, "tokenizer_config.json": config | {"add_bos_token": True}}
 
 
 # ---- byte-pair encoding ----------------------------------------------------------------------
@@ -380,7 +444,7 @@ def from_sentencepiece(file):
         later = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file.parent / 'tokenizer_config.json'}: added_tokens_decoder: {error!r}") from None
-    for name, i in (later | _beside(file, "added_tokens.json")).items():
+    for name, i in later.items():
         if i not in pieces:
             special[name], pieces[i] = i, name.encode()
     bos = model.bos_id() if model.bos_id() >= 0 and config.get("add_bos_token", True) else None
