@@ -797,7 +797,7 @@ def check(path, images=None):
     if not rows:
         raise UserError(f"{path}: no rows in it")
     form = next(iter(forms), "unknown format")
-    return f"{path}: {form}, {rows} rows, {len(seen)} pictures, {bad} bad", wrong
+    return f"{path}: {form}, {rows} rows, {sum(not s for s in seen.values())} pictures, {bad} bad", wrong
 
 
 def _trouble(folder, name):

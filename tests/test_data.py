@@ -545,7 +545,7 @@ def test_a_grid_is_written_whole(tmp_path):
 
 def test_data_is_importable_without_torch():
     """The JAX trainer reads it on machines that have no torch."""
-    code = "import sys; sys.modules['torch'] = None; import data; print(data.DataSettings().side)"
+    code = "import sys; sys.modules['torch'] = None; import data, documents; print(data.DataSettings().side)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "256\n"
 
 
