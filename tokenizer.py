@@ -24,13 +24,19 @@ Read next: data.py, which makes rows of texts; sample.py, which prints them as t
 import base64
 import binascii
 import codecs
+import json
 import re
+import shutil
+from pathlib import Path
 
 import regex
 import tiktoken
 
 import checkpoint
 from settings import UserError
+
+# What DreamLLM's tokenizers know besides (its published files; their ids differ: resolve them by name).
+ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", "<dream_start>", "<dream_end>")
 
 
 class Tokenizer:
@@ -39,15 +45,19 @@ class Tokenizer:
     bos     the id that stands before every text, None where there is none (GPT-2, SmolLM2)
     eos     the id that ends a text; `stops`: all ids that end an answer
     words   a function, text without special tokens → ids
+    inner   the same for a text that follows a special token (SentencePiece alone may tell them apart)
     special {name: id} of the tokens that are seen in a text only when asked
     added   {name: id} of tokens that are no merges either but are always seen: SmolLM2's "<repo_name>", say
     pieces  {id: bytes} of every token
+    file    the tokenizer.json or tokenizer.model it was read from; None: "bytes"
+    later   {name: id} of the special tokens that were added since
     """
 
-    def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=()):
-        self.words = words
+    def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=(), inner=None):
+        self.words, self.inner = words, inner or words
         self.pieces, self.special, self.added = pieces, special, dict(added)
         self.bos, self.eos = bos, eos
+        self.file, self.later = None, {}
         turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
         self.stops = {i for i in (eos, *stops, *turns) if i is not None}
         self.vocab_size = max(pieces) + 1
@@ -67,19 +77,59 @@ class Tokenizer:
             files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
         if not files:
             raise UserError(f"{path}: no tokenizer here (looked for tokenizer.json, tokenizer.model)")
-        if files[0].suffix != ".json":
-            return from_model(files[0])
-        saved = checkpoint.read_json(files[0])
-        if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
-            return from_model(files[1])
-        return from_json(files[0], saved)
+        file, saved = files[0], None
+        if file.suffix == ".json":
+            saved = checkpoint.read_json(file)
+            if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
+                file, saved = files[1], None
+        tokenizer = from_json(file, saved) if saved else from_model(file)
+        tokenizer.file = file
+        later = _beside(file, "added_tokens.json")
+        tokenizer.add(sorted(later, key=later.get), later)
+        return tokenizer
 
-    def encode(self, text, bos=False, eos=False, special=False):
-        """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens."""
+    def add(self, names, ids=None):
+        """Makes each of `names` a special token: at the end of the vocabulary, or where `ids` {name: id} says.
+
+        Names that are known already keep their ids.
+        """
+        for name in names:
+            if name in self.special or name in self.added:
+                continue
+            i = ids[name] if ids else self.vocab_size
+            if type(i) is not int or i < 0 or i in self.pieces:
+                raise UserError(f"{self.file}: the added token {name} has the id {i!r}, which it cannot have")
+            self.special[name], self.pieces[i], self.later[name] = i, name.encode(), i
+            self.vocab_size = max(self.vocab_size, i + 1)
+
+    def save_pretrained(self, folder):
+        """Writes the tokenizer's files into `folder`, with the special tokens that were added.
+
+        "bytes" becomes a tokenizer.json without merges, which Hugging Face's tokenizers read too.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.file is None:
+            for name, saved in byte_tokenizer_files(self).items():
+                checkpoint.write_text(folder / name, json.dumps(saved, indent=2) + "\n")
+            return
+        for name in (self.file.name, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+            if (self.file.parent / name).exists():
+                with checkpoint.written_whole(folder / name) as beside:
+                    shutil.copyfile(self.file.parent / name, beside)
+        checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.later, indent=2) + "\n")
+
+    def encode(self, text, bos=False, eos=False, special=False, follows=False):
+        """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens.
+
+        `follows`: the text goes on after a special token of the same conversation.
+        """
         known = self.added | self.special if special else self.added
         ids = [self.bos] if bos and self.bos is not None else []
         for part in _cut_out(text, known):
-            ids += [known[part]] if part in known else self.words(part)
+            words = self.inner if follows else self.words
+            ids += [known[part]] if part in known else words(part)
+            follows = True
         return ids + ([self.eos] if eos and self.eos is not None else [])
 
     def decode(self, ids, special=False):
@@ -105,20 +155,21 @@ class Tokenizer:
         `template` is a key of TEMPLATES. The system message comes first or not at all, then user and assistant
         take turns; after a last user message the assistant's answer is what the model says next.
         """
-        if template not in TEMPLATES:
-            raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')
-        ids = []
-        for part in TEMPLATES[template](*_turns(messages)):
-            if not isinstance(part, Special):
-                ids += self.encode(part)  # whoever writes special tokens into a message gets their letters
-            elif part in (BOS, EOS):
-                i = self.bos if part == BOS else self.eos
-                ids += [] if i is None else [i]
-            elif part in self.special:
-                ids.append(self.special[part])
-            else:
-                raise UserError(f'the chat template "{template}" needs {part}, which this tokenizer does not have')
+        ids, follows = [], False
+        for part in written(messages, template):
+            # whoever writes special tokens into a message gets their letters
+            ids += self.frame(part) if isinstance(part, Special) else self.encode(part, follows=follows)
+            follows = follows or not isinstance(part, Special)
         return ids
+
+    def frame(self, part):
+        """A Special → its id in a list; [] for a BOS or EOS that this vocabulary does without."""
+        if part in (BOS, EOS):
+            i = self.bos if part == BOS else self.eos
+            return [] if i is None else [i]
+        if part not in self.special:
+            raise UserError(f"the chat template needs {part}, which this tokenizer does not have")
+        return [self.special[part]]
 
 
 def _cut_out(text, names):
@@ -134,6 +185,26 @@ def byte_tokenizer():
     special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
     pieces = {i: bytes([i]) for i in range(256)} | {i: name.encode() for name, i in special.items()}
     return Tokenizer(lambda text: list(text.encode(errors="replace")), pieces, special, bos=256, eos=257)
+
+
+def byte_tokenizer_files(tokenizer):
+    """The same as a byte-level BPE without a merge: {file name: its content}."""
+    begin, end = (tokenizer.pieces[i].decode() for i in (tokenizer.bos, tokenizer.eos))
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": i, "content": name, "special": True} | plain for name, i in tokenizer.special.items()]
+    template = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    first = {
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
+    }
+    first["special_tokens"] = {begin: {"id": begin, "ids": [tokenizer.bos], "tokens": [begin]}}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None}
+    saved |= {"pre_tokenizer": letters, "post_processor": first, "decoder": letters}
+    saved["model"] = {"type": "BPE", "vocab": {letter: byte for letter, byte in BYTE_OF.items()}, "merges": []}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
+    return {"tokenizer.json": saved, "tokenizer_config.json": config | {"add_bos_token": True}}
 
 
 # ---- byte-pair encoding ----------------------------------------------------------------------
@@ -373,12 +444,16 @@ def from_sentencepiece(file):
         later = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file.parent / 'tokenizer_config.json'}: added_tokens_decoder: {error!r}") from None
-    for name, i in (later | _beside(file, "added_tokens.json")).items():
+    for name, i in later.items():
         if i not in pieces:
             special[name], pieces[i] = i, name.encode()
     bos = model.bos_id() if model.bos_id() >= 0 and config.get("add_bos_token", True) else None
     eos = model.eos_id() if model.eos_id() >= 0 else None
-    return Tokenizer(model.encode, pieces, special, bos=bos, eos=eos, stops=_stops(file))
+    inner = None
+    if not config.get("legacy", True):  # then only the text that begins a conversation gets a space before it
+        # the model file once more with four bytes behind it, which say: normalizer_spec.add_dummy_prefix = false
+        inner = SentencePieceProcessor(model_proto=file.read_bytes() + b"\x1a\x02\x18\x00").encode
+    return Tokenizer(model.encode, pieces, special, bos=bos, eos=eos, stops=_stops(file), inner=inner)
 
 
 # ---- conversations ---------------------------------------------------------------------------
@@ -389,6 +464,13 @@ class Special(str):
 
 
 BOS, EOS = Special("<s>"), Special("</s>")  # whatever begins and ends a text in the tokenizer at hand
+
+
+def written(messages, template):
+    """Messages → [text or Special, …], as a template (a key of TEMPLATES) writes them."""
+    if template not in TEMPLATES:
+        raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')
+    return TEMPLATES[template](*_turns(messages))
 
 
 def _turns(messages):

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 import tokenizer
 from settings import UserError
-from tokenizer import BOS, EOS, Special, Tokenizer
+from tokenizer import ADDED, BOS, EOS, Special, Tokenizer
 
 AWKWARD = [
     "",
@@ -446,3 +446,38 @@ def test_special_is_a_matter_of_type_not_of_letters():
     assert isinstance(BOS, Special) and not isinstance("<s>", Special)
     assert words.encode_chat(messages("<s>", "</s>"), "plain") == [256, *b"<s>\n</s>", 257]
     assert EOS == "</s>"
+
+
+# ---- tokens that are added, and files that are written ---------------------------------------
+
+
+def test_added_tokens_stand_at_the_end_and_survive_saving(tmp_path):
+    tokenizer = Tokenizer.from_pretrained("bytes")
+    tokenizer.add(ADDED)
+    assert tokenizer.special["[PAD]"] == 258 and tokenizer.special["<dream_end>"] == 265
+    tokenizer.add(ADDED)  # a second time: they are known
+    assert tokenizer.vocab_size == 266
+    tokenizer.save_pretrained(tmp_path)
+    again = Tokenizer.from_pretrained(tmp_path)
+    assert again.special == tokenizer.special and again.pieces == tokenizer.pieces
+    text = "café <dream_start> 🌮"
+    assert again.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
+    assert again.encode(text, special=True).count(264) == 1
+
+
+def test_transformers_opens_the_bytes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.from_pretrained("bytes")
+    tokenizer.add(ADDED)
+    tokenizer.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "café, 🌮 <im_start>"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text, bos=True, special=True)
+
+
+def test_a_copied_tokenizer_keeps_what_was_added(tmp_path):
+    Tokenizer.from_pretrained("bytes").save_pretrained(tmp_path / "one")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "one")
+    tokenizer.add(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "two")
+    assert Tokenizer.from_pretrained(tmp_path / "two").special["<new>"] == 258
