@@ -1,7 +1,8 @@
-"""The demo's scores, on pictures small enough to work them out by hand."""
+"""The reports' scores, on pictures and answers small enough to work them out by hand."""
 
 import numpy as np
 import pytest
+from dream_report import balanced, best_constant, exact, word_f1
 from lvm_report import mean_and_error, mean_iou, mse, mse_in_hole, psnr
 
 
@@ -31,3 +32,39 @@ def test_mean_iou_averages_foreground_and_background():
     answer, truth = flat(255, 0, 0, 0), flat(255, 255, 0, 0)
     assert mean_iou(answer, truth, None) == pytest.approx([(1 / 2 + 2 / 3) / 2])
     assert mean_iou(truth, truth, None) == pytest.approx([1])
+
+
+# ---- DreamLLM: bench/dream_report.py ----------------------------------------------------------
+
+
+def test_word_f1_counts_words_as_often_as_they_stand():
+    """Two of three said words are among four true ones: precision 2/3, recall 2/4, so F1 = 4/7."""
+    assert word_f1("Red red, cat!", "red cat and dog") == pytest.approx(4 / 7)
+    assert word_f1("red", "red red") == pytest.approx(2 / 3)
+    assert word_f1("", "red") == 0 and word_f1("Dog, red", "red dog") == 1
+
+
+def test_an_exact_match_ignores_case_and_the_space_around():
+    assert exact(" Taco\n", "taco") == 1 and exact("taco.", "taco") == 0
+
+
+def test_the_best_constant_answer_is_chosen_with_the_truth_in_hand():
+    truths = ["a b", "a c", "d"]
+    assert best_constant(exact, ["x", "y", "y"], ["x", "y", "z"]) == ("y", pytest.approx(2 / 3))
+    # never exactly right, "a" shares a word with two of the three: F1 2/3 each, better than any truth itself
+    assert best_constant(word_f1, truths, truths)[1] == pytest.approx((1 + 1 / 2) / 3)
+    assert best_constant(word_f1, truths, [*truths, "a"]) == ("a", pytest.approx(4 / 9))
+
+
+@pytest.mark.parametrize("constant", ["yes", "no", "perhaps"])
+def test_a_constant_answer_is_right_half_the_time_at_best(constant):
+    expected = 0 if constant == "perhaps" else 0.5
+    score = balanced([constant] * 4, [constant] * 4)
+    assert score["dreamllm"] == {"mean": expected, "error": 0} and score["constant"] == 0.5
+
+
+def test_yes_and_no_weigh_the_same():
+    """Every own name is recognised, three of four wrong ones too: 100 % and 25 %."""
+    score = balanced(["yes", " Yes", "yes", "yes"], ["yes", "yes", "no", "yes"])
+    assert score["dreamllm"]["mean"] == pytest.approx((1 + 0.25) / 2)
+    assert (score["of_yes"]["mean"], score["of_no"]["mean"]) == (1, 0.25)
