@@ -90,6 +90,15 @@ def write_tensors(path, tensors, metadata=None):
         save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
 
 
+def write_bin(path, tensors):
+    """The same as a pickle of plain tensors, for layouts that want `.bin` files."""
+    import torch
+
+    plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    with written_whole(path) as beside:
+        torch.save(plain, beside)
+
+
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())

@@ -400,6 +400,12 @@ class CLIP(nn.Module):
         alone.text_model, alone.tokenizer = self.text_model, self.tokenizer
         return alone
 
+    def vision_encoder(self):
+        """The vision tower by itself, sharing its weights: what DreamLLM keeps of a CLIP."""
+        alone = CLIP(dataclasses.replace(self.config, text=None, embed_dim=0, logit_bias=False))
+        alone.vision_model = self.vision_model
+        return alone
+
     def preprocess(self, images):
         """A list of PIL images → (B, 3, S, S) as this model was trained to see them."""
         c = self.config.vision
@@ -433,16 +439,20 @@ class CLIP(nn.Module):
 
     def save_pretrained(self, path):
         """Writes config.json, model.safetensors, preprocessor_config.json and the tokenizer as transformers does."""
+        self.save_config(path)
+        checkpoint.write_tensors(Path(path) / "model.safetensors", self.state_dict())
+        if self.config.text and self.tokenizer:
+            self.tokenizer.save_pretrained(path, self.config.text.context_length)
+
+    def save_config(self, path):
+        """Of these files, the two that say what the weights are and how pictures come in."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         config = config_to_hf(self.config, self.tokenizer) | {"torch_dtype": dtype}
         checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-        checkpoint.write_tensors(path / "model.safetensors", self.state_dict())
         if self.config.vision:
             checkpoint.write_text(path / "preprocessor_config.json", _preprocessor_json(self.config.vision))
-        if self.config.text and self.tokenizer:
-            self.tokenizer.save_pretrained(path, self.config.text.context_length)
 
 
 # ---- training: what belongs together ---------------------------------------------------------

@@ -327,12 +327,13 @@ class Item:
         return self.source.picture(self, modality, frame, motion)
 
 
-def open_source(path, side, split="train", held_out_fraction=0.02):
+def open_source(path, side, split="train", held_out_fraction=0.02, say=warn):
     """The pictures at `path`: "emoji", a folder, a .tar or a shell pattern of .tar files.
 
     A source has a length, gives an `Item` for each index, and `offers` a set of words: the modalities that
     all its items have, and "category", "frames", "views" if there are any. `split` is "train" or "held_out"
     (emoji also have its two halves, "new" and "combo"). `source.skipped` counts what turned out broken.
+    `side` None leaves every picture as large as it is; `say` is told, in one line each, what is left out.
     """
     if split not in SPLITS:
         raise UserError(f'unknown split "{split}": one of {", ".join(SPLITS)}')
@@ -341,14 +342,14 @@ def open_source(path, side, split="train", held_out_fraction=0.02):
     if split in ("new", "combo"):
         raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
     if os.path.isdir(path):
-        return FileSource(path, _folder_files(path), side, split, held_out_fraction)
+        return FileSource(path, _folder_files(path), side, split, held_out_fraction, say)
     tars = sorted(glob.glob(path)) or [path] * os.path.exists(path)
     if not tars:
         raise UserError(f'{path}: no such folder or .tar file (pictures that need no file: path = "emoji")')
-    return FileSource(path, _tar_files(tars), side, split, held_out_fraction)
+    return FileSource(path, _tar_files(tars, say), side, split, held_out_fraction, say)
 
 
-def _fraction(name):
+def fraction(name):
     """A fixed number in [0, 1) for a name: how splits are drawn without keeping a list."""
     return zlib.crc32(name.encode()) / 2**32
 
@@ -387,10 +388,10 @@ def emoji_splits(codes):
         groups[emoji_group(code)].append(code)
     splits = {}
     for group, (base, *variants) in groups.items():
-        new = _fraction(f"group {group}") < 0.05
+        new = fraction(f"group {group}") < 0.05
         splits[base] = "new" if new else "train"
         for code in variants:
-            splits[code] = "new" if new else "combo" if _fraction(f"variant {code}") < 0.05 else "train"
+            splits[code] = "new" if new else "combo" if fraction(f"variant {code}") < 0.05 else "train"
     return splits
 
 
@@ -426,7 +427,7 @@ class EmojiSource:
         ]
         self.offers = _offers(self.items)
         # 64 MB of decoded pictures: all of them at 64 pixels
-        self.pixels = functools.lru_cache(max(64, 2**26 // (4 * side * side)))(self._decode)
+        self.pixels = functools.lru_cache(max(64, 2**26 // (4 * (side or 72) ** 2)))(self._decode)
 
     def __len__(self):
         return len(self.items)
@@ -479,7 +480,7 @@ def _folder_files(folder):
     return {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in paths}
 
 
-def _tar_files(tars):
+def _tar_files(tars, say):
     """{shard/member: (tar, offset, size)}: headers are read once, the bytes only when they are wanted."""
     files = {}
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in tars])
@@ -501,7 +502,7 @@ def _tar_files(tars):
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{path}: {error} (shards must be plain, uncompressed .tar files)") from None
         if broken or size % 512:  # tarfile ends in silence where a header is cut short
-            warn(f"{path}: truncated ({broken or 'its end is missing'}); what comes before the break is used")
+            say(f"{path}: truncated ({broken or 'its end is missing'}); what comes before the break is used")
     return files
 
 
@@ -515,19 +516,20 @@ class FileSource:
     a/e.views/00.png, 00.mask.png …   an object from many sides
     """
 
-    def __init__(self, path, files, side, split, held_out_fraction):
-        self.path, self.side, self.files = str(path), side, files
+    def __init__(self, path, files, side, split, held_out_fraction, say=warn):
+        self.path, self.side, self.files, self.say = str(path), side, files, say
         self.skipped, self.reported = 0, set()
         items = self._group()
         if not items:
             raise UserError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
-        self.items = [i for i in items if (_fraction(i.name) < held_out_fraction) == (split == "held_out")]
+        self.items = [i for i in items if (fraction(i.name) < held_out_fraction) == (split == "held_out")]
         if not self.items:
             empty = f"{path}: none of its {len(items)} pictures falls into the {split} split"
             raise UserError(f"{empty}: change data.held_out_fraction")
         self.offers = _offers(self.items)
         self.captions = self._read_captions()
-        self.pixels = functools.lru_cache(256)(self._decode)  # a sentence asks for the same ones repeatedly
+        # a sentence asks for the same ones repeatedly; photos at full size are too large to keep
+        self.pixels = functools.lru_cache(256 if side else 0)(self._decode)
 
     def __len__(self):
         return len(self.items)
@@ -625,7 +627,7 @@ class FileSource:
         if reason not in self.reported:
             self.reported.add(reason)
             self.skipped += 1
-            warn(f"skipped {reason}")
+            self.say(f"skipped {reason}")
 
 
 def first_sound(source, pool, start, takes):
@@ -920,7 +922,7 @@ def documents(path, split="train", held_out_fraction=0.02):
         raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
     for file in files:
         for text in _texts(file):
-            if (_fraction(text) < held_out_fraction) == (split == "held_out"):
+            if (fraction(text) < held_out_fraction) == (split == "held_out"):
                 yield text
 
 

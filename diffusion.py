@@ -676,13 +676,17 @@ class NoiseSchedule:
         return times.clamp(max=T - 1).flip(0)[:steps][steps - max(1, int(steps * strength)) :]
 
 
-def diffusion_loss(unet, schedule, latents, noise, t, context, text_embeds=None, time_ids=None, min_snr=0.0):
+def diffusion_loss(
+    unet, schedule, latents, noise, t, context, text_embeds=None, time_ids=None, min_snr=0.0, perturbation=0.0
+):
     """E‖target - prediction‖² over noised latents (Ho et al. 2020, eq. 14), in float32. → a scalar
 
     latents, noise (B, C, h, w), scaled; t (B,) int64 in 0..T-1; `unet`: anything called as a UNet is. min_snr: γ of
-    the min-SNR weights, published 5; 0: every time counts the same.
+    the min-SNR weights, published 5; 0: every time counts the same. perturbation (B, C, h, w): more noise, that the
+    U-Net is not told of (Ning et al. 2023: 0.1 · N(0, 1)), so that it learns to mend its own mistakes.
     """
-    prediction = unet(schedule.add_noise(latents, noise, t), t, context, text_embeds, time_ids)
+    noised = schedule.add_noise(latents, noise + perturbation, t)
+    prediction = unet(noised, t, context, text_embeds, time_ids)
     errors = (prediction.float() - schedule.target(latents, noise, t).float()).pow(2).mean((1, 2, 3))  # (B,)
     return (errors * schedule.loss_weight(t, min_snr)).mean() if min_snr else errors.mean()
 
@@ -808,6 +812,17 @@ class Conditioning(NamedTuple):
     text_embeds: torch.Tensor | None = None
 
 
+class Draws(NamedTuple):
+    """The chance in the loss of M pictures, in the order in which the published code draws it."""
+
+    sample: torch.Tensor  # (M, C, h, w) ~ N(0, 1): of the autoencoder's distribution
+    noise: torch.Tensor  # (M, C, h, w) ~ N(0, 1): what the U-Net is to find
+    offset: torch.Tensor  # (M, C, 1, 1) ~ N(0, 1)
+    perturbation: torch.Tensor  # (M, C, h, w) ~ N(0, 1)
+    t: torch.Tensor  # (M,) int64 in 0..T-1
+    drop: torch.Tensor  # (M,) in [0, 1): below the share of conditionings to be dropped, this one is
+
+
 class LatentDiffusion(nn.Module):
     """A U-Net, an autoencoder, a schedule, and the text encoder (two for SDXL, as a list; None: bring conditioning)."""
 
@@ -849,6 +864,27 @@ class LatentDiffusion(nn.Module):
         weight = self.vae.quant_conv.weight
         mean, logvar = (x.float() for x in self.vae.encode((2 * images - 1).to(weight.device, weight.dtype)))
         return (mean if noise is None else reparameterize(mean, logvar, noise)) * self.vae.config.scaling_factor
+
+    def draws(self, count, height, width, generator=None):
+        """Chance for `count` pictures of height × width pixels."""
+        c, device = self.vae.config, self.unet.conv_in.weight.device
+        shape = (count, c.latent_channels, height // c.factor, width // c.factor)
+        sample, noise, perturbation = torch.randn(3, *shape, generator=generator).to(device)
+        offset = torch.randn(*shape[:2], 1, 1, generator=generator).to(device)
+        t = torch.randint(self.schedule.num_train_timesteps, (count,), generator=generator).to(device)
+        return Draws(sample, noise, offset, perturbation, t, torch.rand(count, generator=generator).to(device))
+
+    def loss(self, images, context, draws, min_snr=0.0, offset=0.0, perturbation=0.0):
+        """images (M, 3, H, W) in [0, 1], context (M, L, D) → diffusion_loss; of U-Nets that see nothing but context.
+
+        Frozen weights let the gradient through to `context`. offset, perturbation: see offset_noise, diffusion_loss.
+        """
+        x0 = self.to_latents(images, draws.sample)
+        noise = offset_noise(draws.noise, draws.offset, offset)
+        extra = perturbation * draws.perturbation
+        return diffusion_loss(
+            self.unet, self.schedule, x0, noise, draws.t, context, min_snr=min_snr, perturbation=extra
+        )
 
     def to_images(self, latents):
         """Scaled latents (B, C, h, w) → images (B, 3, H, W) in [0, 1], float32."""
@@ -971,6 +1007,32 @@ class LatentDiffusion(nn.Module):
         unet = UNet.from_pretrained(path, dtype, device, unet_config)
         vae = AutoencoderKL.from_pretrained(path, dtype, device, vae_config)
         return cls(unet, vae, schedule, text_encoder)
+
+    @classmethod
+    def from_tensors(cls, tensors, path, dtype=None, device="cpu"):
+        """The same, without a text encoder, from tensors named unet.… and vae.…; `path`: a folder of their configs."""
+        path = Path(path)
+        unet_file, vae_file = (path / name / "config.json" for name in ("unet", "vae"))
+        with torch.device("meta"):
+            unet = UNet(unet_config_from_diffusers(checkpoint.read_json(unet_file), unet_file))
+            vae = AutoencoderKL(vae_config_from_diffusers(checkpoint.read_json(vae_file), vae_file))
+        own = {name: {} for name in ("unet", "vae")}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part not in own:
+                raise UserError(f"{path}: {name} belongs to no part of a latent diffusion model")
+            own[part][rest] = tensor
+        checkpoint.fill(unet, own["unet"], path, dtype, device).eval()
+        checkpoint.fill(vae, renamed(own["vae"], vae_names(vae.config)), path, dtype, device).eval()
+        saved = path / "scheduler" / "scheduler_config.json"
+        return cls(unet, vae, NoiseSchedule.from_config(checkpoint.read_json(saved), saved))
+
+    def save_configs(self, path):
+        """Of a pipeline folder, what says what the weights are: the other half of from_tensors."""
+        configs = {"unet": unet_config_to_diffusers(self.unet.config), "vae": vae_config_to_diffusers(self.vae.config)}
+        for name, config in configs.items():
+            checkpoint.write_text(Path(path) / name / "config.json", as_json(config))
+        checkpoint.write_text(Path(path) / "scheduler" / "scheduler_config.json", as_json(self.schedule.to_config()))
 
     def save_pretrained(self, path):
         """Writes a diffusers pipeline folder; model_index.json last, so that it is there only when all else is."""

@@ -1,4 +1,4 @@
-"""LLaMA: a decoder-only transformer, which for LVM continues sentences of image codes.
+"""LLaMA: a decoder-only transformer, which for LVM continues sentences of image codes. And DreamLLM on top of it.
 
     tokens (B, T) ─ embed_tokens ─▶ (B, T, D)
       n_layers × [ x + attention(norm(x)) ;  x + mlp(norm(x)) ]          residual stream (B, T, D)
@@ -11,13 +11,25 @@ LVM (Bai et al. 2023) is this model unchanged, over 8192 image codes + 100 spare
 
 Modules bear the names of the Hugging Face files, so a checkpoint's keys can be read beside the code.
 
-    symbol  B batch   T tokens   D dim   V vocab_size   H n_heads   K n_kv_heads   E head_dim   F hidden_dim
+DreamLLM (Dong et al. 2023, arXiv 2309.11499) puts pictures into that stream on both sides. A picture to be read comes
+in as CLIP's patches; a picture to be drawn starts from learned queries, and what the LLaMA makes of them steers a
+U-Net in place of a text encoder:
 
-Read before: vqgan.py. Read next: train.py, then sample.py.
+    <s> a taco <dream_start> q q … q <dream_end> <im_start> p p … p <im_end> , a burrito … </s>
+                             │ Q dream queries (Q, D)        ▲ CLIP's patches (N, D)
+                  one causal pass, as above                  └── projector ── clip.patch_features(picture)
+                             ▼
+             hidden (Q, D) ── condition ──▶ context (Q, C) ── diffusion: its loss, or a picture
+
+    symbol  B batch   T tokens   D dim   V vocab_size   H n_heads   K n_kv_heads   E head_dim   F hidden_dim
+            N patches of a picture that is read   M pictures drawn   Q queries of each   C width of the U-Net's context
+
+Read before: vqgan.py; for DreamLLM, clip.py and diffusion.py. Read next: train.py, then sample.py.
 """
 
 import dataclasses
 import json
+import math
 import re
 import typing
 from dataclasses import dataclass
@@ -26,12 +38,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import EinopsError, rearrange
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 import settings
 from settings import UserError
+from tokenizer import ADDED, EOS, Special, Tokenizer
 
 # ---- configuration ---------------------------------------------------------------------------
 
@@ -141,7 +155,13 @@ def rotary_angles(positions, config):
 
     bfloat16 angles would collapse: of 4096 positions only a few hundred would stay distinct.
     """
-    i = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] * rotary_frequencies(config, positions.device)  # (T, E/2)
+    return angles.cos(), angles.sin()
+
+
+def rotary_frequencies(config, device=None):
+    """(E/2,) float32: by how much each pair turns from one position to the next."""
+    i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequency = config.rope_theta ** (-i / config.head_dim)  # (E/2,)
     if s := config.rope_scaling:
         # Wavelengths well inside the original context stay, those beyond it are stretched by `factor`,
@@ -149,8 +169,7 @@ def rotary_angles(positions, config):
         turns = s.original_max_position_embeddings * frequency / (2 * torch.pi)
         keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / s.factor)
-    angles = positions.float()[:, None] * frequency  # (T, E/2)
-    return angles.cos(), angles.sin()
+    return frequency
 
 
 def rotate(x, angles):
@@ -278,6 +297,15 @@ class LLaMA(nn.Module):
         """(B, T, D) → (B, T, V); a tied head reuses the embedding."""
         return self.lm_head(hidden) if hasattr(self, "lm_head") else F.linear(hidden, self.embed_tokens.weight)
 
+    @torch.no_grad()
+    def resize(self, vocab_size):
+        """Grows the vocabulary: the new rows of embedding and head start as N(0, 0.02)."""
+        new = max(0, vocab_size - self.config.vocab_size)
+        for layer in (self.embed_tokens, self.lm_head) if hasattr(self, "lm_head") else (self.embed_tokens,):
+            rows = torch.randn(new, self.config.dim).to(layer.weight) * 0.02
+            layer.weight = nn.Parameter(torch.cat((layer.weight, rows)))
+        self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + new)
+
     def caches(self, batch, max_tokens):
         return [LayerCache(batch, max_tokens, self.config, self.embed_tokens.weight) for _ in self.layers]
 
@@ -360,8 +388,12 @@ class LLaMA(nn.Module):
             config, tensors = read_meta(folder)
         else:
             config = config_from_hf(checkpoint.read_json(folder / "config.json"), folder / "config.json")
-            tensors = checkpoint.read_tensors(path)
-            tensors = {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+            tensors = from_hf_names(checkpoint.read_tensors(path))
+        return cls.from_tensors(tensors, path, dtype, device, config)
+
+    @classmethod
+    def from_tensors(cls, tensors, path, dtype, device, config):
+        """The same from tensors at hand, under our names; `path` is where they are from."""
         if config.tie_embeddings:
             tensors.pop("lm_head.weight", None)
         if config.n_layers > len(tensors):
@@ -384,8 +416,15 @@ class LLaMA(nn.Module):
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         config = config_to_hf(self.config) | {"torch_dtype": dtype}
         checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-        weights = {(k if k.startswith("lm_head") else f"model.{k}"): v for k, v in self.state_dict().items()}
-        checkpoint.write_tensors(path / "model.safetensors", weights)
+        checkpoint.write_tensors(path / "model.safetensors", to_hf_names(self.state_dict()))
+
+
+def to_hf_names(tensors):
+    return {(k if k.startswith("lm_head") else f"model.{k}"): v for k, v in tensors.items()}
+
+
+def from_hf_names(tensors):
+    return {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -584,3 +623,471 @@ def read_meta(folder):
             raise UserError(f"{folder}: the pieces of {name} do not fit ({str(error).splitlines()[0]})") from None
         tensors[f"{layer}{ours}.weight"] = whole
     return config, tensors
+
+
+# ---- DreamLLM --------------------------------------------------------------------------------
+
+PROJECTORS = ("linear", "mlp", "conv", "downsample")
+
+
+@dataclass(frozen=True)
+class DreamLLMConfig:
+    """What DreamLLM adds to the models it is handed, and how their two losses are weighed."""
+
+    queries: int = 64  # Q
+    projector: str = "linear"  # from CLIP's patches to embeddings: one of PROJECTORS
+    condition: str = "linear"  # from hidden states to the U-Net's context: linear or mlp
+    w_lm: float = 1.0  # of the text's cross-entropy
+    w_vm: float = 10.0  # of the pictures' squared error
+    drop: float = 0.0  # share of pictures drawn without what was said before, for guidance
+    min_snr: float = 0.0  # these three: see diffusion_loss and offset_noise; the published runs use none
+    noise_offset: float = 0.0
+    perturbation: float = 0.0
+
+    def __post_init__(self):
+        if self.queries < 1:
+            raise ValueError(f"queries {self.queries} must be at least 1")
+        if self.projector not in PROJECTORS or self.condition not in PROJECTORS[:2]:
+            kinds = f'projector "{self.projector}" must be one of {", ".join(PROJECTORS)}'
+            raise ValueError(f'{kinds}, condition "{self.condition}" linear or mlp')
+        if min(self.w_lm, self.w_vm, self.min_snr, self.noise_offset, self.perturbation) < 0 or not 0 <= self.drop < 1:
+            raise ValueError("weights of losses and noise must be at least 0, drop must lie in [0, 1)")
+
+
+class Projector(nn.Module):
+    """(B, N, I) → (B, N', O): from one model's width to another's. N' = N, but for "downsample"."""
+
+    def __init__(self, i, o, kind, bias=True):
+        super().__init__()
+        self.kind = kind
+        if kind == "linear":
+            self.projector = nn.Linear(i, o, bias)
+        elif kind == "mlp":
+            self.projector = nn.Sequential(nn.Linear(i, o, bias), nn.GELU(), nn.Linear(o, o, bias))
+        elif kind == "conv":  # on the grid of patches: each sees its neighbours
+            self.projector = nn.Conv2d(i, o, 3, padding=1, bias=bias)
+        else:  # a quarter as many patches each way; the last convolution is a linear layer at every place
+            halves = [nn.Conv2d(i, i, 3, stride=2, padding=1) for _ in range(2)]
+            self.projector = nn.Sequential(halves[0], nn.GELU(), halves[1], nn.GELU(), nn.Conv2d(i, o, 1, bias=bias))
+
+    def places(self, n):
+        """N → N'."""
+        side = math.isqrt(n)
+        return n if self.kind != "downsample" else ((side + 3) // 4) ** 2
+
+    def forward(self, x):
+        if self.kind in ("linear", "mlp"):
+            return self.projector(x)
+        grid = rearrange(x, "b (h w) i -> b i h w", h=math.isqrt(x.shape[1]))
+        return rearrange(self.projector(grid), "b o h w -> b (h w) o")
+
+
+class DreamLLM(nn.Module):
+    """A LLaMA that reads pictures through CLIP and draws them through latent diffusion. See the top of the file.
+
+    llama, clip (its vision tower is kept) and diffusion (its text encoder is not) are handed in; the tokenizer must
+    know the tokens ADDED, and the LLaMA have rows for them (`llama.resize`). How many patches a picture has, and how
+    large drawn pictures are, follows from these parts.
+    """
+
+    def __init__(self, llama, clip, diffusion, config, tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.llama, self.clip, self.diffusion = llama, clip.vision_encoder(), diffusion
+        self.diffusion.text_encoders = nn.ModuleList()
+        width, context = clip.config.vision.width, diffusion.unet.config.cross_attention_dim
+        self.projector = Projector(width, llama.config.dim, config.projector)
+        self.dream_queries = nn.Parameter(torch.randn(1, config.queries, llama.config.dim) * 0.02)
+        self.condition = Projector(llama.config.dim, context, config.condition, bias=False)
+        self.patches = self.projector.places(clip.config.vision.patches)  # N
+        self.side = diffusion.unet.config.sample_size * diffusion.vae.config.factor  # pixels of a drawn picture
+        if absent := [name for name in ADDED if name not in tokenizer.special]:
+            raise UserError(f"the tokenizer does not know {', '.join(absent)}: tokenizer.add(ADDED)")
+        if tokenizer.vocab_size > llama.config.vocab_size:
+            sizes = f"the tokenizer knows {tokenizer.vocab_size} tokens, the LLaMA only {llama.config.vocab_size}"
+            raise UserError(f"{sizes}: llama.resize(tokenizer.vocab_size) gives it the missing ones")
+
+    # -- reading and training --
+
+    def embed(self, tokens, images, queries=True):
+        """tokens (B, T), images (N', 3, S, S) as CLIP wants them, in reading order → embeddings (B, T, D).
+
+        After every <im_start> stand a picture's patches, after every <dream_start> the queries. Without `queries` the
+        latter places stay what they are in the tokens, as in the published code for a batch that draws nothing.
+        """
+        x = self.llama.embed_tokens(tokens)  # (B, T, D)
+        if queries:
+            rows, places = self.spans(tokens, "<dream_start>", self.config.queries)
+            x = x.index_put((rows, places), self.dream_queries.expand(len(rows), -1, -1).to(x.dtype))
+        rows, places = self.spans(tokens, "<im_start>", self.patches)
+        if len(rows) != len(images):
+            raise ValueError(f"{len(rows)} spans of <im_start> but {len(images)} pictures")
+        if len(images):
+            x = x.index_put((rows, places), self.projector(self.clip.patch_features(images)).to(x.dtype))
+        return x
+
+    def spans(self, tokens, start, length):
+        """Where the `length` places after each token `start` are: rows (n, 1), places (n, length), in reading order."""
+        rows, at = (tokens == self.tokenizer.special[start]).nonzero(as_tuple=True)
+        places = at[:, None] + torch.arange(1, length + 1, device=tokens.device)
+        if len(at) and places.max() >= tokens.shape[1]:
+            raise ValueError(
+                f"{start} at {int(at.max())}: the {length} places after it reach beyond {tokens.shape[1]} tokens"
+            )
+        return rows[:, None], places
+
+    def forward(self, tokens, labels, images, images_dm, draws=None):
+        """One pass for both losses → {loss, lm_loss, vm_loss, logits (B, T, V)}.
+
+        tokens (B, T), padded on the right; labels (B, T), the same or -100 where nothing is to be learned; images
+        (·, 3, S, S) to be read, normalised as CLIP wants them; images_dm (M, 3, H, W) to be drawn, in [0, 1]: all
+        those of the batch in reading order. draws: a diffusion.Draws, recorded; None: fresh chance.
+        The text's loss is the mean over all labels of the batch, the pictures' the mean over all pictures.
+        """
+        c, v = self.config, self.clip.config.vision
+        hidden = self.llama.hidden(self.embed(tokens, images, queries=len(images_dm) > 0))  # (B, T, D)
+        logits = self.llama.logits(hidden)  # (B, T, V)
+        wanted = labels[:, 1:].flatten()
+        lm_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, ignore_index=-100, reduction="sum")
+        lm_loss = lm_loss / (wanted != -100).sum().clamp(min=1)
+        vm_loss = self.drawing_loss(hidden, tokens, images_dm, draws) if len(images_dm) else lm_loss.new_zeros(())
+        loss = c.w_lm * lm_loss + c.w_vm * vm_loss
+        # Of several processes, each must have a gradient, if only zero, of the same weights.
+        if not len(images):
+            loss = loss + 0 * self.projector(self.dream_queries.new_zeros(1, v.patches, v.width)).sum()
+        if not len(images_dm):
+            loss = loss + 0 * self.condition(self.dream_queries).sum()
+        return {"loss": loss, "lm_loss": lm_loss, "vm_loss": vm_loss, "logits": logits}
+
+    def drawing_loss(self, hidden, tokens, images_dm, draws):
+        """hidden (B, T, D) after the final norm → the U-Net's error on the pictures that its queries should draw."""
+        c = self.config
+        rows, places = self.spans(tokens, "<dream_start>", c.queries)
+        if len(rows) != len(images_dm):
+            raise ValueError(f"{len(rows)} spans of <dream_start> but {len(images_dm)} pictures to draw")
+        draws = draws or self.diffusion.draws(len(images_dm), *images_dm.shape[2:])
+        states = hidden[rows, places]  # (M, Q, D)
+        if c.drop:
+            # Here as in drawing, no prompt means real queries after <s>. (The published code trains it with the
+            # embeddings of <im_patch> in their places, which it never sees again.)
+            states = torch.where((draws.drop < c.drop)[:, None, None], self.dream([""]), states)
+        context = self.condition(states)  # (M, Q, C)
+        return self.diffusion.loss(images_dm, context, draws, c.min_snr, c.noise_offset, c.perturbation)
+
+    # -- drawing --
+
+    def prompt(self, parts):
+        """A text, or a list of texts, PIL pictures to look at and tokenizer.EOS → ([id, …], [picture, …]).
+
+        <s> comes first; each text is encoded by itself, as between the pictures of a training row.
+        """
+        special = self.tokenizer.special
+        ids = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
+        pictures = []
+        for part in [parts] if isinstance(parts, str) else parts:
+            if isinstance(part, Special):
+                ids += [self.tokenizer.eos] if part == EOS else []
+            elif isinstance(part, str):
+                ids += self.tokenizer.encode(part)
+            else:
+                ids += [special["<im_start>"], *[special["<im_patch>"]] * self.patches, special["<im_end>"]]
+                pictures.append(part)
+        return ids, pictures
+
+    def read(self, ids, pictures=(), caches=None):
+        """ids (B lists of equal length), PIL pictures → hidden (B, T, D); with caches, after what they hold."""
+        weight = self.llama.embed_tokens.weight
+        images = self.clip.preprocess(list(pictures)).to(weight) if len(pictures) else weight.new_zeros(0)
+        return self.llama.hidden(self.embed(torch.tensor(ids, device=weight.device), images), caches)
+
+    def dream(self, prompts):
+        """prompts (each as `prompt` takes it) → (B, Q, D): what the queries become after each of them."""
+        span = [self.tokenizer.special["<dream_start>"], *[self.tokenizer.special["<im_patch>"]] * self.config.queries]
+        read = [self.prompt(parts) for parts in prompts]
+        longest = max(len(ids) for ids, _ in read) + len(span)
+        if longest + 2 > self.llama.config.max_seq_len:
+            raise UserError(f"a prompt of {longest - len(span)} tokens leaves no room for a picture in the context")
+        # What is filled up on the right comes after the queries, so that they never see it.
+        pad = self.tokenizer.special["[PAD]"]
+        rows = [ids + span + [pad] * (longest - len(ids) - len(span)) for ids, _ in read]
+        hidden = self.read(rows, [picture for _, pictures in read for picture in pictures])  # (B, T, D)
+        ends = torch.tensor([len(ids) for ids, _ in read], device=hidden.device)
+        places = ends[:, None] + 1 + torch.arange(self.config.queries, device=hidden.device)  # (B, Q)
+        return hidden[torch.arange(len(rows), device=hidden.device)[:, None], places]
+
+    @torch.inference_mode()
+    def text_to_image(
+        self,
+        prompts,
+        negative=None,
+        guidance=7.5,
+        steps=50,
+        sampler="ddpm",
+        seed=None,
+        draw=None,
+        rescale=0.0,
+        progress=False,
+    ):
+        """prompts, B of them: texts, or lists of texts and PIL pictures → images (B, 3, H, W) in [0, 1].
+
+        negative: what to move away from, one or B; None is the empty prompt. The rest: see LatentDiffusion.generate.
+        """
+        negative = "" if negative is None else negative
+        context = self.condition(self.dream([prompts] if isinstance(prompts, str) else prompts))  # (B, Q, C)
+        without = self.condition(self.dream([negative] if isinstance(negative, str) else negative))
+        return self.diffusion.generate(
+            context, without, guidance, steps, sampler, seed=seed, draw=draw, rescale=rescale, progress=progress
+        )
+
+    def generate_document(self, prompt, max_new_tokens=256, max_pictures=4, **options):
+        """What `stream_document` yields, as a list: neighbouring texts are one."""
+        pieces = []
+        for piece in self.stream_document(prompt, max_new_tokens, max_pictures, **options):
+            if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+                pieces[-1] += piece
+            else:
+                pieces.append(piece)
+        return pieces
+
+    @torch.inference_mode()
+    def stream_document(
+        self,
+        prompt,
+        max_new_tokens=256,
+        max_pictures=4,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        guidance=7.5,
+        steps=50,
+        sampler="ddpm",
+        seed=None,
+        progress=False,
+    ):
+        """prompt (as `prompt` takes it) → yields what follows: texts, and PIL pictures where the model wants them.
+
+        It writes until it draws </s>, has drawn max_new_tokens, or fills its context. When it draws <dream_start>, the
+        U-Net draws a picture from all that stands before; the model then looks at that picture and goes on. With
+        max_pictures=0 it only writes: captions, answers.
+        """
+        special, capacity = self.tokenizer.special, self.llama.config.max_seq_len
+        ids, pictures = self.prompt(prompt)
+        if len(ids) >= capacity:
+            raise UserError(f"the prompt's {len(ids)} tokens fill the context of {capacity}: give a shorter one")
+        device = self.llama.embed_tokens.weight.device
+        chance = torch.Generator(device)
+        chance.seed() if seed is None else chance.manual_seed(seed)
+        forbidden = torch.ones(self.llama.config.vocab_size, dtype=torch.bool, device=device)
+        forbidden[[i for i in self.tokenizer.pieces if i not in special.values()]] = False
+        forbidden[list(self.tokenizer.stops)] = False
+        span = self.config.queries + 2 + self.patches + 2  # what a picture takes: drawn, then looked at
+        caches = self.llama.caches(1, capacity)
+        hidden = self.read([ids], pictures, caches)[:, -1]  # (1, D)
+        left, drawn, ended = max_new_tokens, 0, False
+
+        def words():
+            """The ids of the text up to the next picture, or the end."""
+            nonlocal hidden, left, ended
+            while left and caches[0].length < capacity:
+                room = drawn < max_pictures and caches[0].length + span <= capacity
+                forbidden[special["<dream_start>"]] = not room
+                logits = self.llama.logits(hidden).float().masked_fill(forbidden, float("-inf"))  # (1, V)
+                new, left = draw(logits, temperature, top_k, top_p, chance).item(), left - 1
+                if new == special["<dream_start>"]:
+                    return
+                if new in self.tokenizer.stops:
+                    break
+                yield new
+                hidden = self.read([[new]], (), caches)[:, -1]
+            ended = True
+
+        while True:
+            yield from self.tokenizer.stream(words())
+            if ended:
+                return
+            queries = [special["<dream_start>"], *[special["<im_patch>"]] * self.config.queries]
+            states = self.read([queries], (), caches)[:, 1:]  # (1, Q, D)
+            picture = self.diffusion.generate(
+                self.condition(states),
+                self.condition(self.dream([""])),
+                guidance,
+                steps,
+                sampler,
+                seed=None if seed is None else seed + drawn,
+                progress=progress,
+            )
+            picture, drawn = to_pil(picture[0]), drawn + 1
+            yield picture
+            ids, _ = self.prompt([picture])
+            looked = [special["<dream_end>"], *ids[-(self.patches + 2) :]]  # without <s>
+            hidden = self.read([looked], [picture], caches)[:, -1]
+
+    # -- published files --
+
+    def published(self):
+        """The weights as the published code writes them: {file: {key: tensor}}."""
+        frequencies = {  # computed, not learned; but the files hold them
+            f"layers.{n}.self_attn.rotary_emb.inv_freq": rotary_frequencies(self.llama.config, tensor.device)
+            for n, tensor in enumerate(layer.self_attn.q_proj.weight for layer in self.llama.layers)
+        }
+
+        def named(module, prefix):
+            return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+        return {
+            "model.safetensors": to_hf_names(self.llama.state_dict() | frequencies),
+            "clip_vision_embedding.bin": named(self.clip, "clip_vision_model") | named(self.projector, "projector"),
+            "dream_embedding.bin": {"dream_queries": self.dream_queries},
+            "stable_diffusion_head.bin": self.diffusion.state_dict() | named(self.condition, "projector"),
+        }
+
+    def save_pretrained(self, path):
+        """Writes the published layout, with its parts' configurations and the tokenizer: a folder that is complete."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self.clip.save_config(path / "clip_vision")
+        self.diffusion.save_configs(path / "stable_diffusion")
+        self.tokenizer.save_pretrained(path)
+        for name, tensors in self.published().items():
+            write = checkpoint.write_tensors if name.endswith(".safetensors") else checkpoint.write_bin
+            write(path / name, tensors)
+        checkpoint.write_text(path / "config.json", json.dumps(dreamllm_to_hf(self), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, path, clip, diffusion, dtype=None, device="cpu", parts=()):
+        """A DreamLLM from a run of ours or a published folder; `clip`, `diffusion`: the classes of its parts.
+
+        The configurations of CLIP and Stable Diffusion, which config.json names, are looked for in the folder, beside
+        it, and in the folders `parts`. dtype None: as stored.
+        """
+        folder = checkpoint.resolve(path)
+        if folder.is_file():
+            raise UserError(f"{folder}: a DreamLLM is a folder of several files, not one")
+        file = folder / "config.json"
+        saved = checkpoint.read_json(file)
+        config, ids, clip_name, diffusion_name = dreamllm_from_hf(saved, file)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        for name, i in ids.items():
+            if tokenizer.special.get(name) != i:
+                raise UserError(
+                    f"{file}: {name} is {i} here but {tokenizer.special.get(name)} in the tokenizer's files"
+                )
+
+        whole = from_hf_names(checkpoint.read_tensors(folder))
+        own = {}  # the three files beside; runs that were sharded keep everything in the one file as well
+        for name in ("clip_vision_embedding", "dream_embedding", "stable_diffusion_head"):
+            inside = {k.removeprefix(f"{name}."): whole.pop(k) for k in list(whole) if k.startswith(f"{name}.")}
+            beside = folder / f"{name}.bin"
+            own[name] = checkpoint.read_tensors(beside) if beside.exists() or not inside else inside
+        projector = taken(own["clip_vision_embedding"], "projector.")
+        condition = taken(own["stable_diffusion_head"], "projector.")
+        vision = taken(own["clip_vision_embedding"], "clip_vision_model.")
+        if own["clip_vision_embedding"]:
+            raise UserError(f"{folder}: {next(iter(own['clip_vision_embedding']))} belongs to no part of DreamLLM")
+
+        llama_config = config_from_hf(saved | {"model_type": "llama"}, file)
+        llama = LLaMA.from_tensors(whole, folder, dtype, device, llama_config)
+        clip = clip.from_tensors(vision, find_part(clip_name, folder, parts), dtype, device)
+        head = own["stable_diffusion_head"]
+        diffusion = diffusion.from_tensors(head, find_part(diffusion_name, folder, parts), dtype, device)
+        model = cls(llama, clip, diffusion, config, tokenizer)
+        checkpoint.fill(model.projector, projector, folder / "clip_vision_embedding.bin", dtype, device)
+        checkpoint.fill(model.condition, condition, folder / "stable_diffusion_head.bin", dtype, device)
+        queries = own["dream_embedding"].get("dream_queries", torch.empty(0))
+        if queries.shape != model.dream_queries.shape or not queries.isfinite().all():
+            expected = tuple(model.dream_queries.shape)
+            raise UserError(f"{folder}: dream_queries is {tuple(queries.shape)}, expected finite numbers of {expected}")
+        model.dream_queries = nn.Parameter(queries.to(device, dtype, copy=True))
+        return model.eval()
+
+
+def taken(tensors, prefix):
+    """Moves the entries whose names begin with `prefix` out of `tensors`, into a dict of their own without it."""
+    return {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+
+
+def find_part(name, folder, given):
+    """The folder of a part that config.json calls `name`: a path, or one of the hub's "owner/name"."""
+    places = [folder / name, folder.parent / name, *(Path(g) / n for g in given for n in (name, Path(name).name))]
+    found = next((place for place in places if place.is_dir()), None)
+    if not found:
+        looked = ", ".join(map(str, places))
+        raise UserError(f"{folder}: of its part {name} the configuration is not there (looked for {looked})")
+    return found
+
+
+def to_pil(image):
+    """(3, H, W) in [0, 1] → a PIL picture."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+CLIP_PART, DIFFUSION_PART = "clip_vision", "stable_diffusion"  # where we put the parts' configurations
+LOSS_NAMES = {"drop": "drop_prob", "min_snr": "snr_gamma", "noise_offset": "noise_offset"}
+LOSS_NAMES |= {"perturbation": "input_perturbation"}  # ours: theirs
+
+
+def dreamllm_from_hf(saved, path="config.json"):
+    """DreamLLM's config.json (a dict) → (DreamLLMConfig, {token: id}, CLIP's and Stable Diffusion's name)."""
+    kind = saved.get("model_type") if isinstance(saved, dict) else None
+    if kind != "dreamllm":
+        raise UserError(f"{path}: model_type is {kind!r}, expected 'dreamllm'")
+    try:
+        plugins = saved["plugins_init_kwargs"]
+        reader, queries, head = (
+            plugins[name] for name in ("clip_vision_embedding", "dream_embedding", "stable_diffusion_head")
+        )
+        if reader.get("select_layer", -2) != -2 or reader.get("use_additional_post_layernorm"):
+            raise UserError(f"{path}: only CLIP's features of layer -2, without a norm, are supported")
+        fields = {"queries": queries["num_dream_queries"]}
+        for ours, plugin in (("projector", reader), ("condition", head)):
+            fields[ours] = plugin.get("projector_type", "linear")
+            if (depth := plugin.get("projector_depth", 1)) != (2 if fields[ours] == "mlp" else 1):
+                raise UserError(f"{path}: a {fields[ours]} projector of depth {depth} is not supported")
+        losses = {"w_lm": saved.get("loss_weight_lm"), "w_vm": saved.get("loss_weight_vm")}
+        losses |= {ours: head.get(theirs) for ours, theirs in LOSS_NAMES.items()}
+        fields |= {name: value for name, value in losses.items() if value is not None}
+        tokens = saved.get("special_tokens2ids_dict", {})
+        tokens = {k: v for k, v in tokens.items() if k in ADDED} | tokens.get("additional_special_tokens", {})
+        names = reader["clip_vision_model_name_or_path"], head["diffusion_name_or_path"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the configuration of a DreamLLM ({error!r})") from None
+    return settings.build(DreamLLMConfig, fields, str(path)), tokens, *names
+
+
+def dreamllm_to_hf(model):
+    c, width = model.config, model.llama.config.dim
+
+    def plugin(name, rest):
+        return {"_target_": f"omni.models.dreamllm.modeling_plugins.{name}", "embed_hidden_size": width} | rest
+
+    def projector(kind):
+        return {"projector_type": kind, "projector_depth": 2 if kind == "mlp" else 1, "freeze_projector": False}
+
+    reader = {"clip_vision_model_name_or_path": CLIP_PART, "select_layer": -2, "use_additional_post_layernorm": False}
+    reader |= {"freeze_clip_vision_model": True, "freeze_embedding_layers": True} | projector(c.projector)
+    head = {"diffusion_name_or_path": DIFFUSION_PART, "freeze_unet": True, "freeze_vae": True, "resolution": model.side}
+    head |= projector(c.condition) | {theirs: getattr(c, ours) for ours, theirs in LOSS_NAMES.items()}
+    queries = {"num_dream_queries": c.queries, "freeze_dream_queries": False}
+    kinds = {"clip_vision_embedding": "embedding", "dream_embedding": "embedding", "stable_diffusion_head": "head"}
+    ids = {name: model.tokenizer.special[name] for name in ADDED}
+    tokens = {"[PAD]": ids.pop("[PAD]"), "additional_special_tokens": ids}
+    ends = {"bos_token_id": model.tokenizer.bos, "eos_token_id": model.tokenizer.eos, "pad_token_id": tokens["[PAD]"]}
+    return (
+        config_to_hf(model.llama.config)
+        | ends
+        | {
+            "architectures": ["DreamLLMForCausalMLM"],
+            "model_type": "dreamllm",
+            "loss_weight_lm": c.w_lm,
+            "loss_weight_vm": c.w_vm,
+            "loss_scale_schedule": "none",
+            "plugins_type": kinds,
+            "plugins_init_kwargs": {
+                "clip_vision_embedding": plugin("CLIPVisionEmbedding", reader),
+                "dream_embedding": plugin("DreamEmbedding", queries),
+                "stable_diffusion_head": plugin("StableDiffusionHead", head),
+            },
+            "special_tokens2ids_dict": tokens,
+            "torch_dtype": str(model.dream_queries.dtype).removeprefix("torch."),
+        }
+    )

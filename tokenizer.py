@@ -45,6 +45,7 @@ class Tokenizer:
     bos     the id that stands before every text, None where there is none (GPT-2, SmolLM2)
     eos     the id that ends a text; `stops`: all ids that end an answer
     words   a function, text without special tokens → ids
+    inner   the same for a text that follows a special token (SentencePiece alone may tell them apart)
     special {name: id} of the tokens that are seen in a text only when asked
     added   {name: id} of tokens that are no merges either but are always seen: SmolLM2's "<repo_name>", say
     pieces  {id: bytes} of every token
@@ -52,8 +53,8 @@ class Tokenizer:
     later   {name: id} of the special tokens that were added since
     """
 
-    def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=()):
-        self.words = words
+    def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=(), inner=None):
+        self.words, self.inner = words, inner or words
         self.pieces, self.special, self.added = pieces, special, dict(added)
         self.bos, self.eos = bos, eos
         self.file, self.later = None, {}
@@ -118,12 +119,17 @@ class Tokenizer:
                     shutil.copyfile(self.file.parent / name, beside)
         checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.later, indent=2) + "\n")
 
-    def encode(self, text, bos=False, eos=False, special=False):
-        """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens."""
+    def encode(self, text, bos=False, eos=False, special=False, follows=False):
+        """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens.
+
+        `follows`: the text goes on after a special token of the same conversation.
+        """
         known = self.added | self.special if special else self.added
         ids = [self.bos] if bos and self.bos is not None else []
         for part in _cut_out(text, known):
-            ids += [known[part]] if part in known else self.words(part)
+            words = self.inner if follows else self.words
+            ids += [known[part]] if part in known else words(part)
+            follows = True
         return ids + ([self.eos] if eos and self.eos is not None else [])
 
     def decode(self, ids, special=False):
@@ -149,20 +155,21 @@ class Tokenizer:
         `template` is a key of TEMPLATES. The system message comes first or not at all, then user and assistant
         take turns; after a last user message the assistant's answer is what the model says next.
         """
-        if template not in TEMPLATES:
-            raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')
-        ids = []
-        for part in TEMPLATES[template](*_turns(messages)):
-            if not isinstance(part, Special):
-                ids += self.encode(part)  # whoever writes special tokens into a message gets their letters
-            elif part in (BOS, EOS):
-                i = self.bos if part == BOS else self.eos
-                ids += [] if i is None else [i]
-            elif part in self.special:
-                ids.append(self.special[part])
-            else:
-                raise UserError(f'the chat template "{template}" needs {part}, which this tokenizer does not have')
+        ids, follows = [], False
+        for part in written(messages, template):
+            # whoever writes special tokens into a message gets their letters
+            ids += self.frame(part) if isinstance(part, Special) else self.encode(part, follows=follows)
+            follows = follows or not isinstance(part, Special)
         return ids
+
+    def frame(self, part):
+        """A Special → its id in a list; [] for a BOS or EOS that this vocabulary does without."""
+        if part in (BOS, EOS):
+            i = self.bos if part == BOS else self.eos
+            return [] if i is None else [i]
+        if part not in self.special:
+            raise UserError(f"the chat template needs {part}, which this tokenizer does not have")
+        return [self.special[part]]
 
 
 def _cut_out(text, names):
@@ -442,7 +449,11 @@ def from_sentencepiece(file):
             special[name], pieces[i] = i, name.encode()
     bos = model.bos_id() if model.bos_id() >= 0 and config.get("add_bos_token", True) else None
     eos = model.eos_id() if model.eos_id() >= 0 else None
-    return Tokenizer(model.encode, pieces, special, bos=bos, eos=eos, stops=_stops(file))
+    inner = None
+    if not config.get("legacy", True):  # then only the text that begins a conversation gets a space before it
+        # the model file once more with four bytes behind it, which say: normalizer_spec.add_dummy_prefix = false
+        inner = SentencePieceProcessor(model_proto=file.read_bytes() + b"\x1a\x02\x18\x00").encode
+    return Tokenizer(model.encode, pieces, special, bos=bos, eos=eos, stops=_stops(file), inner=inner)
 
 
 # ---- conversations ---------------------------------------------------------------------------
@@ -453,6 +464,13 @@ class Special(str):
 
 
 BOS, EOS = Special("<s>"), Special("</s>")  # whatever begins and ends a text in the tokenizer at hand
+
+
+def written(messages, template):
+    """Messages → [text or Special, …], as a template (a key of TEMPLATES) writes them."""
+    if template not in TEMPLATES:
+        raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')
+    return TEMPLATES[template](*_turns(messages))
 
 
 def _turns(messages):

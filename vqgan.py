@@ -398,9 +398,7 @@ class VQGAN(nn.Module):
         config |= {"dropout": 0.0, "resample_with_conv": True}
         checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
         checkpoint.write_tensors(path / "model.safetensors", self.state_dict())
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        with checkpoint.written_whole(path / "pytorch_model.bin") as beside:
-            torch.save(weights, beside)
+        checkpoint.write_bin(path / "pytorch_model.bin", self.state_dict())
 
 
 def config_from_json(path):

@@ -1,0 +1,821 @@
+"""Documents: texts and pictures in one sequence, and which of its tokens are to be learned.
+
+DreamLLM reads one row of tokens in which pictures have their places. A picture to *look at* is a span of as many
+<im_patch> as CLIP has patches; a picture to *draw* is a span of as many as there are dream queries. The model
+overwrites the embeddings of both: with CLIP's features, with its queries. What is trained where is said by two
+things alone: the labels (a token to predict, or -100), and which pictures come along to be drawn.
+
+    IMG   = <im_start> <im_patch> × patches <im_end>              the picture goes into `images`, for CLIP
+    DREAM = <dream_start> <im_patch> × queries <dream_end>        … into `images_dm`, for the U-Net to draw
+
+    sample                  sequence                                  labels
+    pair, to understand     <s> IMG caption </s>                      <s>, caption, </s>
+    pair, to create         <s> caption DREAM </s>                    none: the U-Net's loss alone
+    document                <s> (text DREAM IMG) × n </s>             <s>, texts, <dream_start>, </s>
+    instructed document     prompt (text DREAM IMG) × n </s>          texts, <dream_start>, </s>
+    conversation            <image> → IMG, <dream> → DREAM IMG        answers and their </s>, spans left out
+    image → image           <s> IMG DREAM </s>                        none
+
+Only documents have <dream_start> among their labels: they alone teach *when* to draw. A picture drawn is then
+looked at (DREAM IMG): in training the true one, in sample.py the model's own.
+
+    emoji | folder | tar | rows.jsonl ──▶ source ──▶ Pair | Document | Conversation      texts, names of pictures
+                                                        │ Writer
+                                                        ▼
+                                          Sample: tokens, labels (T,), the pictures of its spans in reading order
+                                                        │ DocumentRows.batch
+                                                        ▼
+         tokens, labels (B, T) int64    images (N, side, side, 3), images_dm (M, side, side, 3) uint8
+
+As in data.py, nothing keeps a state: a batch is a pure function of (seed, number, row). numpy and Pillow only.
+Paper: Dong et al. 2023 (arXiv 2309.11499), section 3.2 (interleaved sequences), 4.1 and appendix (its data).
+Row formats: MMC4 (Zhu et al. 2023, arXiv 2304.06939), OBELICS (Laurençon et al. 2023, arXiv 2306.16527),
+LLaVA (Liu et al. 2023, arXiv 2304.08485).
+
+    python data.py check rows.jsonl --images FOLDER       names every row that cannot be used
+
+To see the idea first, read `Writer`. Read next: model.py, where `DreamLLM` fills the spans.
+"""
+
+import array
+import collections
+import functools
+import glob
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data import SPLITS, fraction, load_picture, open_source, warn
+from settings import UserError
+from tokenizer import TEMPLATES, Special, written
+
+IGNORED = -100  # the label of a token that is not to be predicted
+
+KINDS = {
+    "pair": "picture and caption: to understand or to create it, by a coin",
+    "document": "texts with pictures between them",
+    "instructed": "the same, in answer to an instruction",
+    "conversation": "questions and answers, with pictures",
+    "image": "a picture, to be drawn again",
+}
+
+
+@dataclass(frozen=True)
+class DocumentSource:
+    """One [[data.sources]] table of a DreamLLM's configuration."""
+
+    path: str = "emoji"  # "emoji", a folder, WebDataset .tar, or rows in .jsonl or .json (a shell pattern names many)
+    kind: str = "pair"  # which sample: a key of KINDS
+    weight: float = 1.0  # share of the samples that are drawn from it
+    images: str = ""  # the folder of the pictures that rows name; empty: the one that the rows lie in
+    understand: bool = True  # whether its pictures are looked at …
+    create: bool = True  # … and drawn
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f'source {self.path}: unknown kind "{self.kind}": one of {", ".join(KINDS)}')
+        if self.weight < 0:
+            raise ValueError(f"source {self.path}: weight must be at least 0")
+        if not (self.understand or self.create):
+            raise ValueError(f"source {self.path}: pictures neither to understand nor to create teach nothing")
+
+
+@dataclass(frozen=True)
+class DocumentSettings:
+    """The [data] section of a DreamLLM's configuration."""
+
+    sources: tuple[DocumentSource, ...] = ()
+    text_tokenizer: str = ""  # "bytes", or a folder with a tokenizer's files; empty: the language model's own
+    template: str = "vicuna"  # how questions and answers are framed: a key of tokenizer.TEMPLATES
+    system: str | None = None  # what the template says before the first question; absent: its usual words
+    held_out_fraction: float = 0.02  # of files, by hash of a picture's name; emoji have their own split
+    workers: int = 2  # threads that prepare batches
+
+    def __post_init__(self):
+        if self.workers < 1:
+            raise ValueError("workers must be at least 1")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction {self.held_out_fraction} must lie in [0, 1)")
+        if self.sources and not any(source.weight for source in self.sources):
+            raise ValueError("every source has weight 0: no sample could be drawn")
+        if self.template not in TEMPLATES:
+            raise ValueError(f'unknown template "{self.template}": one of {", ".join(TEMPLATES)}')
+
+
+# ---- what a source says, and what becomes of it ------------------------------------------------
+# A picture is whatever its source can open: a name, an Item, a Pillow image. Only what is written gets opened.
+
+
+@dataclass(frozen=True)
+class Pair:
+    caption: str
+    picture: object
+
+    @property
+    def pictures(self):
+        return [self.picture]
+
+
+@dataclass(frozen=True)
+class Document:
+    pieces: list  # [(text, the picture after it or None), …] in reading order
+    prompt: str | None = None  # the instruction that it answers
+
+    @property
+    def pictures(self):
+        return [picture for _, picture in self.pieces if picture is not None]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: list  # as in Tokenizer.encode_chat, with "<image>" and "<dream>" where the pictures stand
+    pictures: list  # one for each of these, in reading order
+
+
+@dataclass(frozen=True)
+class Sample:
+    tokens: np.ndarray  # (T,) int64
+    labels: np.ndarray  # (T,) int64: the token itself, or -100; the model shifts them
+    images: list  # a picture for each IMG, in reading order
+    images_dm: list  # a picture for each DREAM
+
+
+# ---- the sequences -------------------------------------------------------------------------------
+
+IMAGE, DREAM = Special("<image>"), Special("<dream>")  # placeholders in raw data; never tokens of a sequence
+
+
+def _frame(messages, template, system):
+    """Messages → [text or Special, …] as the template writes them, placeholders cut out of the texts."""
+    if system is not None and messages[:1] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    parts = []
+    for part in written(messages, template):
+        if isinstance(part, Special):
+            parts.append(part)
+            continue
+        for text in re.split(f"({IMAGE}|{DREAM})", part):
+            if text:
+                parts.append(Special(text) if text in (IMAGE, DREAM) else text)
+    return parts
+
+
+def _is_picture(part):
+    return isinstance(part, Special) and part in (IMAGE, DREAM)
+
+
+def _check_count(parts, pictures):
+    if (count := sum(map(_is_picture, parts))) != len(pictures):
+        raise ValueError(f"{count} × <image> or <dream> in its texts, but {len(pictures)} pictures")
+
+
+def chat_parts(messages, pictures=(), template="vicuna", system=None):
+    """A chat → [text, Special or picture, …]: the prompt of an answer, for `DreamLLM.generate_document`.
+
+    `messages` as in Tokenizer.encode_chat; each "<image>" (or "<dream>") in them becomes the next of `pictures`.
+    """
+    parts = _frame(messages, template, system)
+    _check_count(parts, pictures)
+    left = iter(pictures)
+    return [next(left) if _is_picture(part) else part for part in parts]
+
+
+class Writer:
+    """Writes the six kinds of samples, none longer than `context` tokens.
+
+    patches, queries   tokens of a picture looked at, and of one drawn
+    understand, create which of the two is trained: documents keep one span of each picture where one is off
+    template, system   how prompts and conversations are framed (system None: the template's usual words)
+
+    A span is never cut. What does not fit is left out from the end: the rest of a caption; of a document whole
+    texts and pictures; of a conversation whole turns. ValueError where nothing is left to learn from.
+    """
+
+    def __init__(
+        self, tokenizer, patches, queries, context, understand=True, create=True, template="vicuna", system=None
+    ):
+        self.tokenizer, self.context, self.template, self.system = tokenizer, context, template, system
+        self.understand, self.create = understand, create
+        if not (understand or create):
+            raise UserError("a writer that neither understands nor creates has nothing to write")
+        names = ("[PAD]", "<im_start>", "<im_patch>", "<im_end>", "<dream_start>", "<dream_end>")
+        if absent := [name for name in names if name not in tokenizer.special]:
+            raise UserError(f"the tokenizer has no {absent[0]}: DreamLLM's tokens must be added to it")
+        self.pad, im_start, im_patch, im_end, dream_start, dream_end = (tokenizer.special[name] for name in names)
+        self.bos, self.eos = ([] if i is None else [i] for i in (tokenizer.bos, tokenizer.eos))
+        self.img = [im_start, *[im_patch] * patches, im_end]
+        self.dream = [dream_start, *[im_patch] * queries, dream_end]
+        if context < (least := 2 + len(self.img) + len(self.dream)):
+            raise UserError(f"a context of {context} tokens is too short: one picture alone takes {least}")
+        self._ids(self._prompt("?"))  # a template whose tokens are absent shall be found here
+
+    def only(self, understand, create):
+        """This writer, or one that leaves out what is not wanted of a source."""
+        understand, create = understand and self.understand, create and self.create
+        if (understand, create) == (self.understand, self.create):
+            return self
+        patches, queries = len(self.img) - 2, len(self.dream) - 2
+        return Writer(self.tokenizer, patches, queries, self.context, understand, create, self.template, self.system)
+
+    def pair(self, caption, picture, coin):
+        """A captioned picture; with both directions on, a coin in [0, 1) below 0.5 asks to create."""
+        if self.create and (coin < 0.5 or not self.understand):
+            text = self._text(caption, len(self.dream))
+            return _sample([(self.bos + text + self.dream + self.eos, False)], images_dm=[picture])
+        text = self._text(caption, len(self.img))
+        return _sample([(self.bos, True), (self.img, False), (text + self.eos, True)], images=[picture])
+
+    def document(self, pieces, prompt=None):
+        """[(text, picture or None), …] in reading order; with a prompt, as the answer to that instruction.
+
+        It ends before the first text or picture that would not fit.
+        """
+        parts = [(self.bos, True)] if prompt is None else [(self._ids(self._prompt(prompt)), False)]
+        begin = length = len(parts[0][0])
+        shown = []
+        for unit, picture in self._units(pieces):
+            size = sum(len(ids) for ids, _ in unit)
+            if length + size + len(self.eos) > self.context:
+                break
+            parts, length = parts + unit, length + size
+            shown += [] if picture is None else [picture]
+        if length == begin:
+            raise ValueError(f"nothing of it fits into {self.context} tokens")
+        parts.append((self.eos, True))
+        return _sample(parts, shown if self.understand else [], shown if self.create else [])
+
+    def _units(self, pieces):
+        """The indivisible parts of a document: ([(ids, whether they are learned), …], picture or None)."""
+        for text, picture in pieces:
+            yield [(self._text(text), True)], None
+            if picture is not None:
+                draw = [(self.dream[:1], True), (self.dream[1:], False)] if self.create else []
+                yield draw + ([(self.img, False)] if self.understand else []), picture
+
+    def conversation(self, messages, pictures):
+        """Questions and answers; only answers are learned, and no part of a picture.
+
+        What an answer adds to the prompt before it is what the model is to say: so the labels are found in
+        any template, and text is tokenized as one piece, as it will be when the model is asked.
+        """
+        _check_count(_frame(messages, self.template, self.system), pictures)
+        tokens, answers = [], []
+        for end, message in enumerate(messages, 1):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._ids(_frame(messages[: end - 1], self.template, self.system))
+            longer = _frame(messages[:end], self.template, self.system)
+            if len(ids := self._ids(longer)) > self.context:
+                break
+            parts, tokens = longer, ids
+            answers.append((_common(prompt, tokens), len(tokens)))
+        if not answers:
+            raise ValueError(f"its first question and answer do not fit into {self.context} tokens")
+        tokens = np.array(tokens, np.int64)
+        labels = np.full(len(tokens), IGNORED)
+        for start, end in answers:
+            labels[start:end] = tokens[start:end]
+        labels[np.isin(tokens, self.img + self.dream)] = IGNORED
+        shown = list(zip(filter(_is_picture, parts), pictures, strict=False))  # fewer, if turns were left out
+        images = [picture for place, picture in shown if place == IMAGE or self.understand]
+        return Sample(tokens, labels, images, [picture for place, picture in shown if place == DREAM and self.create])
+
+    def image_to_image(self, source, target):
+        """A picture to look at, and one to draw from it."""
+        return _sample([(self.bos + self.img + self.dream + self.eos, False)], [source], [target])
+
+    def _text(self, text, span=0):
+        """Ids of a text, stripped; if it stands beside a span, no more of them than fit."""
+        ids = self.tokenizer.encode(text.strip())
+        return ids[: self.context - span - len(self.bos + self.eos)] if span else ids
+
+    def _prompt(self, prompt):
+        return _frame([{"role": "user", "content": prompt}], self.template, self.system)
+
+    def _ids(self, parts):
+        """What `_frame` gives → ids, spans in the places of pictures."""
+        ids, follows = [], False
+        for part in parts:
+            if _is_picture(part):
+                ids += self.dream if part == DREAM and self.create else []
+                ids += self.img if part == IMAGE or self.understand else []
+            elif isinstance(part, Special):
+                ids += self.tokenizer.frame(part)
+                continue
+            else:
+                ids += self.tokenizer.encode(part, follows=follows)
+            follows = True
+        return ids
+
+
+def _sample(parts, images=(), images_dm=()):
+    """[(ids, whether they are learned), …] and the pictures of their spans as a Sample."""
+    tokens = np.array([i for ids, _ in parts for i in ids], np.int64)
+    labels = np.array([i if learned else IGNORED for ids, learned in parts for i in ids], np.int64)
+    return Sample(tokens, labels, list(images), list(images_dm))
+
+
+def _common(a, b):
+    """How many items two lists share at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ---- emoji: what their names and categories say ----------------------------------------------------
+
+WHAT, CATEGORY, IS_IT = "What is this?", "Which category is it?", "Is it a {name}?"
+DRAW, SHOW = "Draw {name}.", "Show {category}."
+
+
+class EmojiTexts:
+    """Samples of one kind from emoji, with no labelling: they have a name, a category, and neighbours in order."""
+
+    path = "emoji"
+
+    def __init__(self, emoji, kind):
+        self.emoji, self.kind = emoji, kind
+        self.shelves = collections.defaultdict(list)  # category → its items in order
+        for index, item in enumerate(emoji):
+            self.shelves[item.category].append(index)
+        self.places = {index: place for shelf in self.shelves.values() for place, index in enumerate(shelf)}
+        self.names = {c: list(dict.fromkeys(emoji[i].caption for i in s)) for c, s in self.shelves.items()}
+
+    def __len__(self):
+        return len(self.emoji)
+
+    def where(self, index):
+        return f"emoji {self.emoji[index].name}"
+
+    def open(self, item):
+        return Image.fromarray(item.image)
+
+    def read(self, index, rng):
+        item = self.emoji[index]
+        match self.kind:
+            case "document":
+                first, *rest = self.neighbours(index, rng)
+                pieces = [(f"{first.category.lower()}: {first.caption}", first)]
+                return Document(pieces + [(other.caption, other) for other in rest])
+            case "instructed":
+                pieces = [(other.caption, other) for other in self.neighbours(index, rng)]
+                return Document(pieces, SHOW.format(category=item.category.lower()))
+            case "conversation":
+                return self.exchange(index, rng)
+        return Pair(item.caption, item)
+
+    def neighbours(self, index, rng):
+        """2 to 4 items in a row that stand in the same category, this one among them."""
+        shelf = self.shelves[self.emoji[index].category]
+        count = min(int(rng.integers(2, 5)), len(shelf))
+        start = min(self.places[index], len(shelf) - count)
+        return [self.emoji[i] for i in shelf[start : start + count]]
+
+    def exchange(self, index, rng):
+        """One question about this emoji, or the wish to have it drawn, and the answer."""
+        item = self.emoji[index]
+        match rng.integers(4):
+            case 0:
+                question, answer = WHAT, item.caption
+            case 1:
+                question, answer = CATEGORY, item.category.lower()
+            case 2:
+                question, answer = self.yes_or_no(index, rng)
+            case _:  # in a conversation <dream_start> is no label: in an instructed document it is learned
+                return Document([("", item)], DRAW.format(name=item.caption))
+        messages = [{"role": "user", "content": f"{IMAGE}\n{question}"}, {"role": "assistant", "content": answer}]
+        return Conversation(messages, [item])
+
+    def yes_or_no(self, index, rng):
+        """("Is it a …?", "yes" or "no"), as often one as the other; every second wrong name is of its category."""
+        item = self.emoji[index]
+        if rng.random() < 0.5:
+            return IS_IT.format(name=item.caption), "yes"
+        near = [name for name in self.names[item.category] if name != item.caption]
+        far = [name for c, names in self.names.items() if c != item.category for name in names if name != item.caption]
+        names = (near or far) if rng.random() < 0.5 else (far or near)
+        return IS_IT.format(name=names[int(rng.integers(len(names)))]), "no"
+
+
+# ---- folders and tars of captioned pictures --------------------------------------------------------
+
+
+class FilePairs:
+    """Pictures of a folder or of WebDataset tars with their captions (data.FileSource says how they are named)."""
+
+    def __init__(self, files, kind):
+        self.path, self.files, self.kind = files.path, files, kind
+        if kind not in ("pair", "image"):
+            raise UserError(f'{self.path}: kind "{kind}" needs rows in a .jsonl or .json file')
+
+    def __len__(self):
+        return len(self.files)
+
+    def where(self, index):
+        return f"{self.path}/{self.files[index].name}"
+
+    def open(self, item):
+        return Image.fromarray(item.image)
+
+    def read(self, index, rng):
+        item = self.files[index]
+        caption = item.caption if self.kind == "pair" else ""
+        if self.kind == "pair" and not caption.strip():
+            raise ValueError("it has no caption")
+        return Pair(caption, item)
+
+
+# ---- rows in JSON ------------------------------------------------------------------------------------
+
+FORMATS = {  # what rows of a format hold
+    "MMC4": ("text_list", "image_info"),
+    "OBELICS": ("images", "texts"),
+    "LLaVA": ("conversations",),
+    "captions": ("image", "caption"),
+}
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def read_row(raw):
+    """The bytes of a row → (a key of FORMATS, Pair | Document | Conversation); a ValueError says what is wrong."""
+    try:
+        row = json.loads(raw)
+    except RecursionError:
+        raise ValueError("not JSON that a person wrote") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not a table {{…}}")
+    form = next((form for form, keys in FORMATS.items() if all(key in row for key in keys)), None)
+    if form is None:
+        known = "; ".join(f"{', '.join(keys)} ({form})" for form, keys in FORMATS.items())
+        raise ValueError(f"its keys {', '.join(row) or '(none)'} are of no known row: {known}")
+    match form:
+        case "MMC4":
+            return form, _mmc4(row)
+        case "OBELICS":
+            return form, _obelics(row)
+        case "LLaVA":
+            return form, _llava(row)
+    return form, Pair(_is(str, row["caption"], "caption"), _is(str, row["image"], "image"))
+
+
+def _is(wanted, value, where):
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        names = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
+        raise ValueError(f"{where} is {json.dumps(value)[:40]}, not {names[wanted]}")
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair is a ValueError too
+    return value
+
+
+def _mmc4(row):
+    """Texts, and for each picture the text that it matches: it is put behind that."""
+    texts = [_is(str, text, f"text_list[{i}]") for i, text in enumerate(_is(list, row["text_list"], "text_list"))]
+    after = [[] for _ in texts]
+    for i, info in enumerate(_is(list, row["image_info"], "image_info")):
+        info, where = _is(dict, info, f"image_info[{i}]"), f"image_info[{i}]"
+        name = _is(str, info.get("image_name"), f"{where}.image_name")
+        index = _is(int, info.get("matched_text_index"), f"{where}.matched_text_index")
+        if not 0 <= index < len(texts):
+            raise ValueError(f"{where}.matched_text_index {index} points at none of the {len(texts)} texts")
+        after[index].append(name)
+    pieces = []
+    for text, names in zip(texts, after, strict=True):
+        pieces += [(text, names[0] if names else None), *(("", name) for name in names[1:])]
+    prompt = row.get("instruction")
+    return Document(pieces, None if prompt is None else _is(str, prompt, "instruction"))
+
+
+def _obelics(row):
+    """Two lists in reading order: at each place a text or a picture, and null in the other."""
+    images, texts = _is(list, row["images"], "images"), _is(list, row["texts"], "texts")
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images but {len(texts)} texts: one of each pair must be null")
+    pieces = []
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if image is not None and text is not None:
+            raise ValueError(f"images[{i}] and texts[{i}] are both there: one of each pair must be null")
+        if image is not None:
+            pieces.append(("", _is(str, image, f"images[{i}]")))
+        elif text is not None:
+            pieces.append((_is(str, text, f"texts[{i}]"), None))
+    return Document(pieces)
+
+
+def _llava(row):
+    messages = []
+    for i, turn in enumerate(_is(list, row["conversations"], "conversations")):
+        turn, where = _is(dict, turn, f"conversations[{i}]"), f"conversations[{i}]"
+        role = ROLES.get(_is(str, turn.get("from"), f"{where}.from"))
+        if role is None:
+            raise ValueError(f'{where}.from is "{turn["from"]}": one of {", ".join(ROLES)}')
+        messages.append({"role": role, "content": _is(str, turn.get("value"), f"{where}.value")})
+    image = row.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    names = [_is(str, name, "image") for name in names]
+    try:
+        _check_count(_frame(messages, "plain", None), names)
+    except UserError as error:  # user and assistant do not take turns
+        raise ValueError(str(error)) from None
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("nobody answers in it")
+    return Conversation(messages, names)
+
+
+def json_rows(path):
+    """Yields (line, byte at which it starts, its bytes) of each row of a JSONL file, or of a file with one JSON list.
+
+    A JSONL file is read line by line; a list has no lines that could be told apart, and is read whole, once.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(4096).lstrip()[:1] != b"[":
+                file.seek(0)
+                start = 0
+                for line, raw in enumerate(file, 1):
+                    if raw.strip():
+                        yield line, start, raw
+                    start += len(raw)
+                return
+            file.seek(0)
+            text = file.read().decode("latin-1")  # a letter a byte: JSON's own signs are ASCII
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    place, line = text.index("[") + 1, 1
+    counted = 0  # up to where line breaks are counted
+    while True:
+        start = gap.match(text, place).end()
+        line, counted = line + text.count("\n", counted, start), start
+        if text[start : start + 1] == "]":
+            return
+        try:
+            place = decoder.raw_decode(text, start)[1]
+        except (ValueError, RecursionError):  # broken here: where the next row starts cannot be told
+            yield line, start, text[start:].encode("latin-1")
+            return
+        yield line, start, text[start:place].encode("latin-1")
+
+
+class JsonRows:
+    """Rows of .jsonl or .json files, in any of FORMATS. Opening reads and checks them all, and keeps their places.
+
+    Broken ones are named through `skip` and left out. A row is held out by a hash of its first picture's name
+    (without one, of itself): the same picture is never on both sides.
+    """
+
+    def __init__(self, path, kind, images, split, held_out_fraction, skip):
+        self.path, self.kind = path, kind
+        self.files = sorted(glob.glob(path)) or [path]
+        self.folder = Path(images) if images else Path(self.files[0]).parent
+        places, sound = array.array("q"), 0  # eight bytes a number, be there millions of rows
+        for number, file in enumerate(self.files):
+            for line, start, raw in json_rows(file):
+                try:
+                    names = self._serve(raw).pictures
+                    key = fraction(names[0] if names else raw.decode())
+                except ValueError as error:
+                    skip(f"{file}:{line}: {error}")
+                    continue
+                sound += 1
+                if (key < held_out_fraction) == (split == "held_out"):
+                    places.extend((number, start, len(raw), line))
+        if not sound:
+            raise UserError(f'{path}: no row in it serves for kind "{kind}"; python data.py check says why')
+        if not places:
+            raise UserError(f"{path}: none of its {sound} rows falls into the {split} split: set held_out_fraction")
+        self.places = np.array(places).reshape(-1, 4)  # (rows, 4): file, start, length, line
+
+    def _serve(self, raw):
+        """The row, if it is of this source's kind."""
+        form, said = read_row(raw)
+        wanted = {"pair": Pair, "image": Pair, "conversation": Conversation}.get(self.kind, Document)
+        if not isinstance(said, wanted):
+            raise ValueError(f"a row of {form}, which is no {self.kind}: set another kind in [[data.sources]]")
+        if self.kind == "instructed" and said.prompt is None:
+            raise ValueError('it has no "instruction"')
+        return said
+
+    def __len__(self):
+        return len(self.places)
+
+    def where(self, index):
+        file, _, _, line = self.places[index].tolist()
+        return f"{self.files[file]}:{line}"
+
+    def open(self, name):
+        return open_picture(self.folder, name)
+
+    def read(self, index, rng):
+        number, start, length, _ = self.places[index].tolist()
+        with open(self.files[number], "rb") as file:
+            file.seek(start)
+            said = self._serve(file.read(length))
+        return Document(said.pieces) if self.kind == "document" else said  # whatever it answers
+
+
+def open_picture(folder, name):
+    """A picture that a row names, as a Pillow image; a UserError or ValueError where it cannot be had."""
+    if name.startswith(("http://", "https://")):
+        raise ValueError(f"{name[:80]} is an address, not a file: download the pictures, and write their names")
+    picture = load_picture(folder / name)
+    height, width, _ = picture.shape
+    if max(height, width) > 100 * min(height, width):
+        raise ValueError(f"{folder / name}: {width}×{height} pixels are a line, not a picture")
+    return Image.fromarray(picture)
+
+
+# ---- batches -------------------------------------------------------------------------------------------
+
+
+def clip_view(picture, side):
+    """A Pillow image as CLIP sees it, (side, side, 3) uint8: what clip.preprocess does, before it normalises."""
+    return _square(picture, side, Image.Resampling.BICUBIC, math.floor)
+
+
+def draw_view(picture, side):
+    """A Pillow image as it is to be drawn, (side, side, 3) uint8: torchvision's Resize and CenterCrop."""
+    return _square(picture, side, Image.Resampling.BILINEAR, round)
+
+
+def _square(picture, side, resample, whole):
+    """Shorter side to `side`, the middle cut out; where it lies half a pixel off, the two differ."""
+    width, height = picture.size
+    short = min(width, height)
+    picture = picture.resize((side * width // short, side * height // short), resample)
+    left, top = whole((picture.width - side) / 2), whole((picture.height - side) / 2)
+    return np.asarray(picture.crop((left, top, left + side, top + side)))
+
+
+MOST_SKIPPED = 1000  # rows one after the other: then it is not a few that are broken
+
+
+class DocumentRows:
+    """Samples of all sources, mixed by weight, as batches.
+
+    An epoch has as many samples as there are rows; source i gives round(rows · wᵢ / Σw) of them, taken onward
+    from its own endless passes, each in a new order. What cannot be used (a row, its picture, a text that is
+    too long) is named once, counted in `skipped`, and replaced by the next row of its source.
+    """
+
+    def __init__(self, settings, writer, clip_side, draw_side, batch_size, seed, split="train"):
+        if not settings.sources:
+            raise UserError("nothing to read: the configuration has no [[data.sources]]")
+        self.batch_size, self.seed, self.clip_side, self.draw_side = batch_size, seed, clip_side, draw_side
+        self.pad, self.skipped, self.reported = writer.pad, 0, set()
+        tables = [table for table in settings.sources if table.weight]
+        self.writers = [writer.only(table.understand, table.create) for table in tables]
+        opened = functools.cache(lambda path: open_source(path, None, split, settings.held_out_fraction))
+        self.sources = [self._open(table, opened, split, settings.held_out_fraction) for table in tables]
+        total, weights = sum(map(len, self.sources)), [table.weight for table in tables]
+        self.take = [max(1, round(total * weight / sum(weights))) for weight in weights]
+        self._epoch = functools.lru_cache(2)(self._permute)
+
+    def _open(self, table, opened, split, held_out_fraction):
+        if table.path == "emoji":
+            return EmojiTexts(opened("emoji"), table.kind)
+        if table.path.endswith((".jsonl", ".json")):
+            if split in ("new", "combo") or split not in SPLITS:
+                raise UserError(f'{table.path}: it has no split "{split}": train or held_out')
+            return JsonRows(table.path, table.kind, table.images, split, held_out_fraction, self._skip)
+        return FilePairs(opened(table.path), table.kind)
+
+    def __len__(self):
+        """Samples in an epoch."""
+        return sum(self.take)
+
+    def batch(self, number, rows):
+        """Rows `rows` (a range within range(batch_size)) of batch `number`, from their numbers only.
+
+        tokens, labels   (rows, T) int64, on the right filled up with [PAD] and -100
+        images           (N, clip_side, clip_side, 3) uint8: all pictures to look at, in reading order
+        images_dm        (M, draw_side, draw_side, 3) uint8: all pictures to draw; N and M may be 0
+        """
+        samples = [self.sample(number * self.batch_size + row) for row in rows]
+        length = max(len(sample.tokens) for sample in samples)
+        tokens = np.full((len(samples), length), self.pad)
+        labels = np.full((len(samples), length), IGNORED)
+        for i, sample in enumerate(samples):
+            tokens[i, : len(sample.tokens)], labels[i, : len(sample.labels)] = sample.tokens, sample.labels
+        images = [clip_view(picture, self.clip_side) for sample in samples for picture in sample.images]
+        drawn = [draw_view(picture, self.draw_side) for sample in samples for picture in sample.images_dm]
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "images": np.array(images, np.uint8).reshape(-1, self.clip_side, self.clip_side, 3),
+            "images_dm": np.array(drawn, np.uint8).reshape(-1, self.draw_side, self.draw_side, 3),
+        }
+
+    def sample(self, position):
+        """The Sample at one position of the endless sequence of epochs, its pictures opened."""
+        epoch, place = divmod(position, len(self))
+        which, index = self._epoch(epoch)[place].tolist()
+        source = self.sources[which]
+        for step in range(min(len(source), MOST_SKIPPED)):
+            row = (index + step) % len(source)
+            try:
+                return self._write(source, row, self.writers[which], np.random.default_rng((self.seed, position, 7)))
+            except (UserError, ValueError, OSError) as error:
+                where, reason = source.where(row), str(error)
+                self._skip(reason if reason.startswith(where) else f"{where}: {reason}")
+        raise UserError(f"{source.path}: not one of {step + 1} rows can be used; the last: {reason}")
+
+    def _write(self, source, row, writer, rng):
+        coin = rng.random()
+        match source.read(row, rng):
+            case Pair(picture=picture) if source.kind == "image":
+                sample = writer.image_to_image(picture, picture)
+            case Pair(caption, picture):
+                sample = writer.pair(caption, picture, coin)
+            case Document(pieces, prompt):
+                sample = writer.document(pieces, prompt)
+            case Conversation(messages, pictures):
+                sample = writer.conversation(messages, pictures)
+        wanted = {id(picture): picture for picture in sample.images + sample.images_dm}  # most are in both
+        opened = {key: source.open(picture) for key, picture in wanted.items()}
+        images, images_dm = ([opened[id(p)] for p in pictures] for pictures in (sample.images, sample.images_dm))
+        return Sample(sample.tokens, sample.labels, images, images_dm)
+
+    def _permute(self, epoch):
+        """(samples, 2): source and row of each sample of an epoch."""
+        picked = [self._onward(i, epoch * take, take) for i, take in enumerate(self.take)]
+        return np.random.default_rng((self.seed, epoch, 8)).permutation(np.concatenate(picked))
+
+    def _onward(self, which, start, count):
+        """`count` rows of one source, from place `start` of its endless stream of passes: (count, 2)."""
+        size, picked = len(self.sources[which]), []
+        while count:
+            number, place = divmod(start, size)
+            order = np.random.default_rng((self.seed, number, which, 9)).permutation(size)[place : place + count]
+            picked.append(order)
+            start, count = start + len(order), count - len(order)
+        rows = np.concatenate(picked)
+        return np.stack([np.full_like(rows, which), rows], axis=1)
+
+    def _skip(self, reason):
+        if reason not in self.reported:
+            self.reported.add(reason)
+            self.skipped += 1
+            warn(f"skipped {reason}")
+
+
+# ---- python data.py check --------------------------------------------------------------------------------
+
+
+def check(path, images=None):
+    """All that is wrong with a file of rows, a .tar or a folder: (one line of counts, [what is wrong where, …]).
+
+    Every row is read, and every picture that it names is opened, under the folder `images` (default: the
+    file's own). What is broken in a way that training would skip is listed; nothing is raised but for a file
+    that cannot be opened, or has nothing in it.
+    """
+    if os.path.isdir(path) or path.endswith(".tar"):
+        return _check_pictures(path)
+    folder = Path(images) if images else Path(path).parent
+    wrong, forms, rows, bad = [], collections.Counter(), 0, 0
+    seen = {}  # picture → what is wrong with it
+    for line, _, raw in json_rows(path):
+        rows += 1
+        try:
+            form, said = read_row(raw)
+            forms[form] += 1
+            if form != (first := next(iter(forms))):
+                raise ValueError(f"a row of {form} among those of {first}")
+            for name in said.pictures:
+                if name not in seen:
+                    seen[name] = _trouble(folder, name)
+                if seen[name]:
+                    raise ValueError(seen[name])
+        except ValueError as error:
+            bad += 1
+            wrong.append(f"{path}:{line}: {error}")
+    if not rows:
+        raise UserError(f"{path}: no rows in it")
+    form = next(iter(forms), "unknown format")
+    return f"{path}: {form}, {rows} rows, {len(seen)} pictures, {bad} bad", wrong
+
+
+def _trouble(folder, name):
+    try:
+        open_picture(folder, name)
+    except (UserError, ValueError) as error:
+        return str(error)
+
+
+def _check_pictures(path):
+    wrong = []
+    say = lambda text: wrong.append(text.removeprefix("skipped "))  # noqa: E731
+    pairs = FilePairs(open_source(path, None, "train", 0, say), "pair")
+    for index in range(len(pairs)):
+        try:
+            pairs.open(pairs.read(index, None).picture)
+        except (UserError, ValueError) as error:
+            reason = str(error)
+            wrong.append(reason if reason.startswith(pairs.path) else f"{pairs.where(index)}: {reason}")
+    form = "folder" if os.path.isdir(path) else "WebDataset"
+    return f"{path}: {form}, {len(pairs)} captioned pictures, {len(wrong)} bad", wrong
