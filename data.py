@@ -22,6 +22,7 @@ Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) an
 
     python data.py tokenize --config configs/X.toml --out rows.jsonl
     python data.py show rows.jsonl --config configs/X.toml --out grid.png
+    python data.py check documents.jsonl --images FOLDER                  (what DreamLLM reads: documents.py)
 
 To see the idea first, read `Sentences`, then `TokenRows`; what stands above them is how pictures get in.
 Read next: vqgan.py (picture ⇄ codes), then model.py (the LLaMA that continues them).
@@ -1222,6 +1223,20 @@ def show(arguments):
     print(f"{arguments.out}: {len(sheet)} of {total} rows")
 
 
+def check(arguments):
+    """What DreamLLM could not read of a file, line by line."""
+    import documents
+
+    counts, wrong = documents.check(arguments.file, arguments.images)
+    for line in wrong[:20]:
+        print(line)
+    if len(wrong) > 20:
+        print(f"… and {len(wrong) - 20} more")
+    if wrong:
+        raise UserError(counts)
+    print(counts)
+
+
 def _read_config(arguments):
     """(DataSettings, seed) of the configuration; its other sections belong to other programs."""
     values = settings.read(arguments.config, arguments.overrides)
@@ -1254,7 +1269,7 @@ def main():
         description="Pictures to visual sentences, rows of codes, and back.",
         epilog=f"kinds of visual sentences (N = data.pictures):\n{kinds}",
     )
-    commands = parser.add_subparsers(required=True, metavar="tokenize | show")
+    commands = parser.add_subparsers(required=True, metavar="tokenize | show | check")
     encoding = commands.add_parser(
         "tokenize",
         help="pictures → visual sentences → rows.jsonl (or texts → rows.jsonl)",
@@ -1279,6 +1294,16 @@ def main():
     showing.add_argument("--rows", type=int, default=8, help="how many rows (default: 8)")
     showing.add_argument("--side", type=int, help="of a picture (default: data.side, or the tokenizer's)")
     showing.set_defaults(run=show)
+    checking = commands.add_parser(
+        "check",
+        help="name every row of a DreamLLM's data that cannot be used",
+        description="Check captioned pictures (a folder, a .tar, or JSONL), MMC4, OBELICS or LLaVA rows: every row is "
+        "read, every picture opened. Exit code 2 if any is bad.",
+        epilog="example: python data.py check llava.json --images coco",
+    )
+    checking.add_argument("file", metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder")
+    checking.add_argument("--images", help="the folder of the pictures that rows name (default: the file's own)")
+    checking.set_defaults(run=check)
     for command in (encoding, showing):
         command.add_argument("--tokenizer", help="the VQGAN's folder (default: data.tokenizer)")
         command.add_argument("--device", help="default: cuda where there is one")
