@@ -43,10 +43,9 @@ import settings
 from clip import CLIP, text_encoders
 from data import open_source, save_grid
 from diffusion import LatentDiffusion
-from documents import chat_parts
+from documents import CATEGORY, IMAGE, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
 from model import DreamLLM
 from sample import run_data
-from tokenizer import BOS, Special
 
 SEED = 0
 SHOWN = 6  # names of each kind in drawn.png
@@ -101,79 +100,75 @@ def balanced(to_own, to_wrong):
 
 @torch.inference_mode()
 def answer(model, prompts, max_new_tokens=96):
-    """Prompts, each a list of texts, BOS and pictures → what the model most likely says to each, up to </s>.
+    """prompts, each a list of texts and pictures → what the model most likely says to each, up to </s>.
 
-    What `stream_document` says at temperature 0 without drawing; but prompts of the same length are answered together.
+    Word for word what `stream_document` says at temperature 0 without drawing; but prompts of one length are answered
+    together.
     """
     llama, t = model.llama, model.tokenizer
-    ids = [[i for piece in prompt for i in piece_ids(model, piece)] for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     forbidden = torch.ones(llama.config.vocab_size, dtype=torch.bool)
-    forbidden[[i for i in t.pieces if i not in t.special.values()] + [t.eos]] = False
-    said, start = [""] * len(ids), 0
-    while start < len(order):
-        length = len(ids[order[start]])
-        some = [n for n in order[start : start + BATCH] if len(ids[n]) == length]
-        start += len(some)
-        tokens = torch.tensor([ids[n] for n in some])  # (B, T)
-        pictures = [piece for n in some for piece in prompts[n] if isinstance(piece, Image.Image)]
-        x = llama.embed_tokens(tokens)  # (B, T, D)
-        if pictures:
-            seen = model.projector(model.clip.patch_features(model.clip.preprocess(pictures)))  # (N, patches, D)
-            x[tokens == t.special["<im_patch>"]] = seen.flatten(0, 1)
-        count = min(max_new_tokens, llama.config.max_seq_len - length)
-        caches, new = llama.caches(len(some), length + count), []
-        done = torch.zeros(len(some), dtype=torch.bool)
-        while len(new) < count and not done.all():
-            logits = llama.logits(llama.hidden(x, caches)[:, -1])  # (B, V)
-            new.append(logits.masked_fill(forbidden, float("-inf")).argmax(-1))  # (B,)
-            done |= new[-1] == t.eos
-            x = llama.embed_tokens(new[-1][:, None])  # (B, 1, D)
-        for n, row in zip(some, torch.stack(new, 1).tolist(), strict=True):
-            said[n] = t.decode(row[: row.index(t.eos)] if t.eos in row else row)
+    forbidden[[*(i for i in t.pieces if i not in t.special.values()), *t.stops]] = False
+    lengths, said = collections.defaultdict(list), [""] * len(prompts)
+    for number, prompt in enumerate(prompts):
+        ids, pictures = model.prompt(prompt)
+        lengths[len(ids)].append((number, ids, pictures))
+    for length, alike in lengths.items():
+        for some in (alike[i : i + BATCH] for i in range(0, len(alike), BATCH)):
+            count = min(max_new_tokens, llama.config.max_seq_len - length)
+            caches, new = llama.caches(len(some), length + count), []
+            done = torch.zeros(len(some), dtype=torch.bool)
+            pictures = [picture for _, _, pictures in some for picture in pictures]
+            hidden = model.read([ids for _, ids, _ in some], pictures, caches)  # (B, T, D)
+            while not done.all():
+                logits = llama.logits(hidden[:, -1]).masked_fill(forbidden, float("-inf"))  # (B, V)
+                new.append(logits.argmax(-1))  # (B,)
+                done |= torch.isin(new[-1], torch.tensor(sorted(t.stops)))
+                if len(new) == count:
+                    break
+                hidden = llama.hidden(llama.embed_tokens(new[-1][:, None]), caches)  # (B, 1, D)
+            for (number, _, _), row in zip(some, torch.stack(new, 1).tolist(), strict=True):
+                end = next((place for place, i in enumerate(row) if i in t.stops), len(row))
+                said[number] = "".join(t.stream(row[:end]))
     return said
 
 
-def piece_ids(model, piece):
-    """A text's ids, BOS's, or those of a picture's span."""
-    t = model.tokenizer
-    if isinstance(piece, Special):
-        return [t.bos if piece == BOS else t.eos]
-    if isinstance(piece, str):
-        return t.encode(piece)
-    return [t.special["<im_start>"], *[t.special["<im_patch>"]] * model.patches, t.special["<im_end>"]]
+def no_question(texts, index, draws):
+    """A question "Is it a …?" as in training, drawn again until "no" is right."""
+    while True:
+        question, right = texts.yes_or_no(index, draws)
+        if right == "no":
+            return question
 
 
-def wrong_name(item, items, draws):
-    """The name of another of `items`: half of the time of its category, else of any other category there is."""
-    others = [i for i in items if i.caption != item.caption]
-    same = [i for i in others if i.category == item.category]
-    foreign = [i for i in others if i.category != item.category]
-    pool = (same if draws.random() < 0.5 else foreign) or others
-    return pool[draws.integers(len(pool))].caption
-
-
-def measure_answers(model, items, names, wrong, template, system):
-    """All questions about `items`; names: what a constant caption may be; wrong: another's name for each."""
+def measure_answers(model, source, count, names, data):
+    """All questions about `count` pictures of `source`, drawn at random; names: what a constant caption may be."""
+    draws, texts = np.random.default_rng(SEED), EmojiTexts(source, "conversation")
+    chosen = draws.permutation(len(source))[:count].tolist()
+    items = [source[i] for i in chosen]
     pictures = [Image.fromarray(item.image) for item in items]
-    own, categories = [item.caption for item in items], [item.category for item in items]
+    own, categories = [item.caption for item in items], [item.category.lower() for item in items]
 
-    def ask(*questions):
-        chats = [[{"role": "user", "content": f"<image>\n{question}"}] for question in questions]
-        pairs = zip(chats, pictures, strict=True)
-        return answer(model, [chat_parts(chat, [picture], template, system) for chat, picture in pairs])
+    def ask(questions, *most):
+        asked = [[{"role": "user", "content": f"{IMAGE}\n{question}"}] for question in questions]
+        pairs = zip(asked, pictures, strict=True)
+        return answer(model, [chat_parts(chat, [p], data.template, data.system) for chat, p in pairs], *most)
 
-    captions, what = answer(model, [[BOS, picture] for picture in pictures]), ask(*["What is this?"] * len(items))
-    category = ask(*["Which category is it?"] * len(items))
-    to_own, to_wrong = (ask(*[f"Is it a {name}?" for name in some]) for some in (own, wrong))
+    captions, what = answer(model, [[picture] for picture in pictures]), ask([WHAT] * len(items))
+    category = ask([CATEGORY] * len(items))
+    to_own = ask([IS_IT.format(name=name) for name in own], 8)  # what is longer is neither yes nor no
+    to_wrong = ask([no_question(texts, i, draws) for i in chosen], 8)
     return {
-        "caption, exact": beside_constant(exact, captions, own, own),
-        "caption, word-F1": beside_constant(word_f1, captions, own, names),
-        "what is this, exact": beside_constant(exact, what, own, own),
-        "what is this, word-F1": beside_constant(word_f1, what, own, names),
-        "category": beside_constant(exact, category, categories, categories),
-        "yes or no, balanced": balanced(to_own, to_wrong),
-    }, list(zip(own, captions, strict=True))[:12]
+        "pictures": len(items),
+        "answers": {
+            "caption, exact": beside_constant(exact, captions, own, own),
+            "caption, word-F1": beside_constant(word_f1, captions, own, names),
+            "what is this, exact": beside_constant(exact, what, own, own),
+            "what is this, word-F1": beside_constant(word_f1, what, own, names),
+            "category": beside_constant(exact, category, categories, categories),
+            "yes or no, balanced": balanced(to_own, to_wrong),
+        },
+        "examples": [{"name": name, "caption": said} for name, said in zip(own, captions, strict=True)][:12],
+    }
 
 
 # ---- drawing ---------------------------------------------------------------------------------
@@ -311,20 +306,17 @@ def main():
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--temperature", type=float, default=0.7, help="of documents' texts (0.7)")
     a = parser.parse_args()
-    model = DreamLLM.from_pretrained(a.run, dtype=torch.float32).eval()
-    unet = LatentDiffusion.from_pretrained(a.unet, text_encoders(a.unet), torch.float32).eval()
+    model = DreamLLM.from_pretrained(a.run, CLIP, LatentDiffusion, torch.float32)
+    unet = LatentDiffusion.from_pretrained(a.unet, text_encoders(a.unet), torch.float32)
     judge, out = Learned(CLIP.from_pretrained(a.clip, dtype=torch.float32)), Path(a.out)
     splits = {split: list(open_source("emoji", model.side, split)) for split in ("train", "combo", "new")}
     everyone = np.array(sorted({item.caption for items in splits.values() for item in items}))
     sampling = {"guidance": a.guidance, "steps": a.steps, "sampler": "ddim"}
+    data = settings.build(DocumentSettings, run_data(a.run), "data")
 
-    report, draws = {**sampling}, np.random.default_rng(SEED)
-    data = run_data(a.run)
+    report = dict(sampling)
     for split in ("combo", "new"):
-        items = [splits[split][i] for i in sorted(draws.permutation(len(splits[split]))[: a.pictures])]
-        wrong = [wrong_name(item, splits[split], draws) for item in items]
-        answers, examples = measure_answers(model, items, everyone, wrong, data.get("template"), data.get("system"))
-        report[split] = {"pictures": len(items), "answers": answers, "examples": examples}
+        report[split] = measure_answers(model, open_source("emoji", model.side, split), a.pictures, everyone, data)
     report["drawn"] = measure_drawings(model, unet, judge, splits, everyone, a.names, sampling, out / "drawn.png")
     categories = dict.fromkeys(f"{item.category.lower()}:" for item in splits["train"])
     prompts = [*PAGES, *(prompt for prompt in categories if prompt not in PAGES)]
