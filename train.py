@@ -56,6 +56,7 @@ from diffusion import (
     AutoencoderKL,
     AutoencoderKLConfig,
     AutoencoderLoss,
+    Draws,
     LatentDiffusion,
     NoiseSchedule,
     UNet,
@@ -64,9 +65,10 @@ from diffusion import (
     offset_noise,
     reparameterize,
 )
-from model import SIZES, LLaMA, LLaMAConfig
+from documents import DocumentRows, DocumentSettings, Writer
+from model import SIZES, DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig
 from settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError, learning_rate
-from tokenizer import Tokenizer
+from tokenizer import ADDED, Tokenizer
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
 
 # ---- settings: which sections a run of each kind has -----------------------------------------
@@ -101,6 +103,29 @@ class VAESection(AutoencoderKLConfig):
 class UNetSection(UNetConfig):
     kind: str = "unet"
     init: str = ""
+
+
+@dataclass(frozen=True)
+class DreamLLMSection(DreamLLMConfig):
+    """A stage of DreamLLM: understand and create (stage I's two halves), interleaved (II) or instruct (III)."""
+
+    kind: str = "dreamllm"
+    init: str = ""  # the DreamLLM that this stage goes on from; without one, these three:
+    llama: str = ""
+    clip: str = ""
+    diffusion: str = ""  # U-Net and autoencoder
+    stage: str = "interleaved"
+    trained: tuple[str, ...] = ("llama", "projector", "dream_queries", "condition")  # beginnings of weights' names
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage not in STAGES:
+            raise ValueError(f'stage "{self.stage}" must be one of {", ".join(STAGES)}')
+        if (self.stage == "understand" and self.w_vm) or (self.stage == "create" and self.w_lm):
+            raise ValueError("the stage understand learns no pictures (w_vm = 0), and create no text (w_lm = 0)")
+
+
+STAGES = ("understand", "create", "interleaved", "instruct")
 
 
 @dataclass(frozen=True)
@@ -162,7 +187,16 @@ class UNetRun:
     optim: OptimSettings = field(default_factory=OptimSettings)
 
 
-RUNS = {"vqgan": VQGANRun, "llama": LLaMARun, "clip": CLIPRun, "vae": VAERun, "unet": UNetRun}
+@dataclass(frozen=True)
+class DreamLLMRun:
+    run: RunSettings
+    model: DreamLLMSection
+    data: DocumentSettings
+    train: TrainSettings
+    optim: OptimSettings = field(default_factory=OptimSettings)
+
+
+RUNS = {"vqgan": VQGANRun, "llama": LLaMARun, "clip": CLIPRun, "vae": VAERun, "unet": UNetRun, "dreamllm": DreamLLMRun}
 
 
 def read_run(path, overrides=()):
@@ -619,7 +653,139 @@ class UNetTask(OnePhase):
         save_grid([to_pictures(images) for images in (true, *drawn)], path)
 
 
+class DreamLLMTask(OnePhase):
+    """Texts and pictures in one sequence → the next token, and the pictures that are to be drawn.
+
+    What is trained is a list of names in the configuration; all else is frozen, and lets gradients through.
+    """
+
+    unit = "samples"
+
+    def __init__(self, s, given, ranks, resume):
+        self.settings, self.ranks = s, ranks
+        if s.train.ema:
+            raise UserError("train.ema is not for model.kind dreamllm: set it to 0")
+        self.model = model = self.start(s, given, resume)
+        names = [f.name for f in dataclasses.fields(DreamLLMConfig)]
+        model.config = DreamLLMConfig(**{n: getattr(s.model, n) for n in names} | self.shape(model.config))
+        counts = select(model, s.model.trained)
+        if ranks.rank == 0:
+            rest = sum(p.numel() for p in model.parameters()) - sum(counts.values())
+            print("trained:", ", ".join(f"{n} {count:,}" for n, count in counts.items()) + f"; frozen: {rest:,}")
+        for part in (model.llama, model.diffusion.unet):
+            part.activation_checkpointing = s.train.activation_checkpointing
+        self.modules = {"model": model}
+        context, d, stage = model.llama.config.max_seq_len, s.data, s.model.stage
+        spans = {"understand": stage != "create", "create": stage != "understand"}
+        options = {"template": d.template, "system": d.system}
+        self.writer = Writer(model.tokenizer, model.patches, model.config.queries, context, **spans, **options)
+        self.rows = self.open("train")
+        self.items_per_row = 1
+
+    @staticmethod
+    def shape(config):
+        """What must stay as it is in the weights."""
+        return {name: getattr(config, name) for name in ("queries", "projector", "condition")}
+
+    def start(self, s, given, resume):
+        """A DreamLLM from `resume`, else model.init, else from its parts."""
+        if folder := resume or s.model.init:
+            model = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, torch.float32)
+            settings.must_agree(given & set(self.shape(s.model)), s.model, model.config, folder)
+            return model
+        for key in ("llama", "clip", "diffusion"):
+            if not getattr(s.model, key):
+                raise UserError(f"model.{key} is empty: name the trained part to build on, or a DreamLLM as model.init")
+        tokenizer = Tokenizer.from_pretrained(s.data.text_tokenizer or s.model.llama)
+        tokenizer.add(ADDED)
+        llama = LLaMA.from_pretrained(s.model.llama, torch.float32)
+        llama.resize(tokenizer.vocab_size)
+        clip = CLIP.from_pretrained(s.model.clip, torch.float32)
+        diffusion = LatentDiffusion.from_pretrained(s.model.diffusion, dtype=torch.float32)
+        config = DreamLLMConfig(**{f.name: getattr(s.model, f.name) for f in dataclasses.fields(DreamLLMConfig)})
+        return DreamLLM(llama, clip, diffusion, config, tokenizer)
+
+    def open(self, split):
+        s, side = self.settings, self.model.clip.config.vision.image_size
+        return DocumentRows(s.data, self.writer, side, self.model.side, s.train.batch_size, s.train.seed, split)
+
+    def batch(self, step, microstep, rows):
+        return self.draw(self.rows, step * self.settings.train.accumulate + microstep, rows)
+
+    def draw(self, source, number, rows):
+        """Batch `number` of a DocumentRows, and the chance in its pictures' loss, each row's its own."""
+        batch = source.batch(number, rows)
+        unet, vae = self.model.diffusion.unet.config, self.model.diffusion.vae.config
+        shape, drawn = (vae.latent_channels, unet.sample_size, unet.sample_size), []
+        start = self.model.tokenizer.special["<dream_start>"]
+        for row, count in zip(rows, (batch["tokens"] == start).sum(1).tolist(), strict=True):
+            rng = np.random.default_rng((self.settings.train.seed, number, row, 10))
+            sample, noise, perturbation = rng.standard_normal((3, count, *shape), np.float32)
+            offset = rng.standard_normal((count, shape[0], 1, 1), np.float32)
+            t = rng.integers(self.model.diffusion.schedule.num_train_timesteps, size=count)
+            drawn.append(Draws(sample, noise, offset, perturbation, t, rng.random(count)))
+        return batch | {"draws": Draws(*(np.concatenate(kind) for kind in zip(*drawn, strict=True)))}
+
+    def loss(self, phase, wrapped, batch, step, microstep):
+        device, v = self.ranks.device, self.model.clip.config.vision
+        tokens, labels = (torch.from_numpy(batch[name]).to(device) for name in ("tokens", "labels"))
+        mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (v.mean, v.std))
+        images = (to_images(batch["images"], device) - mean) / std
+        images_dm = to_images(batch["images_dm"], device)
+        draws = Draws(*(torch.from_numpy(x).to(device) for x in batch["draws"]))
+        out = wrapped(tokens, labels, images, images_dm, draws)
+        loss, c = out["loss"], self.model.config
+        if self.ranks.world > 1:  # means over the texts and pictures of all ranks, who may have unlike many
+            counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=device)))
+            total = counts.clone()
+            dist.all_reduce(total)
+            lm, vm = (counts * self.ranks.world / total.clamp(min=1) - 1).tolist()
+            loss = loss + c.w_lm * lm * out["lm_loss"] + c.w_vm * vm * out["vm_loss"]
+        return loss, {"lm_loss": out["lm_loss"], "vm_loss": out["vm_loss"]}
+
+    def evaluate(self):
+        """Both losses over held-out samples."""
+        t, held_out = self.settings.train, self.open("held_out")
+        batches = min(t.eval_batches, max(1, len(held_out) // t.batch_size))
+        drawn = [self.draw(held_out, i, self.ranks.rows(t.batch_size)) for i in range(batches)]
+        losses = [self.loss("model", self.model, batch, 0, 0)[1] for batch in drawn]
+        return {f"held_out_{name}": torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+
+    def sample(self, path):
+        """Held-out pictures that were to be drawn, above what is drawn after the same words."""
+        if self.settings.model.stage == "understand":
+            return
+        held_out, special = self.open("held_out"), self.model.tokenizer.special
+        prompts, true = [], []
+        for position in range(64):
+            sample = held_out.sample(position)
+            if len(sample.images_dm) == 1 and not sample.images and len(true) < 8:
+                text = sample.tokens[: np.flatnonzero(sample.tokens == special["<dream_start>"])[0]]
+                prompts.append(self.model.tokenizer.decode(text.tolist()))
+                true.append(np.asarray(sample.images_dm[0].resize((self.model.side,) * 2)))
+        if prompts:
+            drawn = self.model.text_to_image(prompts, guidance=3, steps=25, sampler="ddim", seed=0)
+            save_grid([true, to_pictures(drawn)], path)
+
+
+def select(model, prefixes):
+    """Lets train the weights whose names begin with one of `prefixes`, and no others. → {prefix: how many numbers}."""
+    counts = dict.fromkeys(prefixes, 0)
+    for name, parameter in model.named_parameters():
+        chosen = [p for p in prefixes if f"{name}.".startswith(f"{p}.")]
+        parameter.requires_grad_(bool(chosen))
+        for prefix in chosen[:1]:
+            counts[prefix] += parameter.numel()
+    names = ", ".join(["dream_queries", *dict(model.named_children())])
+    for prefix in [p for p in prefixes if not counts[p]] or ([] if prefixes else [""]):
+        raise UserError(
+            f'model.trained: no weight\'s name begins with "{prefix}"; there are {names}, and what is in them'
+        )
+    return counts
+
+
 TASKS = {"vqgan": VQGANTask, "llama": LLaMATask, "clip": CLIPTask, "vae": VAETask, "unet": UNetTask}
+TASKS |= {"dreamllm": DreamLLMTask}
 
 
 def to_images(pictures, device):
@@ -646,9 +812,8 @@ def frozen(module):
 
 
 def make_optimizer(module, o):
-    return torch.optim.AdamW(
-        module.parameters(), o.lr, (o.beta1, o.beta2), o.eps, weight_decay=o.weight_decay, fused=True
-    )
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, o.lr, (o.beta1, o.beta2), o.eps, weight_decay=o.weight_decay, fused=True)
 
 
 def optimizer_tensors(optimizer, module):
