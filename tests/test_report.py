@@ -1,11 +1,16 @@
 """The reports' scores, on pictures and answers small enough to work them out by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from clip_report import BagOfWords, categories, distractors, retrieval, share
 from dream_report import answer, balanced, best_constant, ended, exact, word_f1
 from lvm_report import mean_and_error, mean_iou, mse, mse_in_hole, psnr
 from PIL import Image
+from sd_speed import letters
+from unet_report import named_grid
 
 from clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
@@ -114,3 +119,75 @@ def test_a_document_that_fills_the_context_has_not_ended_by_itself(dreamer):
     picture = Image.new("RGB", (8, 8))
     assert not ended(dreamer, "abc", ["x" * 40, picture, "y" * 10])
     assert ended(dreamer, "abc", ["x" * 40, picture, "y" * 9])
+
+
+# ---- CLIP and what it judges ---------------------------------------------------------------------
+
+
+class Colours:
+    """A model that knows colours: a picture is its mean colour, a name the colour of the same name."""
+
+    def texts(self, captions):
+        return np.array([("red", "green", "blue").index(caption) == np.arange(3) for caption in captions], np.float64)
+
+    def images(self, pictures):
+        return np.stack([picture.mean((0, 1)) / 255 for picture in pictures])
+
+
+def item(caption, colour, category=""):
+    return SimpleNamespace(caption=caption, image=np.full((16, 16, 3), colour, np.uint8), category=category)
+
+
+RED, GREEN, BLUE = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+
+
+def test_retrieval_counts_names_that_fit_as_well_as_the_own_one():
+    """Three pictures among three names: the third is a blue "green", so that blue comes before its own name."""
+    others = np.array([["green", "blue"], ["red", "blue"], ["red", "blue"]])
+    found = retrieval(Colours(), [item("", c).image for c in (RED, GREEN, BLUE)], ["red", "green", "green"], others)
+    assert found["R@1"]["share"] == pytest.approx(2 / 3) and found["R@5"]["share"] == 1
+    tie = retrieval(Colours(), [item("", RED).image], ["red"], np.array([["red"]]))
+    assert tie["R@1"]["share"] == 0, "a model that finds everything equal knows nothing"
+
+
+def test_a_category_is_that_of_the_closest_name():
+    """Red and green are fruit, blue is sky. The first picture's closest name is red, though fruit's mean is far off."""
+    train = [item("red", RED, "fruit"), item("green", GREEN, "fruit"), item("blue", BLUE, "sky")]
+    held_out = [item("", (200, 0, 170), "fruit"), item("", (0, 99, 250), "sky"), item("", GREEN, "sky")]
+    assert categories(Colours(), held_out, train)["share"] == pytest.approx(2 / 3)
+
+
+def test_the_other_names_never_hold_the_own_one():
+    everyone = np.array([f"name {i}" for i in range(100)])
+    others = distractors([item("name 3", RED), item("name 4", RED)], everyone, np.random.default_rng(0))
+    assert others.shape == (2, 99) and "name 3" not in others[0] and "name 4" not in others[1]
+    assert all(len(set(row)) == 99 for row in others)
+
+
+def test_wilsons_interval_is_open_to_doubt_at_one():
+    """10 of 10: below, n / (n + z²); and 1 of 2 as the textbook has it."""
+    sure = share([True] * 10)
+    assert sure["share"] == 1 and sure["low"] == pytest.approx(10 / (10 + 1.96**2)) and sure["high"] == pytest.approx(1)
+    assert share([True, False])["low"] == pytest.approx(0.0945, abs=1e-3)
+
+
+def test_the_bag_of_words_learns_a_colours_name():
+    items = [item(f"a {name}", colour) for name, colour in (("red", RED), ("green", GREEN), ("blue", BLUE))] * 4
+    bag = BagOfWords(items, strength=0.01)
+    scores = bag.images([item("", (200, 30, 30)).image]) @ bag.texts(["red", "green", "blue", "unheard"]).T
+    assert scores.argmax() == 0 and scores[0, 3] == 0
+
+
+def test_a_named_grid_shows_what_was_drawn_beside_what_was_meant():
+    drawn, real = item("", RED).image, item("", GREEN).image
+    sheet = np.asarray(named_grid([("a name that is far too long for one line", drawn, real)] * 7, columns=6))
+    cells = (sheet == RED).all(-1).sum(), (sheet == GREEN).all(-1).sum()
+    assert cells == (7 * 256, 7 * 256) and (sheet < 100).all(-1).any(), "the pictures whole, and letters"
+
+
+def test_letters_have_their_published_ids():
+    """Of the true-size pipeline: CLIP's own ids, as far as they need no list of merges."""
+    tokens = letters().tokenize(["Ah !"], 8)
+    # h at a word's end: 256 after h; "!" is 0, and so is the padding
+    assert tokens.tolist() == [[49406, 64, 327, 256, 49407, 0, 0, 0]]
+    assert tokens.dtype == torch.int64 and tokens.max() < CLIPConfig.named("ViT-H/14").text.vocab_size
