@@ -18,7 +18,7 @@ them; for yes or no either, which is right half the time. Case, and space around
 Then names are drawn, seen ones and `combo`, by the DreamLLM and by the same U-Net conditioned on CLIP's text tower,
 with the same noise, guidance and steps; a CLIP must find the name among 100 by the picture, and the same is asked of
 the real pictures and of noise. At last documents: how many end by themselves, how many pictures they hold; the first
-three are laid out as pages. ± is half a 95 % interval.
+three are laid out as pages. ± is half a 95 % interval; in brackets, of shares found, Wilson's.
 
     report.json   drawn.png   page_1.png … page_3.png   page_1/ … page_3/, as sample.py document writes them
 """
@@ -36,7 +36,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clip_report import Learned, distractors, interval, retrieval
+from clip_report import Learned, distractors, retrieval
+from clip_report import shown as as_share
+from lvm_report import mean_and_error
 
 import checkpoint
 import settings
@@ -82,7 +84,7 @@ def best_constant(score, truths, candidates):
 def beside_constant(score, answers, truths, candidates):
     answer, mean = best_constant(score, truths, candidates)
     pairs = zip(answers, truths, strict=True)
-    return {"dreamllm": interval([score(a, t) for a, t in pairs]), "constant": mean, "constant_answer": answer}
+    return {"dreamllm": mean_and_error([score(a, t) for a, t in pairs]), "constant": mean, "constant_answer": answer}
 
 
 def balanced(to_own, to_wrong):
@@ -91,8 +93,8 @@ def balanced(to_own, to_wrong):
     A picture counts 0, ½ or 1, so that the interval knows that its two questions are about the same thing.
     """
     yes, no = ([exact(a, right) for a in said] for said, right in ((to_own, "yes"), (to_wrong, "no")))
-    both = {"dreamllm": interval(np.add(yes, no) / 2), "constant": 0.5, "constant_answer": "yes"}
-    return both | {"of_yes": interval(yes), "of_no": interval(no)}
+    both = {"dreamllm": mean_and_error(np.add(yes, no) / 2), "constant": 0.5, "constant_answer": "yes"}
+    return both | {"of_yes": mean_and_error(yes), "of_no": mean_and_error(no)}
 
 
 # ---- asking ----------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def measure_documents(model, prompts, temperature, sampling, out):
             texts = [piece if isinstance(piece, str) else "[picture]" for piece in pieces]
             entry = {"prompt": prompt, "text": "".join(texts), "ended": by_itself[-1], "pictures": pictures[-1]}
             result["pages"].append(entry)
-    return result | {"ended": interval(by_itself), "pictures": interval(pictures)}
+    return result | {"ended": mean_and_error(by_itself), "pictures": mean_and_error(pictures)}
 
 
 # ---- the report ------------------------------------------------------------------------------
@@ -281,7 +283,7 @@ def table(report):
         r = report["drawn"][split]
         lines.append(f"\n{TITLES[split]}, {r['names']} drawn: name found among 100, first | in the first five")
         for who in ("dreamllm", "unet", "real", "noise"):
-            lines.append(f"  {who:<34}{show(r[who]['R@1'])} | {show(r[who]['R@5'])}")
+            lines.append(f"  {who:<34}{as_share(r[who]['R@1'])} | {as_share(r[who]['R@5'])}")
     d = report["documents"]
     lines.append(
         f"\n{d['documents']} documents: {show(d['ended'])} ended by themselves, {show(d['pictures'])} pictures"
