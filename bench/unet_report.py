@@ -134,7 +134,7 @@ def main():
             found = {name: retrieval(judge, some, captions, others) for name, judge in judges.items()}
             report[split][kind] = found
             print(f"  {kind:22}" + " ".join(f"{shown(found[j][k]):20}" for j in judges for k in ("R@1", "R@5")))
-        rows += list(zip(captions, pictures["drawn"], pictures["real"], strict=True))[:SHOWN]
+        rows += list(zip(captions, pictures["drawn"], pictures["real"], strict=True))[: SHOWN[split]]
     checkpoint.write_text(Path(a.out) / "unet_report.json", json.dumps(report, indent=2) + "\n")
     with checkpoint.written_whole(Path(a.out) / "unet.png") as beside:
         # 256 colours for all: half the size, and no eye sees it
