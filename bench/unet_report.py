@@ -35,7 +35,8 @@ from clip import CLIP, text_encoders
 from data import open_source
 from diffusion import LatentDiffusion
 
-SEED, SHOWN, TRIED = 0, 12, 64
+SEED, TRIED = 0, 64
+SHOWN = {"train": 12, "combo": 6}  # names in the grid
 
 
 @torch.inference_mode()
