@@ -1,13 +1,17 @@
 # make demo   train a tokenizer and a small LVM on emoji, then report on pictures they never saw
 # make long   the same for longer, with better pictures
+# make parts  train a CLIP, a latent diffusion and a language model on emoji: what DreamLLM is made of
+# make dream  join them to a DreamLLM in four stages, then report on pictures it never saw
 # make test   every test, and the linter
 # make bench  timings
+#
+# A training that was interrupted goes on where it was; one that is complete does nothing.
 # Each sets itself up in .venv: nothing is needed but Python >= 3.11 and make.
 
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo long test bench
+.PHONY: demo long parts dream test bench
 
 demo long: .venv/installed
 	$(PY) train.py --config configs/$@_tokenizer.toml
@@ -15,6 +19,25 @@ demo long: .venv/installed
 	$(PY) data.py tokenize --config configs/$@_lvm.toml --out out/$@/held_out.jsonl --split held_out
 	$(PY) train.py --config configs/$@_lvm.toml
 	$(PY) bench/lvm_report.py --run out/$@/lvm --out out/$@
+
+parts: .venv/installed out/emoji/names.jsonl out/emoji/held_out_names.jsonl
+	$(PY) train.py --config configs/emoji_vae.toml
+	$(PY) train.py --config configs/emoji_clip.toml
+	$(PY) train.py --config configs/emoji_unet.toml
+	$(PY) train.py --config configs/emoji_llama.toml
+
+out/emoji/names.jsonl: .venv/installed
+	$(PY) data.py tokenize --config configs/emoji_llama.toml --out $@
+
+out/emoji/held_out_names.jsonl: .venv/installed
+	$(PY) data.py tokenize --config configs/emoji_llama.toml --out $@ --split held_out
+
+dream: parts
+	$(PY) train.py --config configs/dream_understand.toml
+	$(PY) train.py --config configs/dream_create.toml
+	$(PY) train.py --config configs/dream_interleaved.toml
+	$(PY) train.py --config configs/dream_instruct.toml
+	$(PY) bench/dream_report.py --run out/emoji/dream/instruct --clip out/emoji/clip --unet out/emoji/unet --out out/emoji/dream
 
 test: .venv/installed-test
 	.venv/bin/ruff check .

@@ -7,6 +7,8 @@
     python sample.py text --run FOLDER --prompt "Why is the sky blue?" --chat llama3
     python sample.py perplexity --run out/demo/lvm --input pairs.jsonl
     python sample.py image --run FOLDER --prompt "a taco" --guidance 7.5 --steps 50 --sampler ddim --out taco.png
+    python sample.py chat --run DREAM --image x.png --prompt "What is this?"
+    python sample.py document --run DREAM --prompt "food & drink:" --out page
 
 An LVM is prompted with nothing but pictures (Bai et al. 2023, section 5). A *sequential* prompt is frames,
 and the model continues them; an *analogy* prompt is pairs x1, y1, …, xn, yn and a query x, and the model
@@ -16,6 +18,11 @@ answers with its y. Both are the same operation:
     new picture, drawn from the image codes only ─ VQGAN.decode ─▶ pictures
 
 Text is the same with another tokenizer: words instead of pictures, printed as they are drawn.
+
+A DreamLLM (Dong et al. 2024, section 3) has pictures and texts in one sequence, and draws where it sees fit. Each
+picture it looks at before it goes on; a document is then written as a page:
+
+    [picture or text, …] ─ DreamLLM.stream_document ─▶ text, picture, text, … ─ save_page ─▶ page.md, page.html
 
 Perplexity is exp(mean −log p) of what really came next: among how many equally likely tokens the model was in
 doubt, on average. It needs no sampling.
@@ -27,8 +34,13 @@ Read before: train.py. This is the last file: from here, change something and tr
 """
 
 import argparse
+import base64
+import html
+import itertools
 import json
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +52,11 @@ from tqdm import tqdm
 
 import checkpoint
 import settings
-from clip import text_encoders
+from clip import CLIP, text_encoders
 from data import load_picture, save_grid, warn
 from diffusion import SAMPLERS, LatentDiffusion, to_pil
-from model import LLaMA
+from documents import chat_parts
+from model import DreamLLM, LLaMA
 from settings import UserError
 from tokenizer import TEMPLATES, Tokenizer
 from vqgan import VQGAN
@@ -207,6 +220,97 @@ def save_animation(pictures, path, seconds_per_frame=0.15):
         first.save(beside, "GIF", save_all=True, append_images=rest, duration=int(1000 * seconds_per_frame), loop=0)
 
 
+# ---- pages: texts and pictures ---------------------------------------------------------------
+
+PAGE_FILE = re.compile(r"page\.(md|html)|picture_\d+\.png")  # what a page's folder holds, and nothing else
+STYLE = """
+:root { color-scheme: light dark }
+body { max-width: 40rem; margin: 2rem auto; padding: 0 1rem; font: 1.1rem/1.6 Georgia, serif }
+p { white-space: pre-wrap; overflow-wrap: anywhere }
+img { display: block; width: min(100%, 24rem); margin: 1.5rem auto }
+"""
+
+
+def page_folder(folder):
+    """The path of a page that may be written: nothing is there, or an older page; else a UserError."""
+    path = Path(folder).resolve()
+    if path.exists() and not (path.is_dir() and all(PAGE_FILE.fullmatch(file.name) for file in path.iterdir())):
+        raise UserError(f"{folder}: is there, and no page of an earlier document: choose another --out")
+    return path
+
+
+def save_page(pieces, folder, title):
+    """Texts and Pillow pictures in reading order → a folder, which appears when all of it is written.
+
+    In it page.md, the picture_01.png, … that it links to, and page.html, which needs no other file. What a model
+    writes is text, never markup. A folder that is there is replaced if it is a page, else a UserError.
+    """
+    markdown, body, number = [], [], 0
+    with checkpoint.written_whole(page_folder(folder)) as beside:
+        beside.mkdir()
+        for piece in pieces:
+            if isinstance(piece, str):
+                markdown.append(as_markdown(plain(piece)))
+                body.append(f"<p>{html.escape(plain(piece))}</p>")
+            else:
+                number += 1
+                file = beside / picture_name(number)
+                piece.save(file)
+                data = base64.b64encode(file.read_bytes()).decode()
+                markdown.append(f"![picture {number}]({file.name})")
+                body.append(f'<img alt="picture {number}" src="data:image/png;base64,{data}">')
+        head = [
+            "<!doctype html>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',  # on a phone: as wide as it is
+            f"<title>{html.escape(plain(title))}</title>",
+            f"<style>{STYLE}</style>",
+        ]
+        (beside / "page.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+        (beside / "page.html").write_text("\n".join([*head, *body]) + "\n", encoding="utf-8")
+
+
+def plain(text):
+    """A text without what no page can hold: a model of bytes may write any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text).strip()
+
+
+def as_markdown(text):
+    """Markdown that shows the letters of `text`, line by line, whatever they mean to Markdown."""
+    text = re.sub(r"[\\`*_~|<>\[\]#]|&(?=#?\w+;)", r"\\\g<0>", text)
+    lines = [re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", line.strip()) for line in text.splitlines()]  # no lists, no rules
+    return "  \n".join(lines)  # two spaces: the line ends here
+
+
+def picture_name(number):
+    return f"picture_{number:02d}.png"
+
+
+def tell(stream, place=None, answer=False):
+    """Prints texts as they come, and of each picture what place(picture, number from 1) says of it.
+
+    → [text or picture, …], neighbouring texts joined. An answer, and what follows a picture, is shown without the
+    space that begins it.
+    """
+    pieces, number = [], 0
+    for piece in stream:
+        in_line = bool(pieces) and isinstance(pieces[-1], str)
+        if not isinstance(piece, str):
+            number += 1
+            print("\n" * in_line + f"[{place(piece, number)}]", flush=True)
+            pieces.append(piece)
+            continue
+        piece = piece.lstrip() if not in_line and (pieces or answer) else piece
+        if in_line:
+            pieces[-1] += piece
+        elif piece:
+            pieces.append(piece)
+        print(piece, end="", flush=True)
+    if not pieces or isinstance(pieces[-1], str):
+        print()
+    return pieces
+
+
 # ---- commands --------------------------------------------------------------------------------
 
 
@@ -219,11 +323,29 @@ def find_device(name):
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(a, loader):
-    """loader(run, tokenizer, device, dtype) for what was asked, else for the best at hand."""
+def at_hand(a):
+    """The device and the dtype that were asked for, else the best at hand."""
     device = find_device(a.device)
     dtype = a.dtype or ("bfloat16" if device.startswith("cuda") else None)  # None: as stored, left in the file
-    return loader(a.run, a.tokenizer, device, getattr(torch, dtype) if dtype not in (None, "int8") else dtype)
+    return device, getattr(torch, dtype) if dtype not in (None, "int8") else dtype
+
+
+def load(a, loader):
+    return loader(a.run, a.tokenizer, *at_hand(a))
+
+
+def is_dream(run):
+    """Whether a run or a published folder holds a DreamLLM."""
+    file = checkpoint.resolve(run) / "config.json"
+    config = checkpoint.read_json(file) if file.exists() else {}
+    return isinstance(config, dict) and config.get("model_type") == "dreamllm"
+
+
+def load_dream(a):
+    device, dtype = at_hand(a)
+    if not is_dream(a.run):
+        raise UserError(f'{a.run}: no DreamLLM (no config.json with "model_type": "dreamllm")')
+    return DreamLLM.from_pretrained(a.run, CLIP, LatentDiffusion, dtype, device)
 
 
 def sampling(a, llama, number=0):
@@ -318,13 +440,8 @@ def text(a):
         raise UserError("an empty prompt, and this tokenizer has no token that begins a text: give a --prompt")
     if len(ids) >= (context := llama.config.max_seq_len):
         raise UserError(f"the prompt's {len(ids)} tokens fill the model's context of {context}: give a shorter one")
-    print("" if a.chat else a.prompt, end="", flush=True)
-    answered = not a.chat  # an answer is shown without the space that begins it, a continuation with it
-    for some in stream_text(llama, tokenizer, ids, a.max_new, **sampling(a, llama)):
-        some = some if answered else some.lstrip()
-        answered = answered or bool(some)
-        print(some, end="", flush=True)
-    print()
+    said = stream_text(llama, tokenizer, ids, a.max_new, **sampling(a, llama))
+    tell(said if a.chat else itertools.chain([a.prompt], said), answer=bool(a.chat))
 
 
 def perplexity(a):
@@ -367,7 +484,8 @@ def picture_perplexity(a):
     print(f"{a.input}: perplexity {np.mean(values):.4g} a code, the mean of {len(values)} rows")
 
 
-def image(a):
+def diffusion_images(a):
+    """What latent diffusion draws: (B, 3, H, W) in [0, 1]."""
     device = find_device(a.device)
     dtype = getattr(torch, a.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     encoders = text_encoders(a.run, a.tokenizer or None, dtype, device)
@@ -377,28 +495,99 @@ def image(a):
         width, height = size or load_picture(a.image).shape[1::-1]
         (picture,) = resized([load_picture(a.image)], (width, height))
         start = torch.from_numpy(picture.copy())[None].permute(0, 3, 1, 2) / 255  # (1, 3, H, W)
-    images = model.generate(
+    return model.generate(
         [a.prompt] * a.count,
-        negative=a.negative,
-        guidance=a.guidance,
-        steps=a.steps,
-        sampler=a.sampler,
         size=size and size[::-1],
-        seed=a.seed,
         image=start,
-        strength=a.strength,
-        rescale=a.rescale,
-        progress=True,
+        strength=a.strength or 0.8,
+        **denoising(a),
     )
+
+
+def image(a):
+    dream = is_dream(a.run)
+    # without a place there: img2img, sizes, and what single files may need; or the pictures that a LLaMA looks at
+    for name in ("image", "strength", "size", "config", "tokenizer") if dream else ("subject",):
+        if getattr(a, name):
+            raise UserError(f"--{name} does not apply: {a.run} is {'a' if dream else 'no'} DreamLLM")
+    a.sampler = a.sampler or ("ddpm" if dream else "ddim")
+    if dream:
+        prompt = [*given_pictures(a.subject), a.prompt]
+        images = load_dream(a).text_to_image([prompt] * a.count, **denoising(a))
+    else:
+        images = diffusion_images(a)
     save_grid([[np.asarray(picture) for picture in to_pil(images)]], a.out, pad=0 if a.count == 1 else 2)
     print(f"{a.out}: {a.count} × {images.shape[3]}×{images.shape[2]}, {a.steps} steps of {a.sampler}")
+
+
+def denoising(a):
+    """The options that drawings from one text share, of latent diffusion and of DreamLLM."""
+    names = ("negative", "guidance", "steps", "sampler", "seed", "rescale")
+    return {name: getattr(a, name) for name in names} | {"progress": True}
+
+
+def given_pictures(paths):
+    return [Image.fromarray(load_picture(path)) for path in paths]
+
+
+def question(a, pictures):
+    """--prompt and pictures in the template of a conversation, as chat_parts has them."""
+    data = run_data(a.run)
+    content = a.prompt if "<image>" in a.prompt else "<image>\n" * len(pictures) + a.prompt
+    system = data.get("system") if a.system is None else a.system
+    template = a.template or data.get("template", "vicuna")
+    try:
+        return chat_parts([{"role": "user", "content": content}], pictures, template, system)
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+
+
+def stream_document(a, prompt, max_pictures):
+    names = ("temperature", "top_k", "top_p", "guidance", "steps", "seed")
+    options = {name: getattr(a, name) for name in names} | {"sampler": a.sampler or "ddpm", "progress": True}
+    return load_dream(a).stream_document(prompt, a.max_new, max_pictures, **options)
+
+
+def chat(a):
+    pictures = given_pictures(a.image)
+    if a.prompt:
+        said = stream_document(a, question(a, pictures), a.max_pictures)
+    elif pictures:
+        said = stream_document(a, pictures, max_pictures=0)  # as captions are learned
+    else:
+        raise UserError("nothing to talk about: give a --prompt, or an --image to be described, or both")
+
+    def save(picture, number):
+        name, ending = os.path.splitext(a.out)
+        path = f"{name}_{number:02d}{ending}"
+        save_grid([[np.asarray(picture)]], path, pad=0)
+        return path
+
+    tell(said, save, answer=True)
+
+
+def document(a):
+    page_folder(a.out)  # before all the work
+    pictures = given_pictures(a.image)
+    if a.system is not None and not a.template:
+        raise UserError("--system needs --template: only a conversation has a place for it")
+    prompt = question(a, pictures) if a.template else [*pictures, a.prompt]
+    given = [] if a.template else [*pictures, a.prompt]  # the page is the answer, or begins with the prompt
+    said = stream_document(a, prompt, a.max_pictures)
+    pieces = tell(itertools.chain(given, said), lambda _, number: picture_name(number), answer=bool(a.template))
+    save_page(pieces, a.out, title=a.prompt or Path(a.out).name)
+    drawn = sum(not isinstance(piece, str) for piece in pieces) - sum(not isinstance(piece, str) for piece in given)
+    print(f"{a.out}: page.html, page.md; pictures drawn: {drawn}")
+
+
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, run, help, example, precisions=("float32", "bfloat16", "float16", "int8")):
+    def command(name, run, help, example, precisions=(*FLOATS, "int8")):
         c = commands.add_parser(name, help=help, description=help, epilog=f"example:\n  {example}")
         c.set_defaults(run_command=run)
         c.add_argument("--run", required=True, help="a run of ours or a published checkpoint's folder")
@@ -413,11 +602,28 @@ def main():
         c.add_argument("--resize", default="", help="of the output: original (as the last input) or W,H")
         drawn(c)
 
+    def repeatable(c):
+        c.add_argument("--seed", type=seed, help="makes the result repeatable")
+
     def drawn(c):
         c.add_argument("--temperature", type=temperature, default=1.0, help="0: always the likeliest token (1)")
         c.add_argument("--top-k", type=positive)
         c.add_argument("--top-p", type=share)
-        c.add_argument("--seed", type=seed, help="makes the result repeatable")
+        repeatable(c)
+
+    def denoised(c):
+        c.add_argument("--guidance", type=float, default=7.5, help="how far the prompt is followed; 1: as it is (7.5)")
+        c.add_argument("--steps", type=positive, default=50, help="passes of the U-Net for a picture (50)")
+        c.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm for a DreamLLM, ddim for all else")
+
+    def conversing(c, template):
+        c.add_argument("--image", nargs="+", default=[], metavar="PICTURE", help="shown before the prompt")
+        c.add_argument("--template", choices=TEMPLATES, help=template)
+        c.add_argument("--system", help="what the chat's system message says (the run's or the template's own)")
+        c.add_argument("--max-new", type=positive, default=256, help="most tokens to write (256, or the context's end)")
+        c.add_argument("--max-pictures", type=count, default=4, help="most pictures to draw (4)")
+        drawn(c)
+        denoised(c)
 
     c = command(
         "continue",
@@ -443,7 +649,7 @@ def main():
         reconstruct,
         "pictures to codes and back, originals above reconstructions",
         "python sample.py reconstruct --run out/demo/tokenizer --images a.png b.png --out grid.png",
-        precisions=("float32", "bfloat16", "float16"),
+        precisions=FLOATS,
     )
     c.add_argument("--images", nargs="+", required=True, metavar="PICTURE")
     c.add_argument("--out", default="grid.png")
@@ -464,24 +670,46 @@ def main():
     c = command(
         "image",
         image,
-        "draw pictures of a text with latent diffusion (Stable Diffusion 1, 2, XL, or a run of ours)",
+        "draw pictures of a text: latent diffusion (Stable Diffusion 1, 2, XL, or a run of ours) or DreamLLM",
         'python sample.py image --run out/emoji/unet --prompt "pizza" --out pizza.png',
-        precisions=("float32", "bfloat16", "float16"),
+        precisions=FLOATS,
     )
     c.add_argument("--prompt", required=True)
     c.add_argument("--negative", help="what to move away from (the empty text)")
-    c.add_argument("--guidance", type=float, default=7.5, help="how far from there to the prompt; 1: none (7.5)")
     c.add_argument("--rescale", type=float, default=0.0, help="against too strong contrasts (0; published 0.7)")
-    c.add_argument("--steps", type=positive, default=50, help="passes of the U-Net (50)")
-    c.add_argument("--sampler", choices=SAMPLERS, default="ddim")
+    denoised(c)
+    repeatable(c)
+    c.add_argument("--count", type=positive, default=1, help="pictures, side by side (1)")
+    c.add_argument("--out", default="image.png")
+    c.add_argument("--subject", nargs="+", default=[], metavar="PICTURE", help="DreamLLM: shown before the prompt")
+    c = c.add_argument_group("not for DreamLLM")
     c.add_argument("--size", default="", help="W,H in pixels; default: what the model was trained for")
     c.add_argument("--image", default="", help="start from this picture instead of from noise")
-    c.add_argument("--strength", type=share, default=0.8, help="how much of it may change: 1, all (0.8)")
-    c.add_argument("--count", type=positive, default=1, help="pictures, side by side (1)")
+    c.add_argument("--strength", type=share, help="how much of it may change: 1, all (0.8)")
     c.add_argument("--config", default="", help="of a single file that needs one: the YAML or JSON of its code base")
     c.add_argument("--tokenizer", default="", help="of a single file: a folder with CLIP's vocabulary")
-    c.add_argument("--seed", type=seed, help="makes the result repeatable")
-    c.add_argument("--out", default="image.png")
+
+    c = command(
+        "chat",
+        chat,
+        "ask a DreamLLM about pictures, or for some; without a prompt it describes what it is shown",
+        'python sample.py chat --run out/emoji/dream/instruct --image x.png --prompt "What is this?"',
+        precisions=FLOATS,
+    )
+    c.add_argument("--prompt", default="", help="the question; <image> in it: where a picture stands (before it)")
+    conversing(c, "the form of conversation that the model was tuned on (the run's own, else vicuna)")
+    c.add_argument("--out", default="chat.png", help="where pictures go that the answer holds, numbered (chat.png)")
+
+    c = command(
+        "document",
+        document,
+        "a DreamLLM writes and draws a page: Markdown, its pictures, and one HTML file that holds all",
+        'python sample.py document --run out/emoji/dream/interleaved --prompt "food & drink:" --out page',
+        precisions=FLOATS,
+    )
+    c.add_argument("--prompt", default="", help="how the page begins (empty)")
+    conversing(c, "the prompt is an instruction in this form of conversation, not the page's beginning")
+    c.add_argument("--out", default="page", metavar="FOLDER", help="an earlier page in it is replaced (page)")
 
     c = command(
         "perplexity",
@@ -518,6 +746,7 @@ def number(kind, low, high, what):
 
 
 positive = number(int, 1, 2**31, "a whole number above 0")
+count = number(int, 0, 2**31, "a whole number from 0 on")
 seed = number(int, 0, 2**63 - 1, "a whole number from 0 on")
 share = number(float, 1e-9, 1, "a number above 0 and at most 1")
 temperature = number(float, 0, 1e9, "a number from 0 on")

@@ -6,11 +6,17 @@ Two held-out sets: `combo`, whose kind of emoji was seen in other variants (anot
 `new`, whose kind was not. For each picture:
 
     retrieval   its own name among 100, the others drawn from all emoji; R@1: it comes first, R@5: among five
-    category    of ten, the one whose training names lie closest on average (no picture of it is used)
+    category    of ten: that of the one training name that lies closest (names only: no picture serves as example)
 
-beside chance (of categories: the commonest, always) and a bag of words: from a 16×16 thumbnail, ridge regression
-says which words the name has.
-± is half a 95 % interval.
+beside chance and a bag of words: from a 16×16 thumbnail, ridge regression says which words the name has. Chance of
+a category is the commonest one's share. Every picture of `combo` is of one category, people, so that a constant
+answer is as good there as any; only `new` tells something of categories.
+
+Why the closest name: a category is no direction in the space of names (its mean would lie in the middle of "people"
+and "symbols" alike), but a set of them; and the closest asks nothing of a model but its order, so it is one rule for
+both, with no scale to choose, as probabilities of names, summed by category, would need for the bag of words.
+
+In brackets: 95 % intervals (Wilson's, which hold at 0 and 1 too).
 """
 
 import collections
@@ -71,21 +77,28 @@ class Learned:
     """The same two functions of a CLIP."""
 
     def __init__(self, clip):
-        self.clip = clip
+        self.clip, self.known = clip, {}
 
     def texts(self, captions):
-        parts = [captions[i : i + 256] for i in range(0, len(captions), 256)]
-        return torch.cat([self.clip.encode_text(self.clip.tokenize(part)) for part in parts]).numpy()
+        new = sorted(set(captions) - self.known.keys())  # each name is read once
+        for part in (new[i : i + 256] for i in range(0, len(new), 256)):
+            self.known |= zip(part, self.clip.encode_text(self.clip.tokenize(part)).numpy(), strict=True)
+        return np.stack([self.known[caption] for caption in captions])
 
     def images(self, pictures):
         images = self.clip.preprocess([Image.fromarray(p) for p in pictures])
         return torch.cat([self.clip.encode_image(part) for part in images.split(256)]).numpy()
 
 
-def interval(hits):
-    """A share and half the width of its 95 % interval."""
-    hits = np.asarray(hits, np.float64)
-    return {"mean": hits.mean(), "error": 1.96 * hits.std(ddof=1) / len(hits) ** 0.5}
+def share(hits):
+    """How many of these hits (N,) are hits, and Wilson's 95 % interval around it (Wilson 1927)."""
+    n, p, z = len(hits), float(np.mean(hits)), 1.96
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return {"share": p, "low": (centre - half) / (1 + z * z / n), "high": (centre + half) / (1 + z * z / n)}
+
+
+def shown(s):
+    return f"{s['share']:.2f} [{s['low']:.2f}, {s['high']:.2f}]"
 
 
 def distractors(items, everyone, draws):
@@ -95,22 +108,18 @@ def distractors(items, everyone, draws):
 
 def retrieval(model, pictures, captions, others):
     """How often a picture's own caption comes first, or among the first five, of itself and `others` (N, 99)."""
-    images = model.images(pictures)  # (N, E)
-    own, rest = model.texts(captions), model.texts(list(others.flat))
-    scores = np.concatenate((own[:, None], rest.reshape(*others.shape, -1)), axis=1) @ images[:, :, None]  # (N, 100, 1)
-    better = (scores[:, 1:, 0] >= scores[:, :1, 0]).sum(1)  # a tie is no hit
-    return {"R@1": interval(better < 1), "R@5": interval(better < 5)}
+    names, place = np.unique(np.column_stack((captions, others)), return_inverse=True)
+    scores = model.images(pictures) @ model.texts(list(names)).T  # (N, names)
+    scores = np.take_along_axis(scores, place.reshape(len(captions), -1), axis=1)  # (N, 100), its own name first
+    better = (scores[:, 1:] >= scores[:, :1]).sum(1)  # a tie is no hit
+    return {"R@1": share(better < 1), "R@5": share(better < 5)}
 
 
 def categories(model, items, train):
-    """How often the category whose training names lie closest is the picture's own."""
-    names = collections.defaultdict(list)
-    for item in train:
-        names[item.category].append(item.caption)
-    centres = np.stack([model.texts(captions).mean(0) for captions in names.values()])  # (10, E)
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    found = np.array(list(names))[(model.images([item.image for item in items]) @ centres.T).argmax(1)]
-    return interval(found == [item.category for item in items])
+    """How often the training name closest to a picture is of the picture's own category."""
+    names = model.texts([item.caption for item in train])  # (N, E)
+    closest = (model.images([item.image for item in items]) @ names.T).argmax(1)
+    return share([train[i].category == item.category for i, item in zip(closest, items, strict=True)])
 
 
 @torch.inference_mode()
@@ -128,19 +137,18 @@ def main():
     for split, items in splits.items():
         others = distractors(items, everyone, draws)
         pictures, captions = [item.image for item in items], [item.caption for item in items]
+        commonest, count = collections.Counter(item.category for item in items).most_common(1)[0]
         report[split] = {
             name: retrieval(model, pictures, captions, others) | {"category": categories(model, items, train)}
             for name, model in models.items()
         }
-        commonest = collections.Counter(item.category for item in items).most_common(1)[0][1] / len(items)
-        report[split]["chance"] = {"R@1": 1 / AMONG, "R@5": 5 / AMONG, "category": commonest}
-        report[split]["pictures"] = len(items)
-    checkpoint.write_text(Path(run) / "report.json", json.dumps(report, indent=2) + "\n")
-    for split in splits:
-        print(f"\n{split}, {report[split]['pictures']} pictures    clip             bag of words     chance")
+        report[split]["chance"] = {"R@1": 1 / AMONG, "R@5": 5 / AMONG, "category": count / len(items)}
+        report[split] |= {"pictures": len(items), "commonest_category": commonest}
+        print(f"\n{split}, {len(items)} pictures".ljust(27) + "clip                bag of words        chance")
         for what, chance in report[split]["chance"].items():
-            shown = [report[split][name][what] for name in models]
-            print(f"  {what:20}" + "".join(f"{s['mean']:6.3f} ± {s['error']:.3f}   " for s in shown) + f"{chance:.3f}")
+            print(f"  {what:24}" + "".join(f"{shown(report[split][m][what]):20}" for m in models) + f"{chance:.2f}")
+        print(f'  (always "{commonest}": {count} of {len(items)})')
+    checkpoint.write_text(Path(run) / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,41 @@
-"""Does latent diffusion draw what a text says? Emoji by their names, judged by a CLIP.
+"""Does latent diffusion draw what a text says? Emoji by their names, and who recognises them.
 
-    python bench/unet_report.py --run out/emoji/unet --clip out/emoji/clip --out out/emoji
+    python bench/unet_report.py --run out/emoji/unet --clip out/emoji/clip --out out/emoji --guidance 1 2 4
 
-Names that were seen in training, and unseen combinations (`combo`: another skin tone or gender of a kind that was
-seen). Each is drawn once; the CLIP must find the name among 100 by the picture, and the same is asked of the real
-pictures and of noise. The autoencoder's PSNR on held-out emoji stands in the report too. ± is half a 95 % interval.
+Names of the training set, and unseen combinations (`combo`: another skin tone or gender of a kind that was seen).
+Each is drawn once. A judge must find the name among 100 by the picture; beside it, the same of
+
+    real    the emoji themselves. Those of the seen names are the CLIP's training pictures, as they are the U-Net's;
+            it has seen no picture of `combo`, nor has the U-Net
+    noise   what the autoencoder makes of the noise that drawing starts from
+
+There are two judges: the CLIP, whose text tower also tells the U-Net what to draw, so that it may be partial; and the
+bag of words of clip_report.py (linear, on 16×16 thumbnails), which had no part in the U-Net.
+Several --guidance: the one is taken whose pictures the CLIP recognises most often, of other names of the training set
+than those reported. The autoencoder's PSNR on held-out emoji stands in the report too.
+In brackets, and ±: 95 % intervals.
 """
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clip_report import Learned, distractors, interval, retrieval
+from clip_report import BagOfWords, Learned, distractors, retrieval, shown
 
 import checkpoint
 import settings
 from clip import CLIP, text_encoders
-from data import open_source, save_grid
+from data import open_source
 from diffusion import LatentDiffusion
 
-SEED, SHOWN = 0, 16
+SEED, SHOWN, TRIED = 0, 12, 64
 
 
 @torch.inference_mode()
@@ -34,7 +45,20 @@ def draw(model, captions, side, guidance, steps):
     for i in range(0, len(captions), 32):
         some = captions[i : i + 32]
         parts.append(model.generate(some, guidance=guidance, steps=steps, size=side, seed=SEED + i))
-    images = torch.cat(parts)  # (N, 3, side, side)
+    return as_bytes(torch.cat(parts))
+
+
+@torch.inference_mode()
+def decoded_noise(model, count, side):
+    """(count, side, side, 3) uint8: pictures of random latents, for which nothing was predicted."""
+    c = model.vae.config
+    shape = (count, c.latent_channels, side // c.factor, side // c.factor)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    return as_bytes(model.to_images(latents))
+
+
+def as_bytes(images):
+    """(N, 3, H, W) in [0, 1] → (N, H, W, 3) uint8."""
     return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -46,45 +70,75 @@ def reconstruction_psnr(model, pictures):
     return -10 * ((back - images) ** 2).mean((1, 2, 3)).log10().numpy()
 
 
+def named_grid(rows, columns=6, lines=3):
+    """Rows of (name, drawn, real), pictures (S, S, 3) → one picture: drawn and real side by side, the name below."""
+    side, font, pad, line = rows[0][1].shape[0], ImageFont.load_default(10), 6, 12
+    width, height = 2 * side + 2 * pad, side + lines * line + 2 * pad
+    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, drawn, real) in enumerate(rows):
+        left, top = i % columns * width + pad // 2, i // columns * height + pad // 2
+        for k, picture in enumerate((drawn, real)):
+            sheet.paste(Image.fromarray(picture), (left + k * (side + pad // 2), top))
+        wrapped = textwrap.wrap(name, 24, max_lines=lines, placeholder=" …")
+        pen.multiline_text((left, top + side + 2), "\n".join(wrapped), "black", font, spacing=1)
+    return sheet
+
+
 @torch.inference_mode()
 def main():
     parser = settings.Parser(prog="python bench/unet_report.py", description=__doc__)
     parser.add_argument("--run", required=True, help="a trained U-Net's folder")
     parser.add_argument("--clip", required=True, help="the CLIP that judges")
-    parser.add_argument("--out", required=True, help="where unet_report.json and the pictures go")
-    parser.add_argument("--count", type=int, default=96, help="names of each kind (96)")
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--out", required=True, help="where unet_report.json and unet.png go")
+    parser.add_argument("--count", type=int, default=128, help="names of each kind, or all there are (128)")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0])
     parser.add_argument("--steps", type=int, default=25)
     a = parser.parse_args()
     model = LatentDiffusion.from_pretrained(a.run, text_encoders(a.run), torch.float32).eval()
-    judge = Learned(CLIP.from_pretrained(a.clip, dtype=torch.float32))
     side = model.unet.config.sample_size * model.vae.config.factor
     splits = {split: list(open_source("emoji", side, split)) for split in ("train", "combo", "new")}
+    judges = {"clip": Learned(CLIP.from_pretrained(a.clip, dtype=torch.float32)), "bag": BagOfWords(splits["train"])}
     everyone = np.array(sorted({item.caption for items in splits.values() for item in items}))
-    draws, report = np.random.default_rng(SEED), {}
-    held_out = [item.image for split in ("combo", "new") for item in splits[split]]
-    report["autoencoder_psnr"] = interval(reconstruction_psnr(model, held_out))
-    print(f"autoencoder, held-out PSNR {report['autoencoder_psnr']['mean']:.1f} dB")
+    draws, report = np.random.default_rng(SEED), {"steps": a.steps}
+
+    psnr = reconstruction_psnr(model, [item.image for split in ("combo", "new") for item in splits[split]])
+    error = 1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5
+    report["autoencoder_psnr"] = {"mean": float(psnr.mean()), "error": float(error), "pictures": len(psnr)}
+    print(f"autoencoder, PSNR of {len(psnr)} held-out emoji: {psnr.mean():.1f} ± {error:.1f} dB")
+
+    names = {split: [splits[split][i] for i in draws.permutation(len(splits[split]))] for split in ("train", "combo")}
+    report["guidance"] = a.guidance[0]
+    if len(a.guidance) > 1:
+        tried = names["train"][a.count : a.count + TRIED]
+        captions, others, found = [item.caption for item in tried], distractors(tried, everyone, draws), {}
+        for guidance in a.guidance:
+            drawn = draw(model, captions, side, guidance, a.steps)
+            found[guidance] = retrieval(judges["clip"], drawn, captions, others)["R@1"]
+            print(f"guidance {guidance:g}, {len(tried)} other seen names: first of 100 {shown(found[guidance])}")
+        report |= {"tried": found, "guidance": max(found, key=lambda guidance: found[guidance]["share"])}
+    print(f"reported: guidance {report['guidance']:g}, {a.steps} steps of DDIM")
+
+    rows = []
     for split, title in (("train", "seen names"), ("combo", "unseen combinations")):
-        items = splits[split]
-        items = [items[i] for i in draws.permutation(len(items))[: a.count]]
+        items = names[split][: a.count]
         captions, others = [item.caption for item in items], distractors(items, everyone, draws)
         pictures = {
-            "drawn": draw(model, captions, side, a.guidance, a.steps),
+            "drawn": draw(model, captions, side, report["guidance"], a.steps),
             "real": [item.image for item in items],
-            "noise": draws.integers(0, 256, (len(items), side, side, 3), dtype=np.uint8),
+            "noise": decoded_noise(model, len(items), side),
         }
-        report[split] = {name: retrieval(judge, list(some), captions, others) for name, some in pictures.items()}
-        print(f"{title}, {len(items)} of them: name found among 100, first | in the first five")
-        for name, r in report[split].items():
-            print(f"  {name:8}" + " | ".join(f"{r[k]['mean']:.3f} ± {r[k]['error']:.3f}" for k in ("R@1", "R@5")))
-        shown = zip(captions[:SHOWN], pictures["drawn"], pictures["real"], strict=False)
-        rows = [(caption, drawn, real) for caption, drawn, real in shown]
-        save_grid([[r[1] for r in rows], [r[2] for r in rows]], Path(a.out) / f"drawn_{split}.png")
-        report[split]["shown"] = [r[0] for r in rows]
-        print("  " + "; ".join(r[0] for r in rows))
-    report |= {"guidance": a.guidance, "steps": a.steps}
+        report[split] = {"pictures": len(items)}
+        print(f"\n{title}, {len(items)}   first of 100         among five           bag of words, first  among five")
+        for kind, some in pictures.items():
+            found = {name: retrieval(judge, some, captions, others) for name, judge in judges.items()}
+            report[split][kind] = found
+            print(f"  {kind:22}" + " ".join(f"{shown(found[j][k]):20}" for j in judges for k in ("R@1", "R@5")))
+        rows += list(zip(captions, pictures["drawn"], pictures["real"], strict=True))[:SHOWN]
     checkpoint.write_text(Path(a.out) / "unet_report.json", json.dumps(report, indent=2) + "\n")
+    with checkpoint.written_whole(Path(a.out) / "unet.png") as beside:
+        # 256 colours for all: half the size, and no eye sees it
+        named_grid(rows).quantize(256, dither=Image.Dither.NONE).save(beside, optimize=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from PIL import Image
 import data
 import settings
 import train
+from clip import CLIP, CLIPConfig, VisionConfig
+from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
+from model import LLaMA, LLaMAConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -69,6 +72,32 @@ def row_overrides(tokenizer_run, pictures):
 def lvm_run(tokenizer_run, row_overrides):
     """configs/tiny_llama.toml, trained without a break on those rows (accumulate is 2 there)."""
     return run_tiny("llama", tokenizer_run.parent / "lvm", "train.keep=0", "train.ema=0.9", *row_overrides)
+
+
+@pytest.fixture(scope="session")
+def dream_parts(tmp_path_factory):
+    """Random parts of a tiny DreamLLM, each in its published layout, as overrides of configs/tiny_dreamllm.toml."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    LLaMA(LLaMAConfig(258, 32, 2, 4, hidden_dim=64, max_seq_len=192)).save_pretrained(folder / "llama")
+    vision = VisionConfig(width=32, layers=2, heads=2, hidden_dim=64, patch_size=8, image_size=32)
+    CLIP(CLIPConfig(0, vision, None)).save_pretrained(folder / "clip")
+    unet = UNet(UNetConfig(4, 4, 8, (8, 16), 1, (1, 0), 1, (2, 2), 16, norm_num_groups=4))
+    with torch.no_grad():  # what starts at zero would let no gradient through to the prompt
+        for parameter in unet.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    vae = AutoencoderKL(
+        AutoencoderKLConfig(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    )
+    LatentDiffusion(unet, vae, NoiseSchedule(prediction_type="v_prediction")).save_pretrained(folder / "diffusion")
+    return [f"model.{name}={folder / name}" for name in ("llama", "clip", "diffusion")]
+
+
+@pytest.fixture(scope="session")
+def dream_run(dream_parts, tmp_path_factory):
+    """configs/tiny_dreamllm.toml on those parts, trained without a break: a DreamLLM to sample from."""
+    run = tmp_path_factory.mktemp("dream") / "run"
+    return run_tiny("dreamllm", run, *dream_parts, "train.keep=0", "train.sample_every=0")
 
 
 @pytest.fixture

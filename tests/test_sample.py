@@ -282,7 +282,10 @@ def test_a_tokenizer_given_as_the_run_is_one_line(folders, prompt, program):
     assert "_class_name" in one_line(program(sample.main, "continue", *arguments, "--prompt", *prompt))
 
 
-@pytest.mark.parametrize("command", [(), ("continue",), ("batch",), ("reconstruct",)])
+COMMANDS = ("continue", "batch", "reconstruct", "text", "perplexity", "image", "chat", "document")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help_is_help(program, command):
     """Each says what it does and gives an example."""
     code, out, err = program(sample.main, *command, "--help")
