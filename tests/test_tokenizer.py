@@ -6,6 +6,7 @@ The vocabularies are small ones, trained here by the reference libraries; Llama 
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -314,6 +315,20 @@ def test_added_tokens_are_found_by_name(vicuna):
     ids = words.encode("<dream_start>a", special=True)
     assert ids == [702, *words.encode("a")] and 702 not in words.encode("<dream_start>a")
     assert words.decode(ids) == "a" and words.decode(ids, special=True) == "<dream_start> a"
+
+
+def test_legacy_says_where_sentencepiece_writes_a_first_space(vicuna, tmp_path):
+    """true: before every text; false: only before the one that begins a conversation (transformers' two ways)."""
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False}))
+    old, new = Tokenizer.from_pretrained(vicuna), Tokenizer.from_pretrained(tmp_path)
+    assert old.encode("data", follows=True) == old.encode("data") == new.encode("data")
+    first, inner = new.encode("data"), new.encode("data", follows=True)
+    assert "".join(new.stream(first)) == " data" and "".join(new.stream(inner)) == "data" and first != inner
+    ids = new.encode_chat(messages("Hi", "Hello!", "Why?"), "vicuna")
+    assert "".join(new.stream(ids, special=True)).startswith("<s> A chat between")
+    assert "</s>USER: Why?" in new.decode(ids, special=True)
+    assert "</s> USER: Why?" in old.decode(old.encode_chat(messages("Hi", "Hello!", "Why?"), "vicuna"), special=True)
 
 
 def test_beside_a_sentencepiece_model_its_json_is_not_needed(vicuna, tmp_path):
