@@ -998,6 +998,8 @@ class DreamLLM(nn.Module):
             expected = tuple(model.dream_queries.shape)
             raise UserError(f"{folder}: dream_queries is {tuple(queries.shape)}, expected finite numbers of {expected}")
         model.dream_queries = nn.Parameter(queries.to(device, dtype, copy=True))
+        for part in (model.clip, model.projector, model.condition, diffusion.unet):  # files may differ in this
+            part.to(llama.embed_tokens.weight.dtype)
         return model.eval()
 
 

@@ -15,6 +15,7 @@ from conftest import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
+import checkpoint
 from clip import CLIP, CLIPConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, Draws, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
 from model import ADDED, DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig, Projector
@@ -358,6 +359,19 @@ def test_the_one_file_of_a_sharded_run(dream, tmp_path):
     torch.save(whole, folder / "pytorch_model.bin")
     again = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), dream.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_half_precision_draws_and_writes(tmp_path, dtype):
+    """Also where the language model alone is stored in it."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(FOLDER / "checkpoint", folder)
+    shutil.copytree(FOLDER / "components", tmp_path / "components")
+    weights = {k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items()}
+    checkpoint.write_tensors(folder / "model.safetensors", weights)
+    dream = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, dtype)
+    assert dream.text_to_image(["A dog."], steps=1).isfinite().all()
+    assert document(dream, [Image.new("RGB", (9, 9)), "A dog."], max_new_tokens=4) is not None
 
 
 def test_damaged_folders_are_named(tmp_path):
