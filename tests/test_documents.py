@@ -7,13 +7,14 @@ The faults of the original that are not copied are each a test of their own.
 import functools
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -354,6 +355,15 @@ def test_a_llava_row_is_a_conversation():
     _, said = read_row(json.dumps({"id": "7", "conversations": turns}))
     assert said.messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     assert said.pictures == []
+
+
+def test_the_readmes_examples_are_rows(tmp_path):
+    """What a user copies from there is read."""
+    forms = []
+    for block in re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        (tmp_path / "rows.json").write_text(block)
+        forms.append({read_row(raw)[0] for _, _, raw in documents.json_rows(tmp_path / "rows.json")})
+    assert forms == [{"captions"}, {"MMC4"}, {"OBELICS"}, {"LLaVA"}]
 
 
 def turn(role, text):
