@@ -566,7 +566,7 @@ class JsonRows:
     """Rows of .jsonl or .json files, in any of FORMATS. Opening reads and checks them all, and keeps their places.
 
     Broken ones are named through `skip` and left out. A row is held out by a hash of its first picture's name
-    (without one, of itself): the same picture is never on both sides.
+    (without one, of itself): rows of one picture stay on one side.
     """
 
     def __init__(self, path, kind, images, split, held_out_fraction, skip):

@@ -779,16 +779,19 @@ class DreamLLM(nn.Module):
     def prompt(self, parts):
         """A text, or a list of texts, PIL pictures to look at and tokenizer.EOS → ([id, …], [picture, …]).
 
-        <s> comes first; each text is encoded by itself, as between the pictures of a training row.
+        <s> comes first; each text is encoded by itself, as between the pictures of a training row. What
+        documents.chat_parts gives is such a list.
         """
         special = self.tokenizer.special
         ids = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         pictures = []
-        for part in [parts] if isinstance(parts, str) else parts:
+        parts = [parts] if isinstance(parts, str) else parts
+        chat = bool(parts) and isinstance(parts[0], Special)  # framed by a template: then its texts are one text
+        for n, part in enumerate(parts):
             if isinstance(part, Special):
                 ids += [self.tokenizer.eos] if part == EOS else []
             elif isinstance(part, str):
-                ids += self.tokenizer.encode(part)
+                ids += self.tokenizer.encode(part, follows=chat and n > 1)
             else:
                 ids += [special["<im_start>"], *[special["<im_patch>"]] * self.patches, special["<im_end>"]]
                 pictures.append(part)

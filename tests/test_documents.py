@@ -520,7 +520,7 @@ def test_letters_beyond_ascii_do_not_move_the_rows_of_a_list(tmp_path):
 
 @pytest.mark.parametrize("file", ["captions.jsonl", "llava.json", "mmc4.jsonl"])
 def test_a_picture_is_on_one_side_of_the_split_only(folder, file):
-    """Whatever rows are added later, each row stays where it was; no picture is on both sides."""
+    """Whatever rows are added later, each row stays where it was, with all others of its picture."""
     kind, images = EXPECTED[file][0], str(folder / "pictures")
     sides = []
     for split in ("train", "held_out"):
