@@ -331,6 +331,7 @@ def at_hand(a):
 
 
 def load(a, loader):
+    """What loader(run, tokenizer, device, dtype) makes of what was asked for."""
     return loader(a.run, a.tokenizer, *at_hand(a))
 
 
@@ -484,6 +485,16 @@ def picture_perplexity(a):
     print(f"{a.input}: perplexity {np.mean(values):.4g} a code, the mean of {len(values)} rows")
 
 
+def denoising(a):
+    """The options that drawings from one text share, of latent diffusion and of DreamLLM."""
+    names = ("negative", "guidance", "steps", "sampler", "seed", "rescale")
+    return {name: getattr(a, name) for name in names} | {"progress": True}
+
+
+def given_pictures(paths):
+    return [Image.fromarray(load_picture(path)) for path in paths]
+
+
 def diffusion_images(a):
     """What latent diffusion draws: (B, 3, H, W) in [0, 1]."""
     device = find_device(a.device)
@@ -518,16 +529,6 @@ def image(a):
         images = diffusion_images(a)
     save_grid([[np.asarray(picture) for picture in to_pil(images)]], a.out, pad=0 if a.count == 1 else 2)
     print(f"{a.out}: {a.count} × {images.shape[3]}×{images.shape[2]}, {a.steps} steps of {a.sampler}")
-
-
-def denoising(a):
-    """The options that drawings from one text share, of latent diffusion and of DreamLLM."""
-    names = ("negative", "guidance", "steps", "sampler", "seed", "rescale")
-    return {name: getattr(a, name) for name in names} | {"progress": True}
-
-
-def given_pictures(paths):
-    return [Image.fromarray(load_picture(path)) for path in paths]
 
 
 def question(a, pictures):
@@ -616,7 +617,7 @@ def main():
         c.add_argument("--steps", type=positive, default=50, help="passes of the U-Net for a picture (50)")
         c.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm for a DreamLLM, ddim for all else")
 
-    def conversing(c, template):
+    def interleaved(c, template):
         c.add_argument("--image", nargs="+", default=[], metavar="PICTURE", help="shown before the prompt")
         c.add_argument("--template", choices=TEMPLATES, help=template)
         c.add_argument("--system", help="what the chat's system message says (the run's or the template's own)")
@@ -697,7 +698,7 @@ def main():
         precisions=FLOATS,
     )
     c.add_argument("--prompt", default="", help="the question; <image> in it: where a picture stands (before it)")
-    conversing(c, "the form of conversation that the model was tuned on (the run's own, else vicuna)")
+    interleaved(c, "the form of conversation that the model was tuned on (the run's own, else vicuna)")
     c.add_argument("--out", default="chat.png", help="where pictures go that the answer holds, numbered (chat.png)")
 
     c = command(
@@ -708,7 +709,7 @@ def main():
         precisions=FLOATS,
     )
     c.add_argument("--prompt", default="", help="how the page begins (empty)")
-    conversing(c, "the prompt is an instruction in this form of conversation, not the page's beginning")
+    interleaved(c, "the prompt is an instruction in this form of conversation, not the page's beginning")
     c.add_argument("--out", default="page", metavar="FOLDER", help="an earlier page in it is replaced (page)")
 
     c = command(
