@@ -283,6 +283,13 @@ def motion_frame(picture, motion, t, background=255):
     return np.array(double.reduce(2))
 
 
+def moved(picture, rng):
+    """A picture (S, S, 3) a little turned, shrunk and shifted, on white: the same thing, in other pixels."""
+    x, y = rng.uniform(-0.06, 0.06, size=2)
+    pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
+    return motion_frame(picture, np.array([pose, (0, 0, 0, 0)]), 0)
+
+
 def _bounce(value, low, high):
     """`value` reflected at both ends of [low, high]: a triangle wave."""
     width = high - low
@@ -872,10 +879,7 @@ class CaptionRows:
         item, moves = self.item(position)
         if not moves:
             return item.image, item.caption
-        rng = np.random.default_rng((self.seed, position, 5))
-        x, y = rng.uniform(-0.06, 0.06, size=2)
-        pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
-        return motion_frame(item.image, np.array([pose, (0, 0, 0, 0)]), 0), item.caption
+        return moved(item.image, np.random.default_rng((self.seed, position, 5))), item.caption
 
     def item(self, position):
         """What stands at a position: the Item, and whether its picture is to be moved."""

@@ -51,7 +51,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import SPLITS, fraction, load_picture, open_source, warn
+from data import SPLITS, fraction, load_picture, moved, open_source, warn
 from settings import UserError
 from tokenizer import TEMPLATES, Special, written
 
@@ -76,12 +76,15 @@ class DocumentSource:
     images: str = ""  # the folder of the pictures that rows name; empty: the one that the rows lie in
     understand: bool = True  # whether its pictures are looked at …
     create: bool = True  # … and drawn
+    move: bool = False  # of emoji: those looked at are each time a little turned, shrunk and shifted, on white
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f'source {self.path}: unknown kind "{self.kind}": one of {", ".join(KINDS)}')
         if self.weight < 0:
             raise ValueError(f"source {self.path}: weight must be at least 0")
+        if self.move and self.path != "emoji":
+            raise ValueError(f"source {self.path}: move is for emoji only")
         if not (self.understand or self.create):
             raise ValueError(f"source {self.path}: pictures neither to understand nor to create teach nothing")
 
@@ -658,8 +661,9 @@ MOST_SKIPPED = 1000  # rows one after the other: then it is not a few that are b
 class DocumentRows:
     """Samples of all sources, mixed by weight, as batches.
 
-    An epoch has as many samples as there are rows; source i gives round(rows · wᵢ / Σw) of them, taken onward
-    from its own endless passes, each in a new order. What cannot be used (a row, its picture, a text that is
+    A batch is of one source: its samples are of like length, so that little is spent on padding. An epoch has
+    about as many samples as there are rows; source i gives the share wᵢ / Σw of its batches, taken onward from
+    its own endless passes, each in a new order. What cannot be used (a row, its picture, a text that is
     too long) is named once, counted in `skipped`, and replaced by the next row of its source.
     """
 
@@ -672,8 +676,10 @@ class DocumentRows:
         self.writers = [writer.only(table.understand, table.create) for table in tables]
         opened = functools.cache(lambda path: open_source(path, None, split, settings.held_out_fraction))
         self.sources = [self._open(table, opened, split, settings.held_out_fraction) for table in tables]
+        self.moves = [table.move and split == "train" for table in tables]
         total, weights = sum(map(len, self.sources)), [table.weight for table in tables]
-        self.take = [max(1, round(total * weight / sum(weights))) for weight in weights]
+        batches = [max(1, round(total * weight / sum(weights) / batch_size)) for weight in weights]
+        self.take = [count * batch_size for count in batches]  # samples of each source in an epoch
         self._epoch = functools.lru_cache(2)(self._permute)
 
     def _open(self, table, opened, split, held_out_fraction):
@@ -719,13 +725,14 @@ class DocumentRows:
         for step in range(min(len(source), MOST_SKIPPED)):
             row = (index + step) % len(source)
             try:
-                return self._write(source, row, self.writers[which], np.random.default_rng((self.seed, position, 7)))
+                return self._write(which, row, np.random.default_rng((self.seed, position, 7)))
             except (UserError, ValueError, OSError) as error:
                 where, reason = source.where(row), str(error)
                 self._skip(reason if reason.startswith(where) else f"{where}: {reason}")
         raise UserError(f"{source.path}: not one of {step + 1} rows can be used; the last: {reason}")
 
-    def _write(self, source, row, writer, rng):
+    def _write(self, which, row, rng):
+        source, writer = self.sources[which], self.writers[which]
         coin = rng.random()
         match source.read(row, rng):
             case Pair(picture=picture) if source.kind == "image":
@@ -739,12 +746,15 @@ class DocumentRows:
         wanted = {id(picture): picture for picture in sample.images + sample.images_dm}  # most are in both
         opened = {key: source.open(picture) for key, picture in wanted.items()}
         images, images_dm = ([opened[id(p)] for p in pictures] for pictures in (sample.images, sample.images_dm))
+        if self.moves[which]:
+            images = [Image.fromarray(moved(np.asarray(picture), rng)) for picture in images]
         return Sample(sample.tokens, sample.labels, images, images_dm)
 
     def _permute(self, epoch):
         """(samples, 2): source and row of each sample of an epoch."""
-        picked = [self._onward(i, epoch * take, take) for i, take in enumerate(self.take)]
-        return np.random.default_rng((self.seed, epoch, 8)).permutation(np.concatenate(picked))
+        picked = np.concatenate([self._onward(i, epoch * take, take) for i, take in enumerate(self.take)])
+        batches = picked.reshape(-1, self.batch_size, 2)
+        return np.random.default_rng((self.seed, epoch, 8)).permutation(batches).reshape(-1, 2)
 
     def _onward(self, which, start, count):
         """`count` rows of one source, from place `start` of its endless stream of passes: (count, 2)."""
