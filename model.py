@@ -31,6 +31,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import settings
 from settings import UserError
-from tokenizer import ADDED, EOS, Special, Tokenizer
+from tokenizer import ADDED, Special, Tokenizer
 
 # ---- configuration ---------------------------------------------------------------------------
 
@@ -777,7 +778,7 @@ class DreamLLM(nn.Module):
     # -- drawing --
 
     def prompt(self, parts):
-        """A text, or a list of texts, PIL pictures to look at and tokenizer.EOS → ([id, …], [picture, …]).
+        """A text, or a list of texts, Specials and PIL pictures to look at → ([id, …], [picture, …]).
 
         <s> comes first; each text is encoded by itself, as between the pictures of a training row. What
         documents.chat_parts gives is such a list.
@@ -789,7 +790,8 @@ class DreamLLM(nn.Module):
         chat = bool(parts) and isinstance(parts[0], Special)  # framed by a template: then its texts are one text
         for n, part in enumerate(parts):
             if isinstance(part, Special):
-                ids += [self.tokenizer.eos] if part == EOS else []
+                frame = self.tokenizer.frame(part)
+                ids += [] if n == 0 and frame == ids else frame  # <s> stands there already
             elif isinstance(part, str):
                 ids += self.tokenizer.encode(part, follows=chat and n > 1)
             else:
@@ -910,6 +912,8 @@ class DreamLLM(nn.Module):
                 return
             queries = [special["<dream_start>"], *[special["<im_patch>"]] * self.config.queries]
             states = self.read([queries], (), caches)[:, 1:]  # (1, Q, D)
+            if progress:
+                print(file=sys.stderr)  # its bar gets a line of its own, below the text
             picture = self.diffusion.generate(
                 self.condition(states),
                 self.condition(self.dream([""])),

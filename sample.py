@@ -346,7 +346,7 @@ def load_dream(a):
     device, dtype = at_hand(a)
     if not is_dream(a.run):
         raise UserError(f'{a.run}: no DreamLLM (no config.json with "model_type": "dreamllm")')
-    return DreamLLM.from_pretrained(a.run, CLIP, LatentDiffusion, dtype, device)
+    return DreamLLM.from_pretrained(a.run, CLIP, LatentDiffusion, dtype, device, a.parts)
 
 
 def sampling(a, llama, number=0):
@@ -518,7 +518,7 @@ def diffusion_images(a):
 def image(a):
     dream = is_dream(a.run)
     # without a place there: img2img, sizes, and what single files may need; or the pictures that a LLaMA looks at
-    for name in ("image", "strength", "size", "config", "tokenizer") if dream else ("subject",):
+    for name in ("image", "strength", "size", "config", "tokenizer") if dream else ("subject", "parts"):
         if getattr(a, name):
             raise UserError(f"--{name} does not apply: {a.run} is {'a' if dream else 'no'} DreamLLM")
     a.sampler = a.sampler or ("ddpm" if dream else "ddim")
@@ -582,6 +582,7 @@ def document(a):
 
 
 FLOATS = ("float32", "bfloat16", "float16")
+PARTS = "where the configurations of a published DreamLLM's CLIP and Stable Diffusion are, if not in or beside it"
 
 
 def main():
@@ -617,7 +618,11 @@ def main():
         c.add_argument("--steps", type=positive, default=50, help="passes of the U-Net for a picture (50)")
         c.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm for a DreamLLM, ddim for all else")
 
+    def assembled(c):
+        c.add_argument("--parts", nargs="+", default=[], metavar="FOLDER", help=PARTS)
+
     def interleaved(c, template):
+        assembled(c)
         c.add_argument("--image", nargs="+", default=[], metavar="PICTURE", help="shown before the prompt")
         c.add_argument("--template", choices=TEMPLATES, help=template)
         c.add_argument("--system", help="what the chat's system message says (the run's or the template's own)")
@@ -683,6 +688,7 @@ def main():
     c.add_argument("--count", type=positive, default=1, help="pictures, side by side (1)")
     c.add_argument("--out", default="image.png")
     c.add_argument("--subject", nargs="+", default=[], metavar="PICTURE", help="DreamLLM: shown before the prompt")
+    assembled(c)
     c = c.add_argument_group("not for DreamLLM")
     c.add_argument("--size", default="", help="W,H in pixels; default: what the model was trained for")
     c.add_argument("--image", default="", help="start from this picture instead of from noise")

@@ -457,7 +457,7 @@ def folder(tmp_path):
 def rows_of(path, kind, split="train", fraction=0.0, seed=0, **table):
     source = DocumentSource(str(path), kind, **table)
     settings = DocumentSettings(sources=(source,), held_out_fraction=fraction)
-    return DocumentRows(settings, byte_writer(), 8, 4, 4, seed, split)
+    return DocumentRows(settings, byte_writer(), 8, 4, 5, seed, split)  # batches of 5
 
 
 EXPECTED = {
@@ -525,7 +525,7 @@ def test_a_picture_is_on_one_side_of_the_split_only(folder, file):
     sides = []
     for split in ("train", "held_out"):
         rows = rows_of(folder / file, kind, split, 0.5, images=images)
-        sides.append({rows.sources[0].read(i, None).pictures[0] for i in range(len(rows))})
+        sides.append({rows.sources[0].read(i, None).pictures[0] for i in range(len(rows.sources[0]))})
     train, held_out = sides
     assert train and held_out and not train & held_out and len(train | held_out) == 10
     assert held_out == {f"{i}.png" for i in range(10) if data.fraction(f"{i}.png") < 0.5}
@@ -776,7 +776,7 @@ def mixed(folder):
         DocumentSource(str(folder / "absent.jsonl"), "pair", 0.0),  # of weight 0: not even opened
     )
     settings = DocumentSettings(sources=tables, held_out_fraction=0.0)
-    return lambda seed=0: DocumentRows(settings, byte_writer(), 8, 4, 6, seed)
+    return lambda seed=0: DocumentRows(settings, byte_writer(), 8, 4, 5, seed)
 
 
 def same(a, b):
@@ -817,7 +817,7 @@ def test_a_batchs_shapes_hold_without_pictures(tmp_path):
 
 
 def test_every_row_comes_once_a_pass_and_weights_decide_the_shares(mixed):
-    """30 rows an epoch, mixed 1 : 3 : 2: 5 of the first source, 15 of the second, 10 of the third."""
+    """30 rows an epoch, mixed 1 : 3 : 2: a batch of the first source, three of the second, two of the third."""
     rows = mixed()
     epochs = [[tuple(pair) for pair in rows._epoch(epoch).tolist()] for epoch in range(4)]
     for epoch in epochs:
@@ -832,3 +832,18 @@ def test_the_coin_is_fair_and_falls_by_position():
     rows = rows_of("emoji", "pair", "combo")
     drawn = [len(rows.sample(i).images_dm) for i in range(200)]
     assert 70 < sum(drawn) < 130
+
+
+def test_a_batch_is_of_one_source(mixed):
+    rows = mixed()
+    for number in range(6):
+        assert len({which for which, _ in rows._epoch(0)[5 * number : 5 * number + 5].tolist()}) == 1
+
+
+def test_emoji_to_look_at_are_moved_and_those_to_draw_are_not():
+    plain, moves = (rows_of("emoji", "image", "train", move=move) for move in (False, True))
+    a, b = plain.sample(3), moves.sample(3)
+    assert np.array_equal(np.asarray(a.images_dm[0]), np.asarray(b.images_dm[0]))
+    assert not np.array_equal(np.asarray(a.images[0]), np.asarray(b.images[0]))
+    held_out = rows_of("emoji", "image", "combo", move=True).sample(3)
+    assert held_out.images[0] is held_out.images_dm[0]

@@ -374,6 +374,20 @@ def test_half_precision_draws_and_writes(tmp_path, dtype):
     assert document(dream, [Image.new("RGB", (9, 9)), "A dog."], max_new_tokens=4) is not None
 
 
+def test_the_parts_may_lie_elsewhere_under_their_names_on_the_hub(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(FOLDER / "checkpoint", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["plugins_init_kwargs"]["clip_vision_embedding"]["clip_vision_model_name_or_path"] = "openai/clip-tiny"
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copytree(FOLDER / "components" / "clip_vision", tmp_path / "models" / "clip-tiny")
+    shutil.copytree(FOLDER / "components" / "stable_diffusion", tmp_path / "hub" / "components" / "stable_diffusion")
+    with pytest.raises(UserError, match="of its part openai/clip-tiny the configuration is not there"):
+        DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion)
+    given = [tmp_path / "models", tmp_path / "hub"]
+    assert DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, parts=given).patches == 16
+
+
 def test_damaged_folders_are_named(tmp_path):
     def damaged(change):
         folder = tmp_path / "checkpoint"
