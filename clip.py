@@ -326,7 +326,7 @@ class CLIP(nn.Module):
         Norms stay 1 and 0; the patch embedding stays as PyTorch draws a convolution.
         """
         for tower in self.children():
-            if isinstance(tower, nn.Linear):
+            if isinstance(tower, nn.Linear):  # a projection
                 nn.init.normal_(tower.weight, 0, tower.in_features**-0.5)
                 continue
             width, layers = tower.config.width, tower.config.layers
@@ -396,13 +396,15 @@ class CLIP(nn.Module):
 
     def text_encoder(self):
         """The text tower by itself, sharing its weights: what latent diffusion keeps of a CLIP."""
-        alone = CLIP(dataclasses.replace(self.config, vision=None, embed_dim=0, logit_bias=False))
+        with torch.device("meta"):  # no weights of its own
+            alone = CLIP(dataclasses.replace(self.config, vision=None, embed_dim=0, logit_bias=False))
         alone.text_model, alone.tokenizer = self.text_model, self.tokenizer
         return alone
 
     def vision_encoder(self):
         """The vision tower by itself, sharing its weights: what DreamLLM keeps of a CLIP."""
-        alone = CLIP(dataclasses.replace(self.config, text=None, embed_dim=0, logit_bias=False))
+        with torch.device("meta"):
+            alone = CLIP(dataclasses.replace(self.config, text=None, embed_dim=0, logit_bias=False))
         alone.vision_model = self.vision_model
         return alone
 
@@ -580,7 +582,8 @@ class Tokenizer:
     """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first joined first.
 
     `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in OpenAI's own
-    code and in open_clip's. It is seen by no pooled feature, but by latent diffusion. (Where it is 0, which is
+    code and in open_clip's. The pooled feature never sees it, for attention only looks back; latent diffusion
+    reads every position, so it does. (Where it is 0, which is
     "!", transformers takes every "!" of a text for padding too; the original code does not, nor does this.)
     """
 

@@ -23,7 +23,7 @@ Text encoders are handed in, never imported. What is asked of one: `.tokenize(te
 `.hidden(tokens, layer=-1 | -2, final_norm=True) → (B, 77, D)`, `.pooled(tokens) → (B, P)`; to be saved, what clip.CLIP
 has: `.save_pretrained(folder)`, `.tokenizer`, `.config.text.context_length`.
 
-Read before: clip.py. Read next: train.py, then DreamLLM in model.py, which steers this U-Net with a language model.
+Read before: clip.py. Read next: documents.py, then DreamLLM in model.py: a language model steers this U-Net.
 """
 
 import dataclasses
@@ -544,7 +544,7 @@ def kl_divergence(mean, logvar):
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
-    """Weights of the terms, all taken a number of the picture: l1·|x-x̂| + l2·(x-x̂)² + kl·KL."""
+    """Weights of the terms, each divided by how many numbers a picture has: l1·|x-x̂| + l2·(x-x̂)² + kl·KL."""
 
     l1: float = 1.0
     l2: float = 0.0
@@ -579,7 +579,7 @@ class NoiseSchedule:
     rescale_betas_zero_snr: bool = False  # nothing of the picture is left at T-1: dark and bright ones can be drawn
     timestep_spacing: str = ""  # which times a sampler visits; "": its own published choice
     steps_offset: int = 1  # added to "leading" times
-    set_alpha_to_one: bool = False  # DDIM's last step goes to ᾱ = 1, or only to ᾱ_0
+    set_alpha_to_one: bool = False  # DDIM's last step goes to ᾱ = 1 (true), or only to ᾱ_0 (false)
 
     def __post_init__(self):
         T, first, last = self.num_train_timesteps, self.beta_start, self.beta_end
@@ -665,7 +665,7 @@ class NoiseSchedule:
         """
         T, spacing = self.num_train_timesteps, self.timestep_spacing or spacing
         if not 1 <= steps <= T - skip_last or not 0 < strength <= 1:
-            raise UserError(f"{steps} steps at strength {strength}: steps must be 1..{T - 1}, strength in (0, 1]")
+            raise UserError(f"{steps} steps at strength {strength}: steps must be 1..{T - skip_last}, strength in (0, 1]")
         n = steps + (skip_last and spacing != "trailing")
         if spacing == "linspace":
             times = torch.linspace(0, T - 1, n, dtype=torch.float64)
@@ -742,7 +742,7 @@ def sample_dpmpp_2m(predict, schedule, steps, draw, image=None, strength=1.0):
         x0, _ = schedule.x0_and_noise(predict(x, t), x, abar[i])
         h = lambdas[i + 1] - lambdas[i]
         d = x0
-        if before is not None and i < len(times) - 1:  # the last step is safer without
+        if before is not None and i < len(times) - 1:  # at the last one h is infinite, and r would be 0
             r = (lambdas[i] - lambdas[i - 1]) / h
             d = x0 + (x0 - before) / (2 * r)
         x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * d
@@ -751,9 +751,11 @@ def sample_dpmpp_2m(predict, schedule, steps, draw, image=None, strength=1.0):
 
 
 def sample_euler(predict, schedule, steps, draw, image=None, strength=1.0, ancestral=False):
-    """Euler's method on dx/dσ' = ε, where x = x0 + σ'·ε and σ' = σ/α (Karras et al. 2022, algorithm 1). Order 1.
+    """Euler's method on dx/dσ' = ε, where x = x0 + σ'·ε and σ' = σ/α (Karras et al. 2022, algorithm 1
+    without its second half, the correction). Order 1.
 
-    x lives on that scale, up to 15 times larger than the other samplers'; the U-Net still sees x·α.
+    x lives on that scale, at SD's last time 15 times larger than the other samplers', with zero SNR 4096 times; the
+    U-Net still sees x·α.
     """
     T, times = schedule.num_train_timesteps, schedule.timesteps(steps, "linspace", strength)
     abar = schedule.alphas_cumprod.clamp(min=2**-24)  # zero-SNR schedules: σ' stays finite
@@ -820,7 +822,7 @@ class Draws(NamedTuple):
     offset: torch.Tensor  # (M, C, 1, 1) ~ N(0, 1)
     perturbation: torch.Tensor  # (M, C, h, w) ~ N(0, 1)
     t: torch.Tensor  # (M,) int64 in 0..T-1
-    drop: torch.Tensor  # (M,) in [0, 1): below the share of conditionings to be dropped, this one is
+    drop: torch.Tensor  # (M,) in [0, 1): DreamLLM drops a picture's conditioning where it is below config.drop
 
 
 class LatentDiffusion(nn.Module):
@@ -875,7 +877,7 @@ class LatentDiffusion(nn.Module):
         return Draws(sample, noise, offset, perturbation, t, torch.rand(count, generator=generator).to(device))
 
     def loss(self, images, context, draws, min_snr=0.0, offset=0.0, perturbation=0.0):
-        """images (M, 3, H, W) in [0, 1], context (M, L, D) → diffusion_loss; of U-Nets that see nothing but context.
+        """images (M, 3, H, W) in [0, 1], context (M, L, D) → diffusion_loss: what DreamLLM asks of it.
 
         Frozen weights let the gradient through to `context`. offset, perturbation: see offset_noise, diffusion_loss.
         """
@@ -932,6 +934,8 @@ class LatentDiffusion(nn.Module):
                 without = Conditioning(torch.zeros_like(context), torch.zeros_like(text_embeds))
             else:
                 without = self.condition("" if negative is None else negative)
+                if (without.text_embeds is None) != (text_embeds is None):
+                    raise UserError("negative must be of the form of the prompts: for SDXL texts, or a whole Conditioning")
             context = torch.cat((without.context.expand_as(context), context))  # (2B, M, D), without first
             if text_embeds is not None:
                 text_embeds = torch.cat((without.text_embeds.expand_as(text_embeds), text_embeds))

@@ -201,7 +201,7 @@ def resized(pictures, size):
 
 
 def parse_size(text, picture):
-    """--resize: "" → None, "original" → the size of the picture at this path, "W,H" → (W, H)."""
+    """--resize or --size: "" → None, "original" → the size of the picture at this path, "W,H" → (W, H)."""
     if text == "original":
         return load_picture(picture).shape[1::-1]
     try:

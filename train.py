@@ -25,12 +25,13 @@ published folder; else (3) from scratch. Because batches and random draws are fu
 phase, microstep, row), a checkpoint needs no random state: a resumed run ends with the same bits as an
 unbroken one, and the number of processes changes nothing but rounding.
 
-Read before: model.py, vqgan.py. Read next: sample.py.
+Read before: model.py, vqgan.py; for their tasks clip.py, diffusion.py, documents.py. Read next: sample.py.
 """
 
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -130,7 +131,7 @@ STAGES = ("understand", "create", "interleaved", "instruct")
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """Beside ε, v or x0 as the schedule says: what may be added to the plain squared error, and dropped captions."""
+    """Options of the squared error (what is predicted: [schedule]), and the share of captions dropped."""
 
     min_snr: float = 0.0  # γ of the min-SNR weights (Hang et al. 2023: 5); 0: none
     noise_offset: float = 0.0  # published 0.1; 0: none
@@ -186,6 +187,10 @@ class UNetRun:
     loss: DiffusionLoss = field(default_factory=DiffusionLoss)
     optim: OptimSettings = field(default_factory=OptimSettings)
 
+    def __post_init__(self):
+        if self.loss.min_snr and self.schedule.rescale_betas_zero_snr:
+            raise ValueError("loss.min_snr gives a zero-SNR schedule's last time no weight, and drawing begins there")
+
 
 @dataclass(frozen=True)
 class DreamLLMRun:
@@ -199,6 +204,9 @@ class DreamLLMRun:
 RUNS = {"vqgan": VQGANRun, "llama": LLaMARun, "clip": CLIPRun, "vae": VAERun, "unet": UNetRun, "dreamllm": DreamLLMRun}
 
 
+RECOMPUTING = ("llama", "unet", "dreamllm")  # what activation_checkpointing is there for
+
+
 def read_run(path, overrides=()):
     """The configuration at `path` → (settings, the keys of [model] that were written down)."""
     values = settings.read(path, overrides)
@@ -209,7 +217,10 @@ def read_run(path, overrides=()):
         if model["kind"] != "llama" or size not in SIZES:
             raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(SIZES)} (of kind llama)')
         values["model"] = SIZES[size] | model
-    return settings.build(RUNS[model["kind"]], values), set(values["model"])
+    s = settings.build(RUNS[model["kind"]], values)
+    if s.train.activation_checkpointing and model["kind"] not in RECOMPUTING:
+        raise UserError(f"train.activation_checkpointing is for model.kind {', '.join(RECOMPUTING)} only")
+    return s, set(values["model"])
 
 
 # ---- several processes -----------------------------------------------------------------------
@@ -275,8 +286,6 @@ class VQGANTask:
 
     def __init__(self, s, given, ranks, resume):
         self.settings, self.ranks = s, ranks
-        if s.train.activation_checkpointing:
-            raise UserError("train.activation_checkpointing is for model.kind llama only")
         self.model = start_model(VQGAN, VQGANConfig, s.model, given, resume)
         self.model.quantize.with_entropy = s.loss.entropy > 0
         self.modules = {"generator": self.model}
@@ -454,8 +463,6 @@ class CLIPTask(OnePhase):
 
     def __init__(self, s, given, ranks, resume):
         self.settings, self.ranks = s, ranks
-        if s.train.activation_checkpointing:
-            raise UserError("train.activation_checkpointing is for model.kind llama only")
         self.model = start_model(CLIP, CLIPConfig, s.model, given, resume)
         if not (self.model.config.vision and self.model.config.text):
             raise UserError("to train a CLIP takes both [model.vision] and [model.text]")
@@ -511,8 +518,6 @@ class VAETask(OnePhase):
 
     def __init__(self, s, given, ranks, resume):
         self.settings, self.ranks = s, ranks
-        if s.train.activation_checkpointing:
-            raise UserError("train.activation_checkpointing is for model.kind llama and unet only")
         self.model = start_model(AutoencoderKL, AutoencoderKLConfig, s.model, given, resume)
         self.modules = {"model": self.model}
         self.pictures = PictureRows(s.data, s.train.seed)
@@ -587,16 +592,23 @@ class UNetTask(OnePhase):
             rows = CaptionRows(s.data, s.train.batch_size, s.train.seed, split)
             items = [source[i] for source, i, _ in rows.places if source.sound(source[i], [("image", None)])]
             self.pairs[split] = [item.caption for item in items], self.encode(items, split)
-        if not (resume or s.model.init):  # latents of size 1 are what the noise schedule is made for
+        if not (resume or s.model.init):  # means of size 1 are what the noise schedule is made for
             scale = 1 / self.pairs["train"][1][:, 0].std().item()
             vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 5))
+        elif not resume and (saved := checkpoint.resolve(s.model.init) / "vae" / "config.json").exists():
+            # a whole pipeline: its U-Net knows latents on the scale that is written there
+            vae.config = dataclasses.replace(vae.config, scaling_factor=checkpoint.read_json(saved)["scaling_factor"])
 
     @torch.inference_mode()
     def encode(self, items, split):
         """→ (N, 2, z, h, w): mean and log-variance. Kept in the run's folder, for the next start."""
-        file = Path(self.settings.run.dir) / f"latents_{split}.safetensors"
-        if file.exists() and len(known := checkpoint.read_tensors(file)["latents"]) == len(items):
-            return known
+        made_of = hashlib.blake2b(repr([item.name for item in items]).encode(), digest_size=8)
+        made_of.update(str(self.settings.data.side).encode())
+        for weight in self.model.vae.parameters():
+            made_of.update(weight.detach().cpu().numpy().tobytes())
+        file = Path(self.settings.run.dir) / f"latents_{split}_{made_of.hexdigest()}.safetensors"
+        if file.exists():
+            return checkpoint.read_tensors(file)["latents"]
         device = self.ranks.device
         parts = []
         for start in tqdm(range(0, len(items), 64), desc=f"latents of {split} pictures", disable=self.ranks.rank > 0):
@@ -605,7 +617,7 @@ class UNetTask(OnePhase):
         latents = torch.cat(parts)
         if self.ranks.rank == 0:
             checkpoint.write_tensors(file, {"latents": latents})
-        return latents.clone()
+        return latents.clone()  # they were made in inference mode: as they are, no gradient could pass
 
     def batch(self, step, microstep, rows):
         return self.draw("train", step * self.settings.train.accumulate + microstep, rows)

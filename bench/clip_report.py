@@ -91,7 +91,7 @@ class Learned:
 
 
 def share(hits):
-    """How many of these hits (N,) are hits, and Wilson's 95 % interval around it (Wilson 1927)."""
+    """The share of true ones among outcomes (N,), and Wilson's 95 % interval around it (Wilson 1927)."""
     n, p, z = len(hits), float(np.mean(hits)), 1.96
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return {"share": p, "low": (centre - half) / (1 + z * z / n), "high": (centre + half) / (1 + z * z / n)}
