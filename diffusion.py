@@ -665,7 +665,9 @@ class NoiseSchedule:
         """
         T, spacing = self.num_train_timesteps, self.timestep_spacing or spacing
         if not 1 <= steps <= T - skip_last or not 0 < strength <= 1:
-            raise UserError(f"{steps} steps at strength {strength}: steps must be 1..{T - skip_last}, strength in (0, 1]")
+            raise UserError(
+                f"{steps} steps at strength {strength}: steps must be 1..{T - skip_last}, strength in (0, 1]"
+            )
         n = steps + (skip_last and spacing != "trailing")
         if spacing == "linspace":
             times = torch.linspace(0, T - 1, n, dtype=torch.float64)
@@ -935,7 +937,9 @@ class LatentDiffusion(nn.Module):
             else:
                 without = self.condition("" if negative is None else negative)
                 if (without.text_embeds is None) != (text_embeds is None):
-                    raise UserError("negative must be of the form of the prompts: for SDXL texts, or a whole Conditioning")
+                    raise UserError(
+                        "negative must be of the form of the prompts: for SDXL texts, or a whole Conditioning"
+                    )
             context = torch.cat((without.context.expand_as(context), context))  # (2B, M, D), without first
             if text_embeds is not None:
                 text_embeds = torch.cat((without.text_embeds.expand_as(text_embeds), text_embeds))

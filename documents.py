@@ -51,7 +51,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import SPLITS, fraction, load_picture, moved, open_source, warn
+from data import fraction, load_picture, moved, open_source, warn
 from settings import UserError
 from tokenizer import TEMPLATES, Special, written
 
@@ -94,7 +94,7 @@ class DocumentSettings:
     """The [data] section of a DreamLLM's configuration."""
 
     sources: tuple[DocumentSource, ...] = ()
-    text_tokenizer: str = ""  # "bytes", or a folder with a tokenizer's files; empty: the language model's own
+    text_tokenizer: str = ""  # "bytes", or a folder with a tokenizer's files; empty: the language model's, or init's
     template: str = "vicuna"  # how questions and answers are framed: a key of tokenizer.TEMPLATES
     system: str | None = None  # what the template says before the first question; absent: its usual words
     held_out_fraction: float = 0.02  # of files, by hash of a picture's name; emoji have their own split
@@ -268,7 +268,7 @@ class Writer:
         any template, and text is tokenized as one piece, as it will be when the model is asked.
         """
         _check_count(_frame(messages, self.template, self.system), pictures)
-        tokens, answers = [], []
+        tokens, answers, parts = [], [], []
         for end, message in enumerate(messages, 1):
             if message["role"] != "assistant":
                 continue
@@ -277,12 +277,13 @@ class Writer:
             if len(ids := self._ids(longer)) > self.context:
                 break
             parts, tokens = longer, ids
-            answers.append((_common(prompt, tokens), len(tokens)))
+            answers.append((_common(prompt, tokens), tokens))
         if not answers:
             raise ValueError(f"its first question and answer do not fit into {self.context} tokens")
         tokens = np.array(tokens, np.int64)
         labels = np.full(len(tokens), IGNORED)
-        for start, end in answers:
+        for start, said in answers:  # what followed may have replaced its end: "plain" has one </s> only, the last
+            end = _common(said, tokens.tolist())
             labels[start:end] = tokens[start:end]
         labels[np.isin(tokens, self.img + self.dream)] = IGNORED
         shown = list(zip(filter(_is_picture, parts), pictures, strict=False))  # fewer, if turns were left out
@@ -686,7 +687,7 @@ class DocumentRows:
         if table.path == "emoji":
             return EmojiTexts(opened("emoji"), table.kind)
         if table.path.endswith((".jsonl", ".json")):
-            if split in ("new", "combo") or split not in SPLITS:
+            if split not in ("train", "held_out"):
                 raise UserError(f'{table.path}: it has no split "{split}": train or held_out')
             return JsonRows(table.path, table.kind, table.images, split, held_out_fraction, self._skip)
         return FilePairs(opened(table.path), table.kind)

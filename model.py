@@ -22,9 +22,10 @@ U-Net in place of a text encoder:
              hidden (Q, D) ── condition ──▶ context (Q, C) ── diffusion: its loss, or a picture
 
     symbol  B batch   T tokens   D dim   V vocab_size   H n_heads   K n_kv_heads   E head_dim   F hidden_dim
-            N patches of a picture that is read   M pictures drawn   Q queries of each   C width of the U-Net's context
+            S side of the pictures that CLIP sees   N patches of each   M pictures drawn   Q queries of each
+            C width of the U-Net's context
 
-Read before: vqgan.py; for DreamLLM, clip.py and diffusion.py. Read next: train.py, then sample.py.
+Read before: vqgan.py; for DreamLLM, clip.py, diffusion.py and documents.py. Read next: train.py, then sample.py.
 """
 
 import dataclasses
@@ -686,8 +687,9 @@ class Projector(nn.Module):
 class DreamLLM(nn.Module):
     """A LLaMA that reads pictures through CLIP and draws them through latent diffusion. See the top of the file.
 
-    llama, clip (its vision tower is kept) and diffusion (its text encoder is not) are handed in; the tokenizer must
-    know the tokens ADDED, and the LLaMA have rows for them (`llama.resize`). How many patches a picture has, and how
+    llama, clip (its vision tower is kept) and diffusion are handed in; the tokenizer must
+    know the tokens ADDED, and the LLaMA have rows for them (`llama.resize`). The latent diffusion loses its text
+    encoder: it draws from nothing but what the queries say. How many patches a picture has, and how
     large drawn pictures are, follows from these parts.
     """
 
@@ -711,10 +713,11 @@ class DreamLLM(nn.Module):
     # -- reading and training --
 
     def embed(self, tokens, images, queries=True):
-        """tokens (B, T), images (N', 3, S, S) as CLIP wants them, in reading order → embeddings (B, T, D).
+        """tokens (B, T), images (·, 3, S, S) as CLIP wants them, in reading order → embeddings (B, T, D).
 
         After every <im_start> stand a picture's patches, after every <dream_start> the queries. Without `queries` the
-        latter places stay what they are in the tokens, as in the published code for a batch that draws nothing.
+        latter places stay what they are in the tokens: so does the published code where it is given nothing to draw,
+        which no row of documents.py asks of it.
         """
         x = self.llama.embed_tokens(tokens)  # (B, T, D)
         if queries:
@@ -740,10 +743,11 @@ class DreamLLM(nn.Module):
     def forward(self, tokens, labels, images, images_dm, draws=None):
         """One pass for both losses → {loss, lm_loss, vm_loss, logits (B, T, V)}.
 
-        tokens (B, T), padded on the right; labels (B, T), the same or -100 where nothing is to be learned; images
-        (·, 3, S, S) to be read, normalised as CLIP wants them; images_dm (M, 3, H, W) to be drawn, in [0, 1]: all
-        those of the batch in reading order. draws: a diffusion.Draws, recorded; None: fresh chance.
-        The text's loss is the mean over all labels of the batch, the pictures' the mean over all pictures.
+        tokens (B, T), padded on the right, where attention, being causal, never sees it; labels (B, T), the same or
+        -100 where nothing is to be learned; images (·, 3, S, S) to be read, normalised as CLIP wants them; images_dm
+        (M, 3, H, W) to be drawn, in [0, 1]: all those of the batch in reading order. draws: a diffusion.Draws,
+        recorded; None: fresh chance. The text's loss is the mean over all labels of the batch, the pictures' the mean
+        over all pictures.
         """
         c, v = self.config, self.clip.config.vision
         hidden = self.llama.hidden(self.embed(tokens, images, queries=len(images_dm) > 0))  # (B, T, D)
@@ -768,9 +772,9 @@ class DreamLLM(nn.Module):
             raise ValueError(f"{len(rows)} spans of <dream_start> but {len(images_dm)} pictures to draw")
         draws = draws or self.diffusion.draws(len(images_dm), *images_dm.shape[2:])
         states = hidden[rows, places]  # (M, Q, D)
-        if c.drop:
+        if c.drop and self.training:
             # Here as in drawing, no prompt means real queries after <s>. (The published code trains it with the
-            # embeddings of <im_patch> in their places, which it never sees again.)
+            # embeddings of <im_patch> in their places, which drawing never does.)
             states = torch.where((draws.drop < c.drop)[:, None, None], self.dream([""]), states)
         context = self.condition(states)  # (M, Q, C)
         return self.diffusion.loss(images_dm, context, draws, c.min_snr, c.noise_offset, c.perturbation)
@@ -810,7 +814,7 @@ class DreamLLM(nn.Module):
         span = [self.tokenizer.special["<dream_start>"], *[self.tokenizer.special["<im_patch>"]] * self.config.queries]
         read = [self.prompt(parts) for parts in prompts]
         longest = max(len(ids) for ids, _ in read) + len(span)
-        if longest + 2 > self.llama.config.max_seq_len:
+        if longest > self.llama.config.max_seq_len:
             raise UserError(f"a prompt of {longest - len(span)} tokens leaves no room for a picture in the context")
         # What is filled up on the right comes after the queries, so that they never see it.
         pad = self.tokenizer.special["[PAD]"]
@@ -877,15 +881,18 @@ class DreamLLM(nn.Module):
         """
         special, capacity = self.tokenizer.special, self.llama.config.max_seq_len
         ids, pictures = self.prompt(prompt)
+        if not ids:
+            raise UserError("an empty prompt, and this tokenizer has no token that begins a text: give it a text")
         if len(ids) >= capacity:
             raise UserError(f"the prompt's {len(ids)} tokens fill the context of {capacity}: give a shorter one")
         device = self.llama.embed_tokens.weight.device
         chance = torch.Generator(device)
         chance.seed() if seed is None else chance.manual_seed(seed)
         forbidden = torch.ones(self.llama.config.vocab_size, dtype=torch.bool, device=device)
-        forbidden[[i for i in self.tokenizer.pieces if i not in special.values()]] = False
+        forbidden[sorted(self.tokenizer.pieces.keys() - set(special.values()))] = False
         forbidden[list(self.tokenizer.stops)] = False
         span = self.config.queries + 2 + self.patches + 2  # what a picture takes: drawn, then looked at
+        without = self.condition(self.dream([""]))  # what guidance leads away from
         caches = self.llama.caches(1, capacity)
         hidden = self.read([ids], pictures, caches)[:, -1]  # (1, D)
         left, drawn, ended = max_new_tokens, 0, False
@@ -916,14 +923,14 @@ class DreamLLM(nn.Module):
                 print(file=sys.stderr)  # its bar gets a line of its own, below the text
             picture = self.diffusion.generate(
                 self.condition(states),
-                self.condition(self.dream([""])),
+                without,
                 guidance,
                 steps,
                 sampler,
-                seed=None if seed is None else seed + drawn,
+                seed=None if seed is None else seed + 1000 * drawn,  # far from the next document's
                 progress=progress,
             )
-            picture, drawn = to_pil(picture[0]), drawn + 1
+            picture, drawn = to_picture(picture[0]), drawn + 1
             yield picture
             ids, _ = self.prompt([picture])
             looked = [special["<dream_end>"], *ids[-(self.patches + 2) :]]  # without <s>
@@ -934,8 +941,10 @@ class DreamLLM(nn.Module):
     def published(self):
         """The weights as the published code writes them: {file: {key: tensor}}."""
         frequencies = {  # computed, not learned; but the files hold them
-            f"layers.{n}.self_attn.rotary_emb.inv_freq": rotary_frequencies(self.llama.config, tensor.device)
-            for n, tensor in enumerate(layer.self_attn.q_proj.weight for layer in self.llama.layers)
+            f"layers.{n}.self_attn.rotary_emb.inv_freq": rotary_frequencies(
+                self.llama.config, self.dream_queries.device
+            )
+            for n in range(len(self.llama.layers))
         }
 
         def named(module, prefix):
@@ -1025,7 +1034,7 @@ def find_part(name, folder, given):
     return found
 
 
-def to_pil(image):
+def to_picture(image):
     """(3, H, W) in [0, 1] → a PIL picture."""
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
@@ -1058,6 +1067,8 @@ def dreamllm_from_hf(saved, path="config.json"):
         tokens = saved.get("special_tokens2ids_dict", {})
         tokens = {k: v for k, v in tokens.items() if k in ADDED} | tokens.get("additional_special_tokens", {})
         names = reader["clip_vision_model_name_or_path"], head["diffusion_name_or_path"]
+        if not all(isinstance(name, str) and name for name in names):
+            raise UserError(f"{path}: does not name its CLIP and its Stable Diffusion")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the configuration of a DreamLLM ({error!r})") from None
     return settings.build(DreamLLMConfig, fields, str(path)), tokens, *names

@@ -19,7 +19,7 @@ answers with its y. Both are the same operation:
 
 Text is the same with another tokenizer: words instead of pictures, printed as they are drawn.
 
-A DreamLLM (Dong et al. 2024, section 3) has pictures and texts in one sequence, and draws where it sees fit. Each
+A DreamLLM (Dong et al. 2023, section 3) has pictures and texts in one sequence, and draws where it sees fit. Each
 picture it looks at before it goes on; a document is then written as a page:
 
     [picture or text, …] ─ DreamLLM.stream_document ─▶ text, picture, text, … ─ save_page ─▶ page.md, page.html
@@ -53,7 +53,7 @@ from tqdm import tqdm
 import checkpoint
 import settings
 from clip import CLIP, text_encoders
-from data import load_picture, save_grid, warn
+from data import SUFFIXES, load_picture, save_grid, warn
 from diffusion import SAMPLERS, LatentDiffusion, to_pil
 from documents import chat_parts
 from model import DreamLLM, LLaMA
@@ -209,7 +209,7 @@ def parse_size(text, picture):
         if text and min(width, height) < 1:
             raise ValueError
     except ValueError:
-        raise UserError(f'--resize "{text}" must be original or W,H, as in 128,128') from None
+        raise UserError(f'the size "{text}" must be original or W,H, as in 128,128') from None
     return (width, height) if text else None
 
 
@@ -234,6 +234,8 @@ img { display: block; width: min(100%, 24rem); margin: 1.5rem auto }
 def page_folder(folder):
     """The path of a page that may be written: nothing is there, or an older page; else a UserError."""
     path = Path(folder).resolve()
+    if path == Path.cwd():
+        raise UserError(f"{folder}: is the folder you are in, and a page replaces its own: choose another --out")
     if path.exists() and not (path.is_dir() and all(PAGE_FILE.fullmatch(file.name) for file in path.iterdir())):
         raise UserError(f"{folder}: is there, and no page of an earlier document: choose another --out")
     return path
@@ -250,8 +252,8 @@ def save_page(pieces, folder, title):
         beside.mkdir()
         for piece in pieces:
             if isinstance(piece, str):
-                markdown.append(as_markdown(plain(piece)))
-                body.append(f"<p>{html.escape(plain(piece))}</p>")
+                markdown.append(as_markdown(plain(piece).strip()))
+                body.append(f"<p>{html.escape(plain(piece).strip())}</p>")
             else:
                 number += 1
                 file = beside / picture_name(number)
@@ -263,7 +265,7 @@ def save_page(pieces, folder, title):
             "<!doctype html>",
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',  # on a phone: as wide as it is
-            f"<title>{html.escape(plain(title))}</title>",
+            f"<title>{html.escape(plain(title).strip())}</title>",
             f"<style>{STYLE}</style>",
         ]
         (beside / "page.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
@@ -271,8 +273,8 @@ def save_page(pieces, folder, title):
 
 
 def plain(text):
-    """A text without what no page can hold: a model of bytes may write any."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text).strip()
+    """A text without what no page and no terminal should be sent: a model of bytes may write any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text.replace("\r\n", "\n"))
 
 
 def as_markdown(text):
@@ -305,7 +307,7 @@ def tell(stream, place=None, answer=False):
             pieces[-1] += piece
         elif piece:
             pieces.append(piece)
-        print(piece, end="", flush=True)
+        print(plain(piece), end="", flush=True)
     if not pieces or isinstance(pieces[-1], str):
         print()
     return pieces
@@ -550,6 +552,8 @@ def stream_document(a, prompt, max_pictures):
 
 
 def chat(a):
+    if Path(a.out).suffix.lower() not in SUFFIXES:  # before all the work
+        raise UserError(f"--out {a.out}: a picture's name must end in one of {', '.join(SUFFIXES)}")
     pictures = given_pictures(a.image)
     if a.prompt:
         said = stream_document(a, question(a, pictures), a.max_pictures)

@@ -32,6 +32,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -66,7 +67,7 @@ from diffusion import (
     offset_noise,
     reparameterize,
 )
-from documents import DocumentRows, DocumentSettings, Writer
+from documents import DocumentRows, DocumentSettings, Writer, draw_view
 from model import SIZES, DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig
 from settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError, learning_rate
 from tokenizer import ADDED, Tokenizer
@@ -116,7 +117,7 @@ class DreamLLMSection(DreamLLMConfig):
     clip: str = ""
     diffusion: str = ""  # U-Net and autoencoder
     stage: str = "interleaved"
-    trained: tuple[str, ...] = ("llama", "projector", "dream_queries", "condition")  # beginnings of weights' names
+    trained: tuple[str, ...] = ("llama", "projector", "dream_queries", "condition")  # weights, or modules
 
     def __post_init__(self):
         super().__post_init__()
@@ -682,7 +683,7 @@ class DreamLLMTask(OnePhase):
         model.config = DreamLLMConfig(**{n: getattr(s.model, n) for n in names} | self.shape(model.config))
         counts = select(model, s.model.trained)
         if ranks.rank == 0:
-            rest = sum(p.numel() for p in model.parameters()) - sum(counts.values())
+            rest = sum(p.numel() for p in model.parameters() if not p.requires_grad)
             print("trained:", ", ".join(f"{n} {count:,}" for n, count in counts.items()) + f"; frozen: {rest:,}")
         for part in (model.llama, model.diffusion.unet):
             part.activation_checkpointing = s.train.activation_checkpointing
@@ -692,6 +693,12 @@ class DreamLLMTask(OnePhase):
         options = {"template": d.template, "system": d.system}
         self.writer = Writer(model.tokenizer, model.patches, model.config.queries, context, **spans, **options)
         self.rows = self.open("train")
+        try:
+            self.held_out = self.open("held_out")
+        except UserError as error:  # of few rows, none may fall into that split
+            self.held_out = None
+            if ranks.rank == 0:
+                print(f"no held-out loss: {error}", file=sys.stderr)
         self.items_per_row = 1
 
     @staticmethod
@@ -747,49 +754,56 @@ class DreamLLMTask(OnePhase):
         draws = Draws(*(torch.from_numpy(x).to(device) for x in batch["draws"]))
         out = wrapped(tokens, labels, images, images_dm, draws)
         loss, c = out["loss"], self.model.config
+        lm_loss, vm_loss = out["lm_loss"], out["vm_loss"]
+        self.counts = counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=device)))
         if self.ranks.world > 1:  # means over the texts and pictures of all ranks, who may have unlike many
-            counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=device)))
-            total = counts.clone()
-            dist.all_reduce(total)
-            lm, vm = (counts * self.ranks.world / total.clamp(min=1) - 1).tolist()
-            loss = loss + c.w_lm * lm * out["lm_loss"] + c.w_vm * vm * out["vm_loss"]
-        return loss, {"lm_loss": out["lm_loss"], "vm_loss": out["vm_loss"]}
+            self.counts = counts.clone()
+            dist.all_reduce(self.counts)
+            lm, vm = (counts * self.ranks.world / self.counts.clamp(min=1)).tolist()
+            loss = loss + c.w_lm * (lm - 1) * lm_loss + c.w_vm * (vm - 1) * vm_loss
+            lm_loss, vm_loss = lm * lm_loss, vm * vm_loss
+        return loss, {"lm_loss": lm_loss, "vm_loss": vm_loss}
 
     def evaluate(self):
-        """Both losses over held-out samples."""
-        t, held_out = self.settings.train, self.open("held_out")
-        batches = min(t.eval_batches, max(1, len(held_out) // t.batch_size))
-        drawn = [self.draw(held_out, i, self.ranks.rows(t.batch_size)) for i in range(batches)]
-        losses = [self.loss("model", self.model, batch, 0, 0)[1] for batch in drawn]
-        return {f"held_out_{name}": torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        """Both losses over held-out samples: the mean over their labels, and over their pictures to draw."""
+        if not self.held_out:
+            return {}
+        t, sums, totals = self.settings.train, 0, 0
+        for i in range(min(t.eval_batches, max(1, len(self.held_out) // t.batch_size))):
+            batch = self.draw(self.held_out, i, self.ranks.rows(t.batch_size))
+            _, losses = self.loss("model", self.model, batch, 0, 0)
+            sums, totals = sums + torch.stack(tuple(losses.values())) * self.counts, totals + self.counts
+        lm_loss, vm_loss = sums / totals.clamp(min=1)
+        return {"held_out_lm_loss": lm_loss, "held_out_vm_loss": vm_loss}
 
     def sample(self, path):
-        """Held-out pictures that were to be drawn, above what is drawn after the same words."""
-        if self.settings.model.stage == "understand":
+        """The first held-out pairs to create: their pictures, above what is drawn after the same words."""
+        if not self.held_out or self.settings.model.stage == "understand":
             return
-        held_out, special = self.open("held_out"), self.model.tokenizer.special
-        prompts, true = [], []
-        for position in range(64):
-            sample = held_out.sample(position)
-            if len(sample.images_dm) == 1 and not sample.images and len(true) < 8:
-                text = sample.tokens[: np.flatnonzero(sample.tokens == special["<dream_start>"])[0]]
-                prompts.append(self.model.tokenizer.decode(text.tolist()))
-                true.append(np.asarray(sample.images_dm[0].resize((self.model.side,) * 2)))
+        tokenizer, prompts, true = self.model.tokenizer, [], []
+        samples = (self.held_out.sample(position) for position in range(256))
+        for sample in itertools.islice((s for s in samples if s.images_dm and not s.images), 8):
+            text = sample.tokens[: np.flatnonzero(sample.tokens == tokenizer.special["<dream_start>"])[0]]
+            prompts.append(tokenizer.decode(text.tolist()))
+            true.append(draw_view(sample.images_dm[0], self.model.side))
         if prompts:
             drawn = self.model.text_to_image(prompts, guidance=3, steps=25, sampler="ddim", seed=0)
             save_grid([true, to_pictures(drawn)], path)
 
 
 def select(model, prefixes):
-    """Lets train the weights whose names begin with one of `prefixes`, and no others. → {prefix: how many numbers}."""
+    """Lets train the weights that `prefixes` name, alone or by the modules they are in, and no others.
+
+    → {prefix: how many numbers}.
+    """
     counts = dict.fromkeys(prefixes, 0)
     for name, parameter in model.named_parameters():
         chosen = [p for p in prefixes if f"{name}.".startswith(f"{p}.")]
         parameter.requires_grad_(bool(chosen))
-        for prefix in chosen[:1]:
+        for prefix in chosen:
             counts[prefix] += parameter.numel()
     names = ", ".join(["dream_queries", *dict(model.named_children())])
-    for prefix in [p for p in prefixes if not counts[p]] or ([] if prefixes else [""]):
+    for prefix in [p for p in prefixes if not counts[p]] if prefixes else [""]:
         raise UserError(
             f'model.trained: no weight\'s name begins with "{prefix}"; there are {names}, and what is in them'
         )
@@ -901,7 +915,9 @@ def train(s, given, device=None):
             return run
     if chief:
         count = sum(p.numel() for p in model.parameters())
-        origin = f"resumed from {resume}" if resume else f"from {s.model.init}" if s.model.init else "from scratch"
+        parts = [str(getattr(s.model, key, "")) for key in ("llama", "clip", "diffusion")]  # DreamLLM's
+        start = s.model.init or ", ".join(filter(None, parts))
+        origin = f"resumed from {resume}" if resume else f"from {start}" if start else "from scratch"
         print(f"{s.model.kind}, {count:,} parameters, {origin}, on {ranks.world} × {ranks.device}; run: {run}")
         checkpoint.start_run(run, s, first)
 
@@ -909,7 +925,9 @@ def train(s, given, device=None):
         model.compile()
     wrapped = task.modules
     if ranks.world > 1:
-        wrapped = {k: DistributedDataParallel(m, broadcast_buffers=False) for k, m in task.modules.items()}
+        # a batch of DreamLLM may have no picture for a CLIP or a U-Net that is trained too
+        options = {"broadcast_buffers": False, "find_unused_parameters": s.model.kind == "dreamllm"}
+        wrapped = {k: DistributedDataParallel(m, **options) for k, m in task.modules.items()}
 
     # -- batches, prepared a few ahead in threads --
     rows = ranks.rows(t.batch_size)

@@ -47,7 +47,7 @@ from data import open_source, save_grid
 from diffusion import LatentDiffusion
 from documents import CATEGORY, IMAGE, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
 from model import DreamLLM
-from sample import run_data
+from sample import run_data, save_page
 
 SEED = 0
 SHOWN = 6  # names of each kind in drawn.png
@@ -116,7 +116,7 @@ def answer(model, prompts, max_new_tokens=96):
         lengths[len(ids)].append((number, ids, pictures))
     for length, alike in lengths.items():
         for some in (alike[i : i + BATCH] for i in range(0, len(alike), BATCH)):
-            count = min(max_new_tokens, llama.config.max_seq_len - length)
+            count = max(1, min(max_new_tokens, llama.config.max_seq_len - length))
             caches, new = llama.caches(len(some), length + count), []
             done = torch.zeros(len(some), dtype=torch.bool)
             pictures = [picture for _, _, pictures in some for picture in pictures]
@@ -222,10 +222,10 @@ def measure_drawings(model, unet, judge, splits, everyone, count, sampling, path
 # ---- documents -------------------------------------------------------------------------------
 
 
-def ended(model, prompt, pieces):
-    """Whether a document ended at </s>, having had the whole context: else its tokens would fill that."""
-    texts = [prompt, *(piece for piece in pieces if isinstance(piece, str))]
-    spans = (len(pieces) - len(texts) + 1) * (model.config.queries + 2 + model.patches + 2)
+def ended(model, pieces):
+    """Whether a document, its prompt included, ended at </s>: having had the whole context, it would else fill that."""
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    spans = (len(pieces) - len(texts)) * (model.config.queries + 2 + model.patches + 2)
     return 1 + sum(len(model.tokenizer.encode(text)) for text in texts) + spans < model.llama.config.max_seq_len
 
 
@@ -252,13 +252,16 @@ def measure_documents(model, prompts, temperature, sampling, out):
         pieces = model.generate_document(
             prompt, max_new_tokens=context, temperature=temperature, seed=SEED + number, **sampling
         )
-        by_itself.append(ended(model, prompt, pieces))
+        first = [] if pieces and isinstance(pieces[0], str) else [""]
+        pieces = [*first, *pieces]
+        pieces[0] = prompt + pieces[0]
+        by_itself.append(ended(model, pieces))
         pictures.append(sum(not isinstance(piece, str) for piece in pieces))
         if number < len(PAGES):
-            save_grid(page([prompt, *pieces]), out / f"page_{number + 1}.png")
-            texts = [piece if isinstance(piece, str) else "[picture]" for piece in pieces]
-            entry = {"prompt": prompt, "text": "".join(texts), "ended": by_itself[-1], "pictures": pictures[-1]}
-            result["pages"].append(entry)
+            save_grid(page(pieces), out / f"page_{number + 1}.png")
+            save_page(pieces, out / f"page_{number + 1}", prompt.rstrip(":"))
+            texts = "".join(piece if isinstance(piece, str) else "[picture]" for piece in pieces)
+            result["pages"].append({"text": texts, "ended": by_itself[-1], "pictures": pictures[-1]})
     return result | {"ended": mean_and_error(by_itself), "pictures": mean_and_error(pictures)}
 
 
@@ -290,7 +293,7 @@ def table(report):
     )
     for n, p in enumerate(d["pages"], 1):
         how = "ended by itself" if p["ended"] else "cut off"
-        lines.append(f"  page {n}, {how}, {p['pictures']} pictures: {p['prompt']}{p['text']}")
+        lines.append(f"  page {n}, {how}, {p['pictures']} pictures: {p['text']}")
     return "\n".join(lines)
 
 

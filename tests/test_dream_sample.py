@@ -307,7 +307,8 @@ def test_image_draws_with_a_dreamllm(dream, shown, program, tmp_path):
         ("chat", ["--prompt", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
         ("chat", ["--prompt", "a " * 999], "fill the context of 512"),
         ("document", ["--system", "Hm."], "--system needs --template"),
-        ("document", ["--out", "."], ".: is there, and no page of an earlier document"),
+        ("document", ["--out", "."], ".: is the folder you are in"),
+        ("chat", ["--prompt", "a", "--out", "answer"], "a picture's name must end in one of .png"),
         ("image", ["--prompt", "a", "--size", "8,8"], "--size does not apply"),
         ("image", ["--prompt", "a", "--strength", "0.5"], "--strength does not apply"),
         ("image", ["--prompt", "a", "--subject", "absent.png"], "absent.png: no such file"),
@@ -323,7 +324,7 @@ def test_a_mistake_is_one_line(dream, program, tmp_path, monkeypatch, command, o
 @pytest.mark.parametrize("command", ["chat", "document"])
 def test_another_model_is_no_dreamllm(program, tmp_path, command):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    arguments = ["--run", tmp_path, "--prompt", "a", "--out", tmp_path / "x", "--device", "cpu"]
+    arguments = ["--run", tmp_path, "--prompt", "a", "--out", tmp_path / "x.png", "--device", "cpu"]
     code, _, err = program(sample.main, command, *arguments)
     assert code == 2 and f"{tmp_path}: no DreamLLM" in err
     code, _, err = program(sample.main, "image", "--run", tmp_path, "--prompt", "a", "--subject", "x.png")

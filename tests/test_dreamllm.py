@@ -155,7 +155,7 @@ def test_dropped_conditioning_is_the_one_of_the_empty_prompt(dream, forward):
     draws = recorded(forward)._replace(drop=torch.tensor([0.0, 0.9, 0.0]))
     seen = []
     dream.diffusion.unet.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
-    dream(*batch_of(forward), draws)
+    dream.train()(*batch_of(forward), draws)
     empty = dream.condition(dream.dream([""]))[0]
     close(seen[0][0], empty, 1e-6)
     close(seen[0][2], empty, 1e-6)

@@ -115,10 +115,10 @@ def test_answers_together_are_the_answers_one_by_one(dreamer):
 
 
 def test_a_document_that_fills_the_context_has_not_ended_by_itself(dreamer):
-    """64 tokens: <s>, 3 of the prompt, 2 + 2 and 4 + 2 of a picture, 50 bytes."""
+    """64 tokens: <s>, 2 + 2 and 4 + 2 of a picture, 53 bytes."""
     picture = Image.new("RGB", (8, 8))
-    assert not ended(dreamer, "abc", ["x" * 40, picture, "y" * 10])
-    assert ended(dreamer, "abc", ["x" * 40, picture, "y" * 9])
+    assert not ended(dreamer, ["x" * 43, picture, "y" * 10])
+    assert ended(dreamer, ["x" * 43, picture, "y" * 9])
 
 
 # ---- CLIP and what it judges ---------------------------------------------------------------------
