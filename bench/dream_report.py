@@ -16,8 +16,8 @@ matches and categories the commonest of the very set; for word-F1 the best of al
 them; for yes or no either, which is right half the time. Case, and space around an answer, do not count.
 
 Then names are drawn, seen ones and `combo`, by the DreamLLM and by the same U-Net conditioned on CLIP's text tower,
-with the same noise, guidance and steps; a CLIP must find the name among 100 by the picture, and the same is asked of
-the real pictures and of noise. At last documents: how many end by themselves, how many pictures they hold; the first
+with the same noise, guidance and steps, and by the DreamLLM once more, shown the picture instead of told its name; a
+CLIP must find the name among 100 by the drawing, and the same is asked of the real pictures and of noise. At last documents: how many end by themselves, how many pictures they hold; the first
 three are laid out as pages. ± is half a 95 % interval; in brackets, of shares found, Wilson's.
 
     report.json   drawn.png   page_1.png … page_3.png   page_1/ … page_3/, as sample.py document writes them
@@ -176,9 +176,9 @@ def measure_answers(model, source, count, names, data):
 # ---- drawing ---------------------------------------------------------------------------------
 
 
-def draw(generate, names):
-    """names → (N, side, side, 3) uint8; generate(names, seed) draws picture i from seed + i."""
-    images = [generate(names[i : i + BATCH], SEED + i) for i in range(0, len(names), BATCH)]
+def draw(generate, prompts):
+    """prompts → (N, side, side, 3) uint8; generate(prompts, seed) draws picture i from seed + i."""
+    images = [generate(prompts[i : i + BATCH], SEED + i) for i in range(0, len(prompts), BATCH)]
     return (torch.cat(images) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -208,12 +208,18 @@ def measure_drawings(model, unet, judge, splits, everyone, count, sampling, path
             "real": np.stack([item.image for item in items]),
             "unet": draw(lambda some, seed: unet.generate(some, size=side, seed=seed, **sampling), names),
             "dreamllm": draw(lambda some, seed: model.text_to_image(some, seed=seed, **sampling), names),
+            "shown": draw(
+                lambda some, seed: model.text_to_image(some, seed=seed, **sampling),
+                [[Image.fromarray(item.image)] for item in items],
+            ),
             "noise": draws.integers(0, 256, (len(items), side, side, 3), dtype=np.uint8),
         }
         result[split] = {who: retrieval(judge, list(some), names, others) for who, some in pictures.items()}
         result[split] |= {"names": len(items), "shown": names[:SHOWN]}
-        shown = [[written(name) for name in names], *(pictures[who] for who in ("real", "unet", "dreamllm"))]
-        head = [written(title) for title in (TITLES[split], "real", "U-Net on CLIP's text", "DreamLLM")]
+        drawings = [pictures[who] for who in ("real", "unet", "dreamllm", "shown")]
+        shown = [[written(name) for name in names], *drawings]
+        titles = (TITLES[split], "real", "U-Net on CLIP's text", "DreamLLM", "DreamLLM, shown the picture")
+        head = [written(title) for title in titles]
         sheet.append([head, *([column[i] for column in shown] for i in range(min(SHOWN, len(names))))])
     save_grid([[*seen, *unseen] for seen, unseen in zip(*sheet, strict=True)], path)
     return result
@@ -285,7 +291,7 @@ def table(report):
     for split in ("train", "combo"):
         r = report["drawn"][split]
         lines.append(f"\n{TITLES[split]}, {r['names']} drawn: name found among 100, first | in the first five")
-        for who in ("dreamllm", "unet", "real", "noise"):
+        for who in ("dreamllm", "shown", "unet", "real", "noise"):
             lines.append(f"  {who:<34}{as_share(r[who]['R@1'])} | {as_share(r[who]['R@5'])}")
     d = report["documents"]
     lines.append(
