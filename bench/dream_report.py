@@ -17,8 +17,9 @@ them; for yes or no either, which is right half the time. Case, and space around
 
 Then names are drawn, seen ones and `combo`, by the DreamLLM and by the same U-Net conditioned on CLIP's text tower,
 with the same noise, guidance and steps, and by the DreamLLM once more, shown the picture instead of told its name; a
-CLIP must find the name among 100 by the drawing, and the same is asked of the real pictures and of noise. At last documents: how many end by themselves, how many pictures they hold; the first
-three are laid out as pages. ± is half a 95 % interval; in brackets, of shares found, Wilson's.
+CLIP must find the name among 100 by the drawing, and the same is asked of the real pictures and of noise. At last
+documents: how many end by themselves, how many pictures they hold; the first three are laid out as pages. ± is half a
+95 % interval; in brackets, of shares found, Wilson's.
 
     report.json   drawn.png   page_1.png … page_3.png   page_1/ … page_3/, as sample.py document writes them
 """
