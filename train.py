@@ -898,6 +898,11 @@ def train(s, given, device=None):
 
     # -- start: resume, init or scratch --
     resume = checkpoint.latest_step(run)
+    first = checkpoint.read_json(resume / "state.json")["step"] if resume else 0
+    if first >= t.steps:
+        if chief:
+            print(f"{run} is complete: step {first} of {t.steps}")
+        return run
     torch.manual_seed(t.seed)
     task = TASKS[s.model.kind](s, given, ranks, resume)
     model = next(iter(task.modules.values()))  # the one that is averaged; a U-Net is saved as part of a pipeline
@@ -906,13 +911,8 @@ def train(s, given, device=None):
         module.to(ranks.device).train()
     optimizers = {phase: make_optimizer(module, s.optim) for phase, module in task.modules.items()}
     ema = [p.detach().clone() for p in model.parameters()] if t.ema else []
-    first = 0
     if resume:
-        first = load_training(resume, task, optimizers, ema, ranks)
-        if first >= t.steps:
-            if chief:
-                print(f"{run} is complete: step {first} of {t.steps}")
-            return run
+        load_training(resume, task, optimizers, ema, ranks)
     if chief:
         count = sum(p.numel() for p in model.parameters())
         parts = [str(getattr(s.model, key, "")) for key in ("llama", "clip", "diffusion")]  # DreamLLM's
@@ -1038,7 +1038,7 @@ def save_training(folder, step, task, optimizers, ema):
 
 
 def load_training(folder, task, optimizers, ema, ranks):
-    """The other half: everything but the model's weights, which are loaded already. → the step."""
+    """The other half: everything but the model's weights, which are loaded already."""
     model, *others = task.modules.values()
     for phase, module in task.modules.items():
         file = folder / "training" / f"optimizer.{phase}.safetensors"
@@ -1049,7 +1049,6 @@ def load_training(folder, task, optimizers, ema, ranks):
     if ema and (folder / "ema").is_dir():
         saved = type(model).from_pretrained(folder / "ema", dtype=torch.float32, device=ranks.device)
         torch._foreach_copy_(ema, [p.detach() for p in saved.parameters()])
-    return checkpoint.read_json(folder / "state.json")["step"]
 
 
 def main():
