@@ -209,7 +209,7 @@ def measure_drawings(model, unet, judge, splits, everyone, count, sampling, path
             "real": np.stack([item.image for item in items]),
             "unet": draw(lambda some, seed: unet.generate(some, size=side, seed=seed, **sampling), names),
             "dreamllm": draw(lambda some, seed: model.text_to_image(some, seed=seed, **sampling), names),
-            "shown": draw(
+            "looking": draw(
                 lambda some, seed: model.text_to_image(some, seed=seed, **sampling),
                 [[Image.fromarray(item.image)] for item in items],
             ),
@@ -217,7 +217,7 @@ def measure_drawings(model, unet, judge, splits, everyone, count, sampling, path
         }
         result[split] = {who: retrieval(judge, list(some), names, others) for who, some in pictures.items()}
         result[split] |= {"names": len(items), "shown": names[:SHOWN]}
-        drawings = [pictures[who] for who in ("real", "unet", "dreamllm", "shown")]
+        drawings = [pictures[who] for who in ("real", "unet", "dreamllm", "looking")]
         shown = [[written(name) for name in names], *drawings]
         titles = (TITLES[split], "real", "U-Net on CLIP's text", "DreamLLM", "DreamLLM, shown the picture")
         head = [written(title) for title in titles]
@@ -292,7 +292,7 @@ def table(report):
     for split in ("train", "combo"):
         r = report["drawn"][split]
         lines.append(f"\n{TITLES[split]}, {r['names']} drawn: name found among 100, first | in the first five")
-        for who in ("dreamllm", "shown", "unet", "real", "noise"):
+        for who in ("dreamllm", "looking", "unet", "real", "noise"):
             lines.append(f"  {who:<34}{as_share(r[who]['R@1'])} | {as_share(r[who]['R@5'])}")
     d = report["documents"]
     lines.append(
