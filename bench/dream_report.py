@@ -22,6 +22,7 @@ documents: how many end by themselves, how many pictures they hold; the first th
 95 % interval; in brackets, of shares found, Wilson's.
 
     report.json   drawn.png   page_1.png … page_3.png   page_1/ … page_3/, as sample.py document writes them
+    held_out_1.png … held_out_4.png: to ask about with sample.py chat
 """
 
 import collections
@@ -326,6 +327,8 @@ def main():
     sampling = {"guidance": a.guidance, "steps": a.steps, "sampler": "ddim"}
     data = settings.build(DocumentSettings, run_data(a.run), "data")
 
+    for number, item in enumerate(splits["new"][:: max(1, len(splits["new"]) // 4)][:4], 1):
+        save_grid([[item.image]], out / f"held_out_{number}.png", pad=0)
     report = dict(sampling)
     for split in ("combo", "new"):
         report[split] = measure_answers(model, open_source("emoji", model.side, split), a.pictures, everyone, data)
