@@ -54,7 +54,7 @@ from sample import run_data, save_page
 SEED = 0
 SHOWN = 6  # names of each kind in drawn.png
 BATCH = 32  # prompts answered, and pictures drawn, at a time
-PAGES = ("food & drink:", "animals & nature:", "travel & places:")
+PAGES = ("people & body:", "people & body: woman firefighter", "food & drink:")
 TITLES = {"train": "seen names", "combo": "new variants of seen kinds", "new": "kinds never seen"}
 
 
@@ -317,7 +317,7 @@ def main():
     parser.add_argument("--documents", type=int, default=20, help="(20)")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--temperature", type=float, default=0.7, help="of documents' texts (0.7)")
+    parser.add_argument("--temperature", type=float, default=0.3, help="of documents' texts (0.3)")
     a = parser.parse_args()
     model = DreamLLM.from_pretrained(a.run, CLIP, LatentDiffusion, torch.float32)
     unet = LatentDiffusion.from_pretrained(a.unet, text_encoders(a.unet), torch.float32)
