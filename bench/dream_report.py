@@ -247,8 +247,9 @@ def page(pieces):
             columns[-1].append(np.asarray(piece))
             columns.append([""])
     columns = [column for column in columns if len(column) > 1 or column[0].strip()]
-    blank = written("")
-    return [[written(column[0]) for column in columns], [column[1] if column[1:] else blank for column in columns]]
+    blank = written("", (128, 128))
+    pictures = [np.asarray(Image.fromarray(c[1]).resize((128, 128))) if c[1:] else blank for c in columns]
+    return [[written(column[0], (128, 64)) for column in columns], pictures]
 
 
 def measure_documents(model, prompts, temperature, sampling, out):
