@@ -200,8 +200,8 @@ def resized(pictures, size):
     return [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
 
 
-def parse_size(text, picture):
-    """--resize or --size: "" → None, "original" → the size of the picture at this path, "W,H" → (W, H)."""
+def parse_size(text, picture, option="--resize"):
+    """What --resize or --size says: "" → None, "original" → the size of the picture at this path, "W,H" → (W, H)."""
     if text == "original":
         return load_picture(picture).shape[1::-1]
     try:
@@ -209,7 +209,7 @@ def parse_size(text, picture):
         if text and min(width, height) < 1:
             raise ValueError
     except ValueError:
-        raise UserError(f'the size "{text}" must be original or W,H, as in 128,128') from None
+        raise UserError(f'{option} "{text}" must be original or W,H, as in 128,128') from None
     return (width, height) if text else None
 
 
@@ -503,7 +503,7 @@ def diffusion_images(a):
     dtype = getattr(torch, a.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     encoders = text_encoders(a.run, a.tokenizer or None, dtype, device)
     model = LatentDiffusion.from_pretrained(a.run, encoders, dtype, device, a.config or None)
-    size, start = parse_size(a.size, a.image), None
+    size, start = parse_size(a.size, a.image, "--size"), None
     if a.image:
         width, height = size or load_picture(a.image).shape[1::-1]
         (picture,) = resized([load_picture(a.image)], (width, height))

@@ -252,7 +252,7 @@ def test_every_configuration_of_the_house_can_be_read(config):
         ("data.side=64", "data.side 64 must be model.vision.image_size 32"),
         ("model.text.vocab_size=100", "the tokenizer has 514 tokens, model.text.vocab_size is only 100"),
         ("model.text.heads=3", "heads 3 does not divide width 32"),
-        ("train.activation_checkpointing=true", "is for model.kind llama only"),
+        ("train.activation_checkpointing=true", "is for model.kind llama, unet, dreamllm only"),
     ],
 )
 def test_a_clip_that_cannot_be_trained_is_one_line(override, says, tmp_path):
