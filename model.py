@@ -687,10 +687,9 @@ class Projector(nn.Module):
 class DreamLLM(nn.Module):
     """A LLaMA that reads pictures through CLIP and draws them through latent diffusion. See the top of the file.
 
-    llama, clip (its vision tower is kept) and diffusion are handed in; the tokenizer must
-    know the tokens ADDED, and the LLaMA have rows for them (`llama.resize`). The latent diffusion loses its text
-    encoder: it draws from nothing but what the queries say. How many patches a picture has, and how
-    large drawn pictures are, follows from these parts.
+    llama, clip (its vision tower is kept) and diffusion are handed in; the tokenizer must know the tokens ADDED, and
+    the LLaMA have rows for them (`llama.resize`). The latent diffusion loses its text encoder: it draws from nothing but
+    what the queries say. How many patches a picture has, and how large drawn pictures are, follows from these parts.
     """
 
     def __init__(self, llama, clip, diffusion, config, tokenizer):
@@ -848,6 +847,13 @@ class DreamLLM(nn.Module):
             context, without, guidance, steps, sampler, seed=seed, draw=draw, rescale=rescale, progress=progress
         )
 
+    def forbidden(self):
+        """(V,) bool: what is never drawn as text, all ids but the text's own and those that end it."""
+        text = self.tokenizer.pieces.keys() - set(self.tokenizer.special.values()) | self.tokenizer.stops
+        forbidden = torch.ones(self.llama.config.vocab_size, dtype=torch.bool, device=self.dream_queries.device)
+        forbidden[sorted(text)] = False
+        return forbidden
+
     def generate_document(self, prompt, max_new_tokens=256, max_pictures=4, **options):
         """What `stream_document` yields, as a list: neighbouring texts are one."""
         pieces = []
@@ -888,9 +894,7 @@ class DreamLLM(nn.Module):
         device = self.llama.embed_tokens.weight.device
         chance = torch.Generator(device)
         chance.seed() if seed is None else chance.manual_seed(seed)
-        forbidden = torch.ones(self.llama.config.vocab_size, dtype=torch.bool, device=device)
-        forbidden[sorted(self.tokenizer.pieces.keys() - set(special.values()))] = False
-        forbidden[list(self.tokenizer.stops)] = False
+        forbidden = self.forbidden()
         span = self.config.queries + 2 + self.patches + 2  # what a picture takes: drawn, then looked at
         without = self.condition(self.dream([""]))  # what guidance leads away from
         caches = self.llama.caches(1, capacity)

@@ -77,15 +77,14 @@ class Tokenizer:
             files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
         if not files:
             raise UserError(f"{path}: no tokenizer here (looked for tokenizer.json, tokenizer.model)")
-        file, saved = files[0], None
-        if file.suffix == ".json":
-            saved = checkpoint.read_json(file)
-            if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
-                file, saved = files[1], None
-        tokenizer = from_json(file, saved) if saved else from_model(file)
+        file = files[0]
+        saved = checkpoint.read_json(file) if file.suffix == ".json" else None
+        if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
+            file = files[1]
+        tokenizer = from_json(file, saved) if file.suffix == ".json" else from_model(file)
         tokenizer.file = file
         later = _beside(file, "added_tokens.json")
-        tokenizer.add(sorted(later, key=later.get), later)
+        tokenizer.add(later, later)
         return tokenizer
 
     def add(self, names, ids=None):

@@ -745,24 +745,28 @@ class DreamLLMTask(OnePhase):
             drawn.append(Draws(sample, noise, offset, perturbation, t, rng.random(count)))
         return batch | {"draws": Draws(*(np.concatenate(kind) for kind in zip(*drawn, strict=True)))}
 
-    def loss(self, phase, wrapped, batch, step, microstep):
+    def losses(self, module, batch):
+        """→ what to descend; over all ranks the means (lm_loss, vm_loss), and of how many labels and pictures."""
         device, v = self.ranks.device, self.model.clip.config.vision
         tokens, labels = (torch.from_numpy(batch[name]).to(device) for name in ("tokens", "labels"))
         mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (v.mean, v.std))
         images = (to_images(batch["images"], device) - mean) / std
         images_dm = to_images(batch["images_dm"], device)
         draws = Draws(*(torch.from_numpy(x).to(device) for x in batch["draws"]))
-        out = wrapped(tokens, labels, images, images_dm, draws)
-        loss, c = out["loss"], self.model.config
-        lm_loss, vm_loss = out["lm_loss"], out["vm_loss"]
-        self.counts = counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=device)))
-        if self.ranks.world > 1:  # means over the texts and pictures of all ranks, who may have unlike many
-            self.counts = counts.clone()
-            dist.all_reduce(self.counts)
-            lm, vm = (counts * self.ranks.world / self.counts.clamp(min=1)).tolist()
-            loss = loss + c.w_lm * (lm - 1) * lm_loss + c.w_vm * (vm - 1) * vm_loss
-            lm_loss, vm_loss = lm * lm_loss, vm * vm_loss
-        return loss, {"lm_loss": lm_loss, "vm_loss": vm_loss}
+        out = module(tokens, labels, images, images_dm, draws)
+        loss, means, c = out["loss"], (out["lm_loss"], out["vm_loss"]), self.model.config
+        counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=device)))
+        if self.ranks.world > 1:  # ranks may have unlike many texts and pictures: each counts by its share
+            own = counts.clone()
+            dist.all_reduce(counts)
+            lm, vm = (own * self.ranks.world / counts.clamp(min=1)).tolist()
+            loss = loss + c.w_lm * (lm - 1) * means[0] + c.w_vm * (vm - 1) * means[1]
+            means = lm * means[0], vm * means[1]
+        return loss, means, counts
+
+    def loss(self, phase, wrapped, batch, step, microstep):
+        loss, means, _ = self.losses(wrapped, batch)
+        return loss, dict(zip(("lm_loss", "vm_loss"), means, strict=True))
 
     def evaluate(self):
         """Both losses over held-out samples: the mean over their labels, and over their pictures to draw."""
@@ -771,8 +775,8 @@ class DreamLLMTask(OnePhase):
         t, sums, totals = self.settings.train, 0, 0
         for i in range(min(t.eval_batches, max(1, len(self.held_out) // t.batch_size))):
             batch = self.draw(self.held_out, i, self.ranks.rows(t.batch_size))
-            _, losses = self.loss("model", self.model, batch, 0, 0)
-            sums, totals = sums + torch.stack(tuple(losses.values())) * self.counts, totals + self.counts
+            _, means, counts = self.losses(self.model, batch)
+            sums, totals = sums + torch.stack(means) * counts, totals + counts
         lm_loss, vm_loss = sums / totals.clamp(min=1)
         return {"held_out_lm_loss": lm_loss, "held_out_vm_loss": vm_loss}
 
@@ -803,9 +807,10 @@ def select(model, prefixes):
         for prefix in chosen:
             counts[prefix] += parameter.numel()
     names = ", ".join(["dream_queries", *dict(model.named_children())])
-    for prefix in [p for p in prefixes if not counts[p]] if prefixes else [""]:
+    absent = [p for p in prefixes if not counts[p]] if prefixes else [""]
+    if absent:
         raise UserError(
-            f'model.trained: no weight\'s name begins with "{prefix}"; there are {names}, and what is in them'
+            f'model.trained: no weight\'s name begins with "{absent[0]}"; there are {names}, and what is in them'
         )
     return counts
 

@@ -110,9 +110,7 @@ def answer(model, prompts, max_new_tokens=96):
     together.
     """
     llama, t = model.llama, model.tokenizer
-    forbidden = torch.ones(llama.config.vocab_size, dtype=torch.bool)
-    forbidden[[*(i for i in t.pieces if i not in t.special.values()), *t.stops]] = False
-    lengths, said = collections.defaultdict(list), [""] * len(prompts)
+    forbidden, lengths, said = model.forbidden(), collections.defaultdict(list), [""] * len(prompts)
     for number, prompt in enumerate(prompts):
         ids, pictures = model.prompt(prompt)
         lengths[len(ids)].append((number, ids, pictures))
