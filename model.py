@@ -688,8 +688,9 @@ class DreamLLM(nn.Module):
     """A LLaMA that reads pictures through CLIP and draws them through latent diffusion. See the top of the file.
 
     llama, clip (its vision tower is kept) and diffusion are handed in; the tokenizer must know the tokens ADDED, and
-    the LLaMA have rows for them (`llama.resize`). The latent diffusion loses its text encoder: it draws from nothing but
-    what the queries say. How many patches a picture has, and how large drawn pictures are, follows from these parts.
+    the LLaMA have rows for them (`llama.resize`). The latent diffusion loses its text encoder: it draws from nothing
+    but what the queries say. How many patches a picture has, and how large drawn pictures are, follows from these
+    parts.
     """
 
     def __init__(self, llama, clip, diffusion, config, tokenizer):
