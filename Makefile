@@ -26,10 +26,13 @@ parts: .venv/installed out/emoji/names.jsonl out/emoji/held_out_names.jsonl
 	$(PY) train.py --config configs/emoji_unet.toml
 	$(PY) train.py --config configs/emoji_llama.toml
 
-out/emoji/names.jsonl: .venv/installed
+out/emoji/vocabulary/tokenizer.json: .venv/installed
+	$(PY) data.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary
+
+out/emoji/names.jsonl: out/emoji/vocabulary/tokenizer.json
 	$(PY) data.py tokenize --config configs/emoji_llama.toml --out $@
 
-out/emoji/held_out_names.jsonl: .venv/installed
+out/emoji/held_out_names.jsonl: out/emoji/vocabulary/tokenizer.json
 	$(PY) data.py tokenize --config configs/emoji_llama.toml --out $@ --split held_out
 
 dream: parts

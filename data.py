@@ -71,7 +71,7 @@ KINDS = {
     "sequence": "N frames, 1 to 4 apart",
     "multisequence": "2 clips × modalities × N frames",
     "object3d": "4 objects × (N/4 views, their N/4 masks)",
-    "text": "no pictures: a document a row (.txt, .jsonl, or the emoji's names)",
+    "text": "no pictures: a document a row (.txt, .jsonl, or the emoji's names and categories)",
 }
 SPLITS = ("train", "held_out", "new", "combo")
 
@@ -913,11 +913,14 @@ def held_out_pictures(data, n):
 def documents(path, split="train", held_out_fraction=0.02):
     """Yields the texts at `path`: a .txt file is one, each line {"text": …} of a .jsonl file another.
 
-    A folder means all such files in it; "emoji" the captions, with the pictures' own split. Elsewhere a text
-    is held out by a hash of itself: whatever else is added, it stays there, and so do its copies.
+    A folder means all such files in it; "emoji" the captions, alone and after their category, with the pictures'
+    own split. Elsewhere a text is held out by a hash of itself: whatever else is added, it stays there, and so do
+    its copies.
     """
     if path == "emoji":
-        yield from (item.caption for item in open_source(path, 1, split))
+        for item in open_source(path, 1, split):
+            yield item.caption
+            yield f"{item.category.lower()}: {item.caption}"
         return
     files = [path] if os.path.isfile(path) else sorted(_folder_files(path).values())
     files = [file for file in files if file.endswith((".txt", ".jsonl"))]
@@ -1193,6 +1196,23 @@ def tokenize_text(arguments, data, shard, shards):
     print(f"{arguments.out}: {rows} rows, {tokens} tokens")
 
 
+def vocabulary(arguments):
+    """Texts → a vocabulary of their commonest pieces, as a tokenizer's files."""
+    from tokenizer import train_bpe, write_merges
+
+    data, _ = _read_config(arguments)
+    if any(source.kind != "text" for source in data.sources) or not data.sources:
+        raise UserError("a vocabulary is made of texts: set the kind of all [[data.sources]] to text")
+    if arguments.size < 258:
+        raise UserError(f"--size {arguments.size}: 256 bytes, what begins and what ends a text need 258")
+    texts = (t for s in data.sources for t in documents(s.path, "train", data.held_out_fraction))
+    merges = train_bpe(texts, arguments.size - 258)
+    Path(arguments.out).mkdir(parents=True, exist_ok=True)
+    write_merges(arguments.out, merges)
+    longest = max((first + second for first, second in merges), key=len, default=b"").decode(errors="replace")
+    print(f'{arguments.out}: {len(merges) + 258} tokens; the longest is "{longest}"')
+
+
 def show(arguments):
     """Rows of codes → a sheet of pictures, one sentence a row, evenly spaced through the file."""
     import torch
@@ -1273,7 +1293,7 @@ def main():
         description="Pictures to visual sentences, rows of codes, and back.",
         epilog=f"kinds of visual sentences (N = data.pictures):\n{kinds}",
     )
-    commands = parser.add_subparsers(required=True, metavar="tokenize | show | check")
+    commands = parser.add_subparsers(required=True, metavar="tokenize | vocabulary | show | check")
     encoding = commands.add_parser(
         "tokenize",
         help="pictures → visual sentences → rows.jsonl (or texts → rows.jsonl)",
@@ -1286,6 +1306,17 @@ def main():
     encoding.add_argument("--shard", default="0/1", help="i/n: every n-th sentence from i on")
     encoding.add_argument("--batch", type=int, default=16, help="pictures encoded at once (default: 16)")
     encoding.set_defaults(run=tokenize)
+    spelling = commands.add_parser(
+        "vocabulary",
+        help="texts → a tokenizer of their own",
+        description="Find the commonest pieces of a configuration's texts (byte-pair encoding of their train split) "
+        "and write them as tokenizer.json: a folder for data.text_tokenizer.",
+        epilog="example: python data.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary",
+    )
+    spelling.add_argument("--config", required=True, help="a TOML file with [[data.sources]] of kind text")
+    spelling.add_argument("--out", required=True, help="the folder to write")
+    spelling.add_argument("--size", type=int, default=2048, help="tokens, at most (default: 2048)")
+    spelling.set_defaults(run=vocabulary)
     showing = commands.add_parser(
         "show",
         help="rows.jsonl → a picture of its sentences",

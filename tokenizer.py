@@ -15,6 +15,8 @@ What a folder holds decides which tokenizer it is:
     tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    by the package sentencepiece (optional)
     (the word "bytes")  no file at all: 256 bytes, begin, end            for small runs of our own
 
+`train_bpe` finds such joins in texts of one's own (python data.py vocabulary writes their tokenizer.json).
+
 Special tokens (`<s>`, `<|eot_id|>`) are the frame around texts: where one begins, who speaks. Typed by a user
 they are mere text, unless encode() is asked to see them: else anyone could end a turn and begin another's.
 
@@ -24,6 +26,8 @@ Read next: data.py, which makes rows of texts; sample.py, which prints them as t
 import base64
 import binascii
 import codecs
+import collections
+import itertools
 import json
 import re
 import shutil
@@ -109,8 +113,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
-            for name, saved in byte_tokenizer_files(self).items():
-                checkpoint.write_text(folder / name, json.dumps(saved, indent=2) + "\n")
+            write_merges(folder, [], self.special)
             return
         for name in (self.file.name, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
             if (self.file.parent / name).exists():
@@ -179,31 +182,14 @@ def _cut_out(text, names):
     return [part for part in re.split(f"({pattern})", text) if part]
 
 
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+
+
 def byte_tokenizer():
     """The smallest vocabulary that can say everything: a byte is its own id; 256 begins a text, 257 ends it."""
-    special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257}
+    special = {BEGIN: 256, END: 257}
     pieces = {i: bytes([i]) for i in range(256)} | {i: name.encode() for name, i in special.items()}
     return Tokenizer(lambda text: list(text.encode(errors="replace")), pieces, special, bos=256, eos=257)
-
-
-def byte_tokenizer_files(tokenizer):
-    """The same as a byte-level BPE without a merge: {file name: its content}."""
-    begin, end = (tokenizer.pieces[i].decode() for i in (tokenizer.bos, tokenizer.eos))
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = [{"id": i, "content": name, "special": True} | plain for name, i in tokenizer.special.items()]
-    template = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    first = {
-        "type": "TemplateProcessing",
-        "single": template,
-        "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
-    }
-    first["special_tokens"] = {begin: {"id": begin, "ids": [tokenizer.bos], "tokens": [begin]}}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None}
-    saved |= {"pre_tokenizer": letters, "post_processor": first, "decoder": letters}
-    saved["model"] = {"type": "BPE", "vocab": {letter: byte for letter, byte in BYTE_OF.items()}, "merges": []}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end}
-    return {"tokenizer.json": saved, "tokenizer_config.json": config | {"add_bos_token": True}}
 
 
 # ---- byte-pair encoding ----------------------------------------------------------------------
@@ -259,6 +245,62 @@ def _byte_letters():
 
 
 BYTE_OF = _byte_letters()  # in the order of CLIP's first 256 tokens
+LETTER_OF = {byte: letter for letter, byte in BYTE_OF.items()}
+
+
+def train_bpe(texts, merges):
+    """texts → the first `merges` joins of byte-pair encoding, [(bytes, bytes), …]; fewer, if all words are whole.
+
+    Of the pairs of neighbours within a word (as GPT-2 cuts words) the most frequent is joined, everywhere; then
+    they are counted anew. Of equally frequent ones, the one of the higher bytes. Sennrich et al. 2016, algorithm 1.
+    """
+    counts = collections.Counter(word for text in texts for word in regex.findall(GPT2, text))
+    words = [([bytes([byte]) for byte in word.encode()], count) for word, count in counts.items()]
+    joins = []
+    while len(joins) < merges:
+        pairs = collections.Counter()
+        for tokens, count in words:
+            for pair in itertools.pairwise(tokens):
+                pairs[pair] += count
+        if not pairs:
+            break
+        first, second = max(pairs, key=lambda pair: (pairs[pair], pair))
+        joins.append((first, second))
+        for tokens, _ in words:
+            place = 0
+            while place < len(tokens) - 1:  # from the left, as encoders do: "---" becomes "--", "-"
+                if tokens[place : place + 2] == [first, second]:
+                    tokens[place : place + 2] = [first + second]
+                place += 1
+    return joins
+
+
+def write_merges(folder, merges, special=None):
+    """Writes byte-level BPE as a tokenizer.json with tokenizer_config.json, as Hugging Face's tokenizers read it.
+
+    A byte is its own id, merge n makes the token 256 + n. special: {name: id}, by default what begins and what ends
+    a text, after the merges.
+    """
+    special = special or {BEGIN: 256 + len(merges), END: 257 + len(merges)}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"id": i, "content": name, "special": True} | plain for name, i in special.items()]
+    template = [{"SpecialToken": {"id": BEGIN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    first = {
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
+    }
+    first["special_tokens"] = {BEGIN: {"id": BEGIN, "ids": [special[BEGIN]], "tokens": [BEGIN]}}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": bool(merges)}
+    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
+    saved |= {"pre_tokenizer": letters, "post_processor": first, "decoder": letters}
+    spelled = [["".join(map(LETTER_OF.get, token)) for token in pair] for pair in merges]
+    vocab = BYTE_OF | {"".join(pair): 256 + n for n, pair in enumerate(spelled)}
+    saved["model"] = {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in spelled]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}
+    files = {"tokenizer.json": saved, "tokenizer_config.json": config | {"add_bos_token": True}}
+    for name, content in files.items():
+        checkpoint.write_text(Path(folder) / name, json.dumps(content, indent=2) + "\n")
 
 
 def is_byte_level(saved):

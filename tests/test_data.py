@@ -18,6 +18,7 @@ from PIL import Image
 import data
 from data import CaptionRows, DataSettings, PictureRows, Sentences, SourceSettings, TokenRows, open_source
 from settings import UserError
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
@@ -688,9 +689,37 @@ def test_a_text_is_held_out_by_what_it_says(library):
     assert set(data.documents(str(folder), "train", 0.3)) == set(train)
 
 
-def test_the_captions_of_emoji_have_the_pictures_split():
-    captions = list(data.documents("emoji", "combo"))
-    assert captions == [item.caption for item in open_source("emoji", SIDE, "combo")]
+def test_the_texts_of_emoji_have_the_pictures_split():
+    """Each name alone, and after its category: so that a language model knows which belong together."""
+    texts, items = list(data.documents("emoji", "combo")), open_source("emoji", SIDE, "combo")
+    assert texts[::2] == [item.caption for item in items]
+    assert texts[1::2] == [f"{item.category.lower()}: {item.caption}" for item in items]
+
+
+def test_a_vocabulary_is_made_of_the_texts_to_train_on(library, tmp_path, capsys):
+    """Its longest pieces are theirs; a folder of it is a text_tokenizer, and rows then are shorter than bytes."""
+    folder, texts = library
+    config, out = ROOT / "configs" / "tiny_llama.toml", tmp_path / "words"
+    source = f'data.sources=[{{path = "{folder}", kind = "text"}}]'
+    run(capsys, "vocabulary", "--config", config, "--out", out, "--size", "300", source)
+    words = Tokenizer.from_pretrained(out)
+    assert 258 < words.vocab_size <= 300
+    for text in texts:
+        assert words.decode(words.encode(text)) == text and len(words.encode(text)) < len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "says"),
+    [
+        ('[{path = "emoji", kind = "image"}]', "300", "a vocabulary is made of texts"),
+        ('[{path = "emoji", kind = "text"}]', "257", "--size 257: 256 bytes, what begins and what ends"),
+    ],
+)
+def test_no_vocabulary_without_texts(source, size, says, tmp_path, capsys):
+    config, out = ROOT / "configs" / "tiny_llama.toml", tmp_path / "words"
+    with pytest.raises(UserError, match=says):
+        run(capsys, "vocabulary", "--config", config, "--out", out, "--size", size, f"data.sources={source}")
+    assert not out.exists()
 
 
 def test_rows_of_text_are_rows(library, tmp_path, capsys):

@@ -5,7 +5,9 @@ The vocabularies are small ones, trained here by the reference libraries; Llama 
 """
 
 import io
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -64,6 +66,39 @@ def test_half_a_character_is_kept_back():
     assert "".join(words.stream(ids, special=True)) == "<|begin_of_text|>a🎉é<|end_of_text|>"
     with pytest.raises(UserError, match="id 258 stands for nothing"):
         words.decode([65, 258])
+
+
+# ---- a vocabulary of one's own -----------------------------------------------------------------
+
+
+def test_the_commonest_neighbours_are_joined_first():
+    """Sennrich et al. 2016, figure 1: low ×5, lower ×2, newest ×6, widest ×3. Of equals, the one of higher bytes."""
+    texts = [*["low"] * 5, *["lower"] * 2, *["newest"] * 6, *["widest"] * 3]
+    joins = [b"st", b"est", b"ow", b"low", b"west", b"ne", b"newest", b"wi", b"wid", b"widest", b"lowe", b"lower"]
+    found = tokenizer.train_bpe(texts, 100)
+    assert [first + second for first, second in found] == joins  # every word is whole: no more can be joined
+    assert tokenizer.train_bpe(texts, 3) == found[:3]
+
+
+def test_what_was_joined_in_training_is_joined_in_encoding(tmp_path):
+    """In no word is a pair left that training would have joined; and any other text is said too."""
+    joins = tokenizer.train_bpe(CORPUS, 200)
+    tokenizer.write_merges(tmp_path, joins)
+    words = Tokenizer.from_pretrained(tmp_path)
+    assert (words.bos, words.eos, words.vocab_size) == (456, 457, 458)
+    for word in {word for text in CORPUS for word in re.findall(" ?[a-z]+", text)}:
+        pieces = [words.pieces[i] for i in words.encode(word)]
+        assert b"".join(pieces) == word.encode() and not set(itertools.pairwise(pieces)) & set(joins)
+    for text in AWKWARD:
+        assert words.decode(words.encode(text)) == text
+
+
+def test_transformers_opens_a_vocabulary_of_our_own(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.write_merges(tmp_path, tokenizer.train_bpe(CORPUS, 200))
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*CORPUS, *AWKWARD]:
+        assert theirs(text)["input_ids"] == ours.encode(text, bos=True, special=True)
 
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
