@@ -26,7 +26,7 @@ parts: .venv/installed out/emoji/names.jsonl out/emoji/held_out_names.jsonl
 	$(PY) train.py --config configs/emoji_unet.toml
 	$(PY) train.py --config configs/emoji_llama.toml
 
-out/emoji/vocabulary/tokenizer.json: .venv/installed
+out/emoji/vocabulary/tokenizer.json: | .venv/installed
 	$(PY) data.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary
 
 out/emoji/names.jsonl: out/emoji/vocabulary/tokenizer.json

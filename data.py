@@ -21,6 +21,7 @@ and the number of machines changes nothing. numpy and Pillow only: the JAX train
 Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) and 4.2 (their codes in a row).
 
     python data.py tokenize --config configs/X.toml --out rows.jsonl
+    python data.py vocabulary --config configs/X.toml --out words         (of texts, for data.text_tokenizer)
     python data.py show rows.jsonl --config configs/X.toml --out grid.png
     python data.py check documents.jsonl --images FOLDER                  (what DreamLLM reads: documents.py)
 
@@ -943,10 +944,9 @@ def _texts(file):
             for number, line in enumerate(opened, 1):
                 try:
                     text = json.loads(line)["text"]
-                    if not isinstance(text, str):
-                        raise TypeError
+                    text.encode()  # a text, and one that UTF-8 can say
                     yield text
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AttributeError):
                     warn(f'skipped {file}:{number}: not a row {{"text": "…"}}')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: {error}") from None
@@ -1181,9 +1181,10 @@ def tokenize_text(arguments, data, shard, shards):
 
     if any(source.kind != "text" for source in data.sources):
         raise UserError("[[data.sources]] mixes text and pictures: make a rows file of each, in runs of their own")
-    if not data.text_tokenizer:
+    path = arguments.tokenizer or data.text_tokenizer
+    if not path:
         raise UserError('no tokenizer for text: set data.text_tokenizer to "bytes", or to a folder that has one')
-    tokenizer = Tokenizer.from_pretrained(data.text_tokenizer)
+    tokenizer = Tokenizer.from_pretrained(path)
     texts = (t for s in data.sources for t in documents(s.path, arguments.split, data.held_out_fraction))
     rows = tokens = 0
     with written_whole(arguments.out) as beside, open(beside, "w", newline="\n") as file:
@@ -1201,16 +1202,21 @@ def vocabulary(arguments):
     from tokenizer import train_bpe, write_merges
 
     data, _ = _read_config(arguments)
+    model, out = settings.read(arguments.config, arguments.overrides).get("model", {}), Path(arguments.out)
+    size = settings.convert(int, model.get("vocab_size", 0), "model.vocab_size")
     if any(source.kind != "text" for source in data.sources) or not data.sources:
         raise UserError("a vocabulary is made of texts: set the kind of all [[data.sources]] to text")
-    if arguments.size < 258:
-        raise UserError(f"--size {arguments.size}: 256 bytes, what begins and what ends a text need 258")
+    if size < 258:
+        raise UserError(f"model.vocab_size {size}: 256 bytes, what begins and what ends a text need 258")
+    if (out.exists() and not out.is_dir()) or (out / "config.json").exists():
+        raise UserError(f"{out}: a file, or a model's folder; give --out a folder of its own")
     texts = (t for s in data.sources for t in documents(s.path, "train", data.held_out_fraction))
-    merges = train_bpe(texts, arguments.size - 258)
-    Path(arguments.out).mkdir(parents=True, exist_ok=True)
-    write_merges(arguments.out, merges)
+    merges = train_bpe(texts, size - 258)
+    if (found := len(merges) + 258) < size:
+        raise UserError(f"these texts give {found} tokens at most: set model.vocab_size = {found}, or add texts")
+    write_merges(out, merges)
     longest = max((first + second for first, second in merges), key=len, default=b"").decode(errors="replace")
-    print(f'{arguments.out}: {len(merges) + 258} tokens; the longest is "{longest}"')
+    print(f'{out}: {size} tokens; the longest is "{longest}"')
 
 
 def show(arguments):
@@ -1290,7 +1296,7 @@ def main():
     kinds = "\n".join(f"  {kind:14} {text}" for kind, text in KINDS.items())
     parser = settings.Parser(
         prog="data.py",
-        description="Pictures to visual sentences, rows of codes, and back.",
+        description="Pictures to visual sentences, rows of codes, and back; texts to rows of ids.",
         epilog=f"kinds of visual sentences (N = data.pictures):\n{kinds}",
     )
     commands = parser.add_subparsers(required=True, metavar="tokenize | vocabulary | show | check")
@@ -1309,13 +1315,12 @@ def main():
     spelling = commands.add_parser(
         "vocabulary",
         help="texts → a tokenizer of their own",
-        description="Find the commonest pieces of a configuration's texts (byte-pair encoding of their train split) "
-        "and write them as tokenizer.json: a folder for data.text_tokenizer.",
+        description="Find the commonest pieces of a configuration's texts (byte-pair encoding of their train split), "
+        "model.vocab_size in all, and write them as tokenizer.json: a folder for data.text_tokenizer.",
         epilog="example: python data.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary",
     )
     spelling.add_argument("--config", required=True, help="a TOML file with [[data.sources]] of kind text")
     spelling.add_argument("--out", required=True, help="the folder to write")
-    spelling.add_argument("--size", type=int, default=2048, help="tokens, at most (default: 2048)")
     spelling.set_defaults(run=vocabulary)
     showing = commands.add_parser(
         "show",
@@ -1340,7 +1345,7 @@ def main():
     checking.add_argument("--images", help="the folder of the pictures that rows name (default: the file's own)")
     checking.set_defaults(run=check)
     for command in (encoding, showing):
-        command.add_argument("--tokenizer", help="the VQGAN's folder (default: data.tokenizer)")
+        command.add_argument("--tokenizer", help="the VQGAN's folder, or a text's (default: the configuration's)")
         command.add_argument("--device", help="default: cuda where there is one")
     arguments = parser.parse_with_overrides()
     if min(getattr(arguments, "batch", 1), getattr(arguments, "rows", 1)) < 1:

@@ -17,7 +17,8 @@ things alone: the labels (a token to predict, or -100), and which pictures come 
     image → image           <s> IMG DREAM </s>                        none
 
 Only documents have <dream_start> among their labels: they alone teach *when* to draw. A picture drawn is then
-looked at (DREAM IMG): in training the true one, in sample.py the model's own.
+looked at (DREAM IMG): in training the true one, in sample.py the model's own. (The paper's <dream> is <dream_start>
+here, as in the published code; there <dream> and <image> only mark places in raw texts.)
 
     emoji | folder | tar | rows.jsonl ──▶ source ──▶ Pair | Document | Conversation      texts, names of pictures
                                                         │ Writer
@@ -39,6 +40,7 @@ To see the idea first, read `Writer`. Read next: model.py, where `DreamLLM` fill
 
 import array
 import collections
+import copy
 import functools
 import glob
 import json
@@ -190,7 +192,7 @@ def chat_parts(messages, pictures=(), template="vicuna", system=None):
 
 
 class Writer:
-    """Writes the six kinds of samples, none longer than `context` tokens.
+    """Writes the six sequences above, none longer than `context` tokens.
 
     patches, queries   tokens of a picture looked at, and of one drawn
     understand, create which of the two is trained: documents keep one span of each picture where one is off
@@ -205,8 +207,6 @@ class Writer:
     ):
         self.tokenizer, self.context, self.template, self.system = tokenizer, context, template, system
         self.understand, self.create = understand, create
-        if not (understand or create):
-            raise UserError("a writer that neither understands nor creates has nothing to write")
         names = ("[PAD]", "<im_start>", "<im_patch>", "<im_end>", "<dream_start>", "<dream_end>")
         if absent := [name for name in names if name not in tokenizer.special]:
             raise UserError(f"the tokenizer has no {absent[0]}: DreamLLM's tokens must be added to it")
@@ -223,8 +223,11 @@ class Writer:
         understand, create = understand and self.understand, create and self.create
         if (understand, create) == (self.understand, self.create):
             return self
-        patches, queries = len(self.img) - 2, len(self.dream) - 2
-        return Writer(self.tokenizer, patches, queries, self.context, understand, create, self.template, self.system)
+        if not (understand or create):
+            raise UserError("a source's understand and create leave nothing of what the stage is to learn")
+        writer = copy.copy(self)
+        writer.understand, writer.create = understand, create
+        return writer
 
     def pair(self, caption, picture, coin):
         """A captioned picture; with both directions on, a coin in [0, 1) below 0.5 asks to create."""
@@ -590,7 +593,7 @@ class JsonRows:
                 if (key < held_out_fraction) == (split == "held_out"):
                     places.extend((number, start, len(raw), line))
         if not sound:
-            raise UserError(f'{path}: no row in it serves for kind "{kind}"; python data.py check says why')
+            raise UserError(f'{path}: no row in it serves for kind "{kind}": the reasons stand above')
         if not places:
             raise UserError(f"{path}: none of its {sound} rows falls into the {split} split: set held_out_fraction")
         self.places = np.array(places).reshape(-1, 4)  # (rows, 4): file, start, length, line

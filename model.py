@@ -22,7 +22,7 @@ U-Net in place of a text encoder:
              hidden (Q, D) ── condition ──▶ context (Q, C) ── diffusion: its loss, or a picture
 
     symbol  B batch   T tokens   D dim   V vocab_size   H n_heads   K n_kv_heads   E head_dim   F hidden_dim
-            S side of the pictures that CLIP sees   N patches of each   M pictures drawn   Q queries of each
+            S side of the pictures that CLIP sees   N places of each   M pictures drawn   Q queries of each
             C width of the U-Net's context
 
 Read before: vqgan.py; for DreamLLM, clip.py, diffusion.py and documents.py. Read next: train.py, then sample.py.
@@ -273,6 +273,7 @@ class LLaMA(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.activation_checkpointing = False
+        self.tokenizer = None  # of a model of text: is saved beside it
         for weight in self.parameters():  # the norms' weights stay 1
             if weight.ndim == 2:
                 nn.init.normal_(weight, 0, 0.02)
@@ -410,15 +411,17 @@ class LLaMA(nn.Module):
         return checkpoint.fill(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
-        """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them."""
+        """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them, and the tokenizer."""
         if any(isinstance(module, Int8Linear) for module in self.modules()):
             raise UserError("a model in int8 is for inference: its rounded weights are not saved")
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = config_to_hf(self.config) | {"torch_dtype": dtype}
+        config = config_to_hf(self.config, self.tokenizer) | {"torch_dtype": dtype}
         checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
         checkpoint.write_tensors(path / "model.safetensors", to_hf_names(self.state_dict()))
+        if self.tokenizer:
+            self.tokenizer.save_pretrained(path)
 
 
 def to_hf_names(tensors):
@@ -544,14 +547,14 @@ def _config(fields, path):
         raise UserError(f"{path}: {error}") from None
 
 
-def config_to_hf(config):
+def config_to_hf(config, tokenizer=None):
     saved = {theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}
     if (scaling := config.rope_scaling) and scaling.original_max_position_embeddings:
         saved["rope_scaling"] = {"rope_type": "llama3"} | dataclasses.asdict(scaling)
     elif scaling:
         saved["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
     fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02}
-    ends = {"bos_token_id": None, "eos_token_id": None}  # an LVM has none, and of a text our tokenizers know them
+    ends = {"bos_token_id": tokenizer and tokenizer.bos, "eos_token_id": tokenizer and tokenizer.eos}  # an LVM: none
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | saved | fixed | ends
 
 
@@ -630,6 +633,7 @@ def read_meta(folder):
 # ---- DreamLLM --------------------------------------------------------------------------------
 
 PROJECTORS = ("linear", "mlp", "conv", "downsample")
+CLIP_PART, DIFFUSION_PART = "clip_vision", "stable_diffusion"  # folders of the parts' configurations in a saved one
 
 
 @dataclass(frozen=True)
@@ -702,22 +706,24 @@ class DreamLLM(nn.Module):
         self.projector = Projector(width, llama.config.dim, config.projector)
         self.dream_queries = nn.Parameter(torch.randn(1, config.queries, llama.config.dim) * 0.02)
         self.condition = Projector(llama.config.dim, context, config.condition, bias=False)
-        self.patches = self.projector.places(clip.config.vision.patches)  # N
+        self.patches = self.projector.places(clip.config.vision.patches)  # N: fewer, if the projector downsamples
         self.side = diffusion.unet.config.sample_size * diffusion.vae.config.factor  # pixels of a drawn picture
         if absent := [name for name in ADDED if name not in tokenizer.special]:
             raise UserError(f"the tokenizer does not know {', '.join(absent)}: tokenizer.add(ADDED)")
         if tokenizer.vocab_size > llama.config.vocab_size:
             sizes = f"the tokenizer knows {tokenizer.vocab_size} tokens, the LLaMA only {llama.config.vocab_size}"
             raise UserError(f"{sizes}: llama.resize(tokenizer.vocab_size) gives it the missing ones")
+        s = tokenizer.special
+        self.look = [s["<im_start>"], *[s["<im_patch>"]] * self.patches, s["<im_end>"]]  # a picture to look at
+        self.ask = [s["<dream_start>"], *[s["<im_patch>"]] * config.queries]  # one to draw, as far as it is asked for
 
     # -- reading and training --
 
     def embed(self, tokens, images, queries=True):
         """tokens (B, T), images (·, 3, S, S) as CLIP wants them, in reading order → embeddings (B, T, D).
 
-        After every <im_start> stand a picture's patches, after every <dream_start> the queries. Without `queries` the
-        latter places stay what they are in the tokens: so does the published code where it is given nothing to draw,
-        which no row of documents.py asks of it.
+        After every <im_start> stand a picture's patches, after every <dream_start> the queries. (queries=False leaves
+        those places as their tokens have them: so does the published code where it is given nothing to draw.)
         """
         x = self.llama.embed_tokens(tokens)  # (B, T, D)
         if queries:
@@ -757,7 +763,8 @@ class DreamLLM(nn.Module):
         lm_loss = lm_loss / (wanted != -100).sum().clamp(min=1)
         vm_loss = self.drawing_loss(hidden, tokens, images_dm, draws) if len(images_dm) else lm_loss.new_zeros(())
         loss = c.w_lm * lm_loss + c.w_vm * vm_loss
-        # Of several processes, each must have a gradient, if only zero, of the same weights.
+        # Several processes average their gradients: each must have one of every weight, zero where its batch has no
+        # such picture.
         if not len(images):
             loss = loss + 0 * self.projector(self.dream_queries.new_zeros(1, v.patches, v.width)).sum()
         if not len(images_dm):
@@ -784,23 +791,24 @@ class DreamLLM(nn.Module):
     def prompt(self, parts):
         """A text, or a list of texts, Specials and PIL pictures to look at → ([id, …], [picture, …]).
 
-        <s> comes first; each text is encoded by itself, as between the pictures of a training row. What
-        documents.chat_parts gives is such a list.
+        <s> comes first; each text is encoded by itself and without spaces around it, as between the pictures of a
+        training row. But what documents.chat_parts gives is framed by a template, and its texts are one text.
         """
-        special = self.tokenizer.special
         ids = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-        pictures = []
+        pictures, follows = [], False
         parts = [parts] if isinstance(parts, str) else parts
-        chat = bool(parts) and isinstance(parts[0], Special)  # framed by a template: then its texts are one text
+        chat = bool(parts) and isinstance(parts[0], Special)
         for n, part in enumerate(parts):
             if isinstance(part, Special):
                 frame = self.tokenizer.frame(part)
                 ids += [] if n == 0 and frame == ids else frame  # <s> stands there already
-            elif isinstance(part, str):
-                ids += self.tokenizer.encode(part, follows=chat and n > 1)
+                continue
+            if isinstance(part, str):
+                ids += self.tokenizer.encode(part if chat else part.strip(), follows=follows)
             else:
-                ids += [special["<im_start>"], *[special["<im_patch>"]] * self.patches, special["<im_end>"]]
+                ids += self.look
                 pictures.append(part)
+            follows = chat
         return ids, pictures
 
     def read(self, ids, pictures=(), caches=None):
@@ -811,18 +819,15 @@ class DreamLLM(nn.Module):
 
     def dream(self, prompts):
         """prompts (each as `prompt` takes it) → (B, Q, D): what the queries become after each of them."""
-        span = [self.tokenizer.special["<dream_start>"], *[self.tokenizer.special["<im_patch>"]] * self.config.queries]
         read = [self.prompt(parts) for parts in prompts]
-        longest = max(len(ids) for ids, _ in read) + len(span)
+        longest = max(len(ids) for ids, _ in read) + len(self.ask)
         if longest > self.llama.config.max_seq_len:
-            raise UserError(f"a prompt of {longest - len(span)} tokens leaves no room for a picture in the context")
+            raise UserError(f"a prompt of {longest - len(self.ask)} tokens leaves no room for a picture in the context")
         # What is filled up on the right comes after the queries, so that they never see it.
         pad = self.tokenizer.special["[PAD]"]
-        rows = [ids + span + [pad] * (longest - len(ids) - len(span)) for ids, _ in read]
+        rows = [ids + self.ask + [pad] * (longest - len(ids) - len(self.ask)) for ids, _ in read]
         hidden = self.read(rows, [picture for _, pictures in read for picture in pictures])  # (B, T, D)
-        ends = torch.tensor([len(ids) for ids, _ in read], device=hidden.device)
-        places = ends[:, None] + 1 + torch.arange(self.config.queries, device=hidden.device)  # (B, Q)
-        return hidden[torch.arange(len(rows), device=hidden.device)[:, None], places]
+        return hidden[self.spans(torch.tensor(rows, device=hidden.device), "<dream_start>", self.config.queries)]
 
     @torch.inference_mode()
     def text_to_image(
@@ -850,7 +855,7 @@ class DreamLLM(nn.Module):
 
     def forbidden(self):
         """(V,) bool: what is never drawn as text, all ids but the text's own and those that end it."""
-        text = self.tokenizer.pieces.keys() - set(self.tokenizer.special.values()) | self.tokenizer.stops
+        text = (self.tokenizer.pieces.keys() - set(self.tokenizer.special.values())) | self.tokenizer.stops
         forbidden = torch.ones(self.llama.config.vocab_size, dtype=torch.bool, device=self.dream_queries.device)
         forbidden[sorted(text)] = False
         return forbidden
@@ -882,8 +887,8 @@ class DreamLLM(nn.Module):
     ):
         """prompt (as `prompt` takes it) → yields what follows: texts, and PIL pictures where the model wants them.
 
-        It writes until it draws </s>, has drawn max_new_tokens, or fills its context. When it draws <dream_start>, the
-        U-Net draws a picture from all that stands before; the model then looks at that picture and goes on. With
+        It writes until it samples </s>, has sampled max_new_tokens, or fills its context. At a <dream_start> the U-Net
+        draws a picture from all that stands before; the model then looks at that picture and goes on. With
         max_pictures=0 it only writes: captions, answers.
         """
         special, capacity = self.tokenizer.special, self.llama.config.max_seq_len
@@ -896,7 +901,7 @@ class DreamLLM(nn.Module):
         chance = torch.Generator(device)
         chance.seed() if seed is None else chance.manual_seed(seed)
         forbidden = self.forbidden()
-        span = self.config.queries + 2 + self.patches + 2  # what a picture takes: drawn, then looked at
+        span = len(self.ask) + 1 + len(self.look)  # what a picture takes: drawn, then looked at
         without = self.condition(self.dream([""]))  # what guidance leads away from
         caches = self.llama.caches(1, capacity)
         hidden = self.read([ids], pictures, caches)[:, -1]  # (1, D)
@@ -922,8 +927,7 @@ class DreamLLM(nn.Module):
             yield from self.tokenizer.stream(words())
             if ended:
                 return
-            queries = [special["<dream_start>"], *[special["<im_patch>"]] * self.config.queries]
-            states = self.read([queries], (), caches)[:, 1:]  # (1, Q, D)
+            states = self.read([self.ask], (), caches)[:, 1:]  # (1, Q, D)
             if progress:
                 print(file=sys.stderr)  # its bar gets a line of its own, below the text
             picture = self.diffusion.generate(
@@ -937,9 +941,7 @@ class DreamLLM(nn.Module):
             )
             picture, drawn = to_picture(picture[0]), drawn + 1
             yield picture
-            ids, _ = self.prompt([picture])
-            looked = [special["<dream_end>"], *ids[-(self.patches + 2) :]]  # without <s>
-            hidden = self.read([looked], [picture], caches)[:, -1]
+            hidden = self.read([[special["<dream_end>"], *self.look]], [picture], caches)[:, -1]
 
     # -- published files --
 
@@ -966,8 +968,8 @@ class DreamLLM(nn.Module):
         """Writes the published layout, with its parts' configurations and the tokenizer: a folder that is complete."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        self.clip.save_config(path / "clip_vision")
-        self.diffusion.save_configs(path / "stable_diffusion")
+        self.clip.save_config(path / CLIP_PART)
+        self.diffusion.save_configs(path / DIFFUSION_PART)
         self.tokenizer.save_pretrained(path)
         for name, tensors in self.published().items():
             write = checkpoint.write_tensors if name.endswith(".safetensors") else checkpoint.write_bin
@@ -1044,7 +1046,6 @@ def to_picture(image):
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-CLIP_PART, DIFFUSION_PART = "clip_vision", "stable_diffusion"  # where we put the parts' configurations
 LOSS_NAMES = {"drop": "drop_prob", "min_snr": "snr_gamma", "noise_offset": "noise_offset"}
 LOSS_NAMES |= {"perturbation": "input_perturbation"}  # ours: theirs
 
@@ -1096,10 +1097,9 @@ def dreamllm_to_hf(model):
     kinds = {"clip_vision_embedding": "embedding", "dream_embedding": "embedding", "stable_diffusion_head": "head"}
     ids = {name: model.tokenizer.special[name] for name in ADDED}
     tokens = {"[PAD]": ids.pop("[PAD]"), "additional_special_tokens": ids}
-    ends = {"bos_token_id": model.tokenizer.bos, "eos_token_id": model.tokenizer.eos, "pad_token_id": tokens["[PAD]"]}
     return (
-        config_to_hf(model.llama.config)
-        | ends
+        config_to_hf(model.llama.config, model.tokenizer)
+        | {"pad_token_id": tokens["[PAD]"]}
         | {
             "architectures": ["DreamLLMForCausalMLM"],
             "model_type": "dreamllm",

@@ -15,7 +15,9 @@ What a folder holds decides which tokenizer it is:
     tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    by the package sentencepiece (optional)
     (the word "bytes")  no file at all: 256 bytes, begin, end            for small runs of our own
 
-`train_bpe` finds such joins in texts of one's own (python data.py vocabulary writes their tokenizer.json).
+`train_bpe` finds such joins in texts of one's own (python data.py vocabulary writes their tokenizer.json). No token
+reaches over a word's border, and a space belongs to the word behind it: "taco" and " taco" are two tokens, and a
+prompt that ends with a space hides the next word from a model.
 
 Special tokens (`<s>`, `<|eot_id|>`) are the frame around texts: where one begins, who speaks. Typed by a user
 they are mere text, unless encode() is asked to see them: else anyone could end a turn and begin another's.
@@ -35,6 +37,7 @@ from pathlib import Path
 
 import regex
 import tiktoken
+from tqdm import tqdm
 
 import checkpoint
 from settings import UserError
@@ -113,7 +116,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
-            write_merges(folder, [], self.special)
+            write_merges(folder, [], self.later)
             return
         for name in (self.file.name, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
             if (self.file.parent / name).exists():
@@ -249,15 +252,16 @@ LETTER_OF = {byte: letter for letter, byte in BYTE_OF.items()}
 
 
 def train_bpe(texts, merges):
-    """texts → the first `merges` joins of byte-pair encoding, [(bytes, bytes), …]; fewer, if all words are whole.
+    """texts → the first `merges` joins of byte-pair encoding, [(bytes, bytes), …]; fewer when every word is one token.
 
-    Of the pairs of neighbours within a word (as GPT-2 cuts words) the most frequent is joined, everywhere; then
-    they are counted anew. Of equally frequent ones, the one of the higher bytes. Sennrich et al. 2016, algorithm 1.
+    The most frequent pair of neighbours within a word (as GPT-2 cuts words: " taco" is one, its space included) is
+    joined everywhere, and all are counted anew; of equally frequent pairs, the one that sorts last. Sennrich et al.
+    2016, algorithm 1. A join is a pass over all distinct words: minutes in all for those of a book.
     """
-    counts = collections.Counter(word for text in texts for word in regex.findall(GPT2, text))
+    counts = collections.Counter(match.group() for text in texts for match in regex.finditer(GPT2, text))
     words = [([bytes([byte]) for byte in word.encode()], count) for word, count in counts.items()]
     joins = []
-    while len(joins) < merges:
+    for _ in tqdm(range(merges), desc="vocabulary", unit=" merges", mininterval=1):
         pairs = collections.Counter()
         for tokens, count in words:
             for pair in itertools.pairwise(tokens):
@@ -275,13 +279,13 @@ def train_bpe(texts, merges):
     return joins
 
 
-def write_merges(folder, merges, special=None):
+def write_merges(folder, merges, later=None):
     """Writes byte-level BPE as a tokenizer.json with tokenizer_config.json, as Hugging Face's tokenizers read it.
 
-    A byte is its own id, merge n makes the token 256 + n. special: {name: id}, by default what begins and what ends
-    a text, after the merges.
+    A byte is its own id, merge n makes the token 256 + n; then come what begins and what ends a text. later:
+    {name: id} of special tokens that were added.
     """
-    special = special or {BEGIN: 256 + len(merges), END: 257 + len(merges)}
+    special = {BEGIN: 256 + len(merges), END: 257 + len(merges)} | (later or {})
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{"id": i, "content": name, "special": True} | plain for name, i in special.items()]
     template = [{"SpecialToken": {"id": BEGIN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
@@ -291,15 +295,23 @@ def write_merges(folder, merges, special=None):
         "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
     }
     first["special_tokens"] = {BEGIN: {"id": BEGIN, "ids": [special[BEGIN]], "tokens": [BEGIN]}}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": bool(merges)}
-    saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None}
-    saved |= {"pre_tokenizer": letters, "post_processor": first, "decoder": letters}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    letters["use_regex"] = bool(merges)  # it cuts words, as GPT-2 does: without merges there is nothing to cut for
     spelled = [["".join(map(LETTER_OF.get, token)) for token in pair] for pair in merges]
     vocab = BYTE_OF | {"".join(pair): 256 + n for n, pair in enumerate(spelled)}
-    saved["model"] = {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in spelled]}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}
-    files = {"tokenizer.json": saved, "tokenizer_config.json": config | {"add_bos_token": True}}
-    for name, content in files.items():
+    saved = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": letters,
+        "post_processor": first,
+        "decoder": letters,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in spelled]},
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END, "add_bos_token": True}
+    for name, content in (("tokenizer_config.json", config), ("tokenizer.json", saved)):
         checkpoint.write_text(Path(folder) / name, json.dumps(content, indent=2) + "\n")
 
 

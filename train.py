@@ -405,8 +405,8 @@ class LLaMATask(OnePhase):
         if s.data.tokenizer:
             checkpoint.resolve(s.data.tokenizer)  # its pictures are wanted first after many steps: is it there at all?
         if s.data.text_tokenizer:
-            words = Tokenizer.from_pretrained(s.data.text_tokenizer).vocab_size
-            if words > c.vocab_size:
+            self.model.tokenizer = Tokenizer.from_pretrained(s.data.text_tokenizer)
+            if (words := self.model.tokenizer.vocab_size) > c.vocab_size:
                 raise UserError(f"data.text_tokenizer has {words} tokens, but model.vocab_size is {c.vocab_size}")
 
         def rows(paths, **options):

@@ -667,7 +667,8 @@ def library(tmp_path):
     (tmp_path / "library" / "a.txt").write_text(texts[0])
     (tmp_path / "library" / "deep" / "b.txt").write_text(texts[1])
     lines = [json.dumps({"text": text, "more": 1}) for text in texts[2:]]
-    (tmp_path / "library" / "c.jsonl").write_text("\n".join([*lines[:20], "{oops", '{"text": null}', *lines[20:]]))
+    lines[20:20] = ["{oops", '{"text": null}', r'{"text": "\ud800"}']
+    (tmp_path / "library" / "c.jsonl").write_text("\n".join(lines))
     (tmp_path / "library" / "d.md").write_text("not a text of ours")
     return tmp_path / "library", texts
 
@@ -676,7 +677,7 @@ def test_a_text_is_a_file_or_a_line(library, capsys):
     folder, texts = library
     assert sorted(data.documents(str(folder), held_out_fraction=0)) == sorted(texts)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[0] for line in lines] == [f"skipped {folder / 'c.jsonl'}:{n}" for n in (21, 22)]
+    assert [line.split(": ")[0] for line in lines] == [f"skipped {folder / 'c.jsonl'}:{n}" for n in (21, 22, 23)]
     assert list(data.documents(str(folder / "a.txt"), held_out_fraction=0)) == texts[:1]
 
 
@@ -701,25 +702,32 @@ def test_a_vocabulary_is_made_of_the_texts_to_train_on(library, tmp_path, capsys
     folder, texts = library
     config, out = ROOT / "configs" / "tiny_llama.toml", tmp_path / "words"
     source = f'data.sources=[{{path = "{folder}", kind = "text"}}]'
-    run(capsys, "vocabulary", "--config", config, "--out", out, "--size", "300", source)
+    run(capsys, "vocabulary", "--config", config, "--out", out, source, "model.vocab_size=270")
     words = Tokenizer.from_pretrained(out)
-    assert 258 < words.vocab_size <= 300
+    assert words.vocab_size == 270
     for text in texts:
         assert words.decode(words.encode(text)) == text and len(words.encode(text)) < len(text.encode())
 
 
 @pytest.mark.parametrize(
-    ("source", "size", "says"),
+    ("kind", "size", "out", "says"),
     [
-        ('[{path = "emoji", kind = "image"}]', "300", "a vocabulary is made of texts"),
-        ('[{path = "emoji", kind = "text"}]', "257", "--size 257: 256 bytes, what begins and what ends"),
+        ("image", 300, "words", "a vocabulary is made of texts"),
+        ("text", 257, "words", "model.vocab_size 257: 256 bytes, what begins and what ends"),
+        ("text", 9000, "words", "these texts give [0-9]+ tokens at most: set model.vocab_size = "),
+        ("text", 300, "book.txt", "book.txt: a file, or a model's folder"),
+        ("text", 300, "run", "run: a file, or a model's folder"),
     ],
 )
-def test_no_vocabulary_without_texts(source, size, says, tmp_path, capsys):
-    config, out = ROOT / "configs" / "tiny_llama.toml", tmp_path / "words"
+def test_no_vocabulary_where_there_can_be_none(kind, size, out, says, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("low lower lowest")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    overrides = [f'data.sources=[{{path = "{tmp_path}/book.txt", kind = "{kind}"}}]', f"model.vocab_size={size}"]
+    config = ROOT / "configs" / "tiny_llama.toml"
     with pytest.raises(UserError, match=says):
-        run(capsys, "vocabulary", "--config", config, "--out", out, "--size", size, f"data.sources={source}")
-    assert not out.exists()
+        run(capsys, "vocabulary", "--config", config, "--out", tmp_path / out, *overrides, "data.held_out_fraction=0")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["book.txt", "config.json", "run"]
 
 
 def test_rows_of_text_are_rows(library, tmp_path, capsys):

@@ -26,7 +26,7 @@ from tokenizer import ADDED, BOS, EOS, Special, Tokenizer
 
 DREAMLLM = GOLDEN / "dreamllm"
 FAULTS = ("conversation_image_truncated_at_image", "conversation_text_truncated")  # tested below, one by one
-BEFOREHAND = ("pretokenized_pair",)  # ids made elsewhere, of a reader for files of them, which we do not have
+BEFOREHAND = ("pretokenized_pair",)  # ids made elsewhere: tested below
 
 
 def golden(name):
@@ -104,6 +104,15 @@ def test_a_sample_is_the_originals_id_for_id_and_label_for_label(file, name, tok
     assert sample.tokens.tolist() == case["input_ids"]
     assert sample.labels.tolist() == case["labels"]
     assert (len(sample.images), len(sample.images_dm)) == (case["n_images"], case["n_images_dm"])
+
+
+def test_a_pair_of_ids_made_elsewhere_is_the_pair_that_we_make_of_its_text(tokenizers):
+    """The original reads such ids from files, with one difference to its own: of them <s> is not learned."""
+    case = case_of("sequences_32k.json", BEFOREHAND[0])
+    writer = writer_of("sequences_32k.json", case, tokenizers)
+    sample = writer.pair(case["source"]["text"], "picture", 0.9)
+    assert sample.tokens.tolist() == case["input_ids"]
+    assert sample.labels.tolist() == [writer.bos[0], *case["labels"][1:]]
 
 
 def test_fault_of_the_original_a_conversation_cut_within_a_picture(tokenizers):
@@ -598,7 +607,7 @@ def test_settings_refuse_what_does_not_fit_together():
         DocumentSettings(sources=(DocumentSource(weight=0.0),))
     with pytest.raises(ValueError, match='unknown template "vicunja"'):
         DocumentSettings(template="vicunja")
-    with pytest.raises(UserError, match="neither understands nor creates"):
+    with pytest.raises(UserError, match="leave nothing of what the stage is to learn"):
         byte_writer(create=False).only(False, True)
 
 
