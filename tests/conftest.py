@@ -22,6 +22,7 @@ import train
 from clip import CLIP, CLIPConfig, VisionConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
 from model import LLaMA, LLaMAConfig
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -79,7 +80,9 @@ def dream_parts(tmp_path_factory):
     """Random parts of a tiny DreamLLM, each in its published layout, as overrides of configs/tiny_dreamllm.toml."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
-    LLaMA(LLaMAConfig(258, 32, 2, 4, hidden_dim=64, max_seq_len=192)).save_pretrained(folder / "llama")
+    llama = LLaMA(LLaMAConfig(258, 32, 2, 4, hidden_dim=64, max_seq_len=192))
+    llama.tokenizer = Tokenizer.from_pretrained("bytes")
+    llama.save_pretrained(folder / "llama")
     vision = VisionConfig(width=32, layers=2, heads=2, hidden_dim=64, patch_size=8, image_size=32)
     CLIP(CLIPConfig(0, vision, None)).save_pretrained(folder / "clip")
     unet = UNet(UNetConfig(4, 4, 8, (8, 16), 1, (1, 0), 1, (2, 2), 16, norm_num_groups=4))
