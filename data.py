@@ -1203,14 +1203,19 @@ def vocabulary(arguments):
 
     data, _ = _read_config(arguments)
     model, out = settings.read(arguments.config, arguments.overrides).get("model", {}), Path(arguments.out)
-    size = settings.convert(int, model.get("vocab_size", 0), "model.vocab_size")
+    if "vocab_size" not in model:
+        raise UserError("how many tokens? set model.vocab_size")
+    size = settings.convert(int, model["vocab_size"], "model.vocab_size")
     if any(source.kind != "text" for source in data.sources) or not data.sources:
         raise UserError("a vocabulary is made of texts: set the kind of all [[data.sources]] to text")
     if size < 258:
         raise UserError(f"model.vocab_size {size}: 256 bytes, what begins and what ends a text need 258")
-    if (out.exists() and not out.is_dir()) or (out / "config.json").exists():
-        raise UserError(f"{out}: a file, or a model's folder; give --out a folder of its own")
-    texts = (t for s in data.sources for t in documents(s.path, "train", data.held_out_fraction))
+    ours = {"tokenizer.json", "tokenizer_config.json"}
+    if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
+        raise UserError(f"{out}: there is something else already; give --out a folder of its own")
+    texts = [t for s in data.sources for t in documents(s.path, "train", data.held_out_fraction)]
+    if not texts:
+        raise UserError("none of the texts falls into the train split: change data.held_out_fraction")
     merges = train_bpe(texts, size - 258)
     if (found := len(merges) + 258) < size:
         raise UserError(f"these texts give {found} tokens at most: set model.vocab_size = {found}, or add texts")
@@ -1344,8 +1349,8 @@ def main():
     checking.add_argument("file", metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder")
     checking.add_argument("--images", help="the folder of the pictures that rows name (default: the file's own)")
     checking.set_defaults(run=check)
-    for command in (encoding, showing):
-        command.add_argument("--tokenizer", help="the VQGAN's folder, or a text's (default: the configuration's)")
+    for command, what in ((encoding, "the VQGAN's folder, or a text tokenizer's"), (showing, "the VQGAN's folder")):
+        command.add_argument("--tokenizer", help=f"{what} (default: the configuration's)")
         command.add_argument("--device", help="default: cuda where there is one")
     arguments = parser.parse_with_overrides()
     if min(getattr(arguments, "batch", 1), getattr(arguments, "rows", 1)) < 1:

@@ -273,7 +273,7 @@ class LLaMA(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.activation_checkpointing = False
-        self.tokenizer = None  # of a model of text: is saved beside it
+        self.tokenizer = None  # of a model of text, who trains it sets it: then it is saved beside the weights
         for weight in self.parameters():  # the norms' weights stay 1
             if weight.ndim == 2:
                 nn.init.normal_(weight, 0, 0.02)
@@ -411,7 +411,7 @@ class LLaMA(nn.Module):
         return checkpoint.fill(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
-        """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them, and the tokenizer."""
+        """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them; `tokenizer`, if set."""
         if any(isinstance(module, Int8Linear) for module in self.modules()):
             raise UserError("a model in int8 is for inference: its rounded weights are not saved")
         path = Path(path)

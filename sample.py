@@ -58,7 +58,7 @@ from diffusion import SAMPLERS, LatentDiffusion, to_pil
 from documents import chat_parts
 from model import DreamLLM, LLaMA
 from settings import UserError
-from tokenizer import TEMPLATES, Tokenizer
+from tokenizer import FILES, TEMPLATES, Tokenizer
 from vqgan import VQGAN
 
 
@@ -141,12 +141,13 @@ def run_data(run):
 
 
 def load_text(run, tokenizer="", device="cpu", dtype=None):
-    """(LLaMA, Tokenizer) from a run of ours, whose configuration names it, or a folder that holds both."""
+    """(LLaMA, Tokenizer) from a folder that holds both, or a run whose configuration names the latter."""
     data = run_data(run)
     if data.get("tokenizer") and not tokenizer:
         raise UserError(f"{run} is a run on pictures: use sample.py continue, or its perplexity of a .jsonl")
     folder = Path(run).parent if Path(run).is_file() else run
-    tokenizer = Tokenizer.from_pretrained(tokenizer or data.get("text_tokenizer") or folder)
+    own = any((checkpoint.resolve(folder) / name).exists() for name in FILES)
+    tokenizer = Tokenizer.from_pretrained(tokenizer or (not own and data.get("text_tokenizer")) or folder)
     llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
     if tokenizer.vocab_size > llama.config.vocab_size:
         sizes = f"the tokenizer knows {tokenizer.vocab_size} tokens, the LLaMA only {llama.config.vocab_size}"

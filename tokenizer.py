@@ -32,7 +32,6 @@ import collections
 import itertools
 import json
 import re
-import shutil
 from pathlib import Path
 
 import regex
@@ -41,6 +40,9 @@ from tqdm import tqdm
 
 import checkpoint
 from settings import UserError
+
+FILES = ("tokenizer.json", "tokenizer.model")
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 # What DreamLLM's tokenizers know besides (its published files; their ids differ: resolve them by name).
 ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", "<dream_start>", "<dream_end>")
@@ -57,6 +59,7 @@ class Tokenizer:
     added   {name: id} of tokens that are no merges either but are always seen: SmolLM2's "<repo_name>", say
     pieces  {id: bytes} of every token
     file    the tokenizer.json or tokenizer.model it was read from; None: "bytes"
+    files   {name: content} of that file and what else was read beside it: what is saved again
     later   {name: id} of the special tokens that were added since
     """
 
@@ -64,7 +67,7 @@ class Tokenizer:
         self.words, self.inner = words, inner or words
         self.pieces, self.special, self.added = pieces, special, dict(added)
         self.bos, self.eos = bos, eos
-        self.file, self.later = None, {}
+        self.file, self.files, self.later = None, {}, {}
         turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
         self.stops = {i for i in (eos, *stops, *turns) if i is not None}
         self.vocab_size = max(pieces) + 1
@@ -78,10 +81,7 @@ class Tokenizer:
         if str(path) == "bytes":
             return byte_tokenizer()
         path = checkpoint.resolve(path)
-        if path.is_file():
-            files = [path]
-        else:
-            files = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
+        files = [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]
         if not files:
             raise UserError(f"{path}: no tokenizer here (looked for tokenizer.json, tokenizer.model)")
         file = files[0]
@@ -89,6 +89,10 @@ class Tokenizer:
         if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
             file = files[1]
         tokenizer = from_json(file, saved) if file.suffix == ".json" else from_model(file)
+        names = {f"tokenizer{'.json' if file.suffix == '.json' else '.model'}": file}
+        names |= {name: file.parent / name for name in BESIDE}
+        # Kept, not copied later: the folder may be a checkpoint that is gone when the next one is written.
+        tokenizer.files = {name: place.read_bytes() for name, place in names.items() if place.exists()}
         tokenizer.file = file
         later = _beside(file, "added_tokens.json")
         tokenizer.add(later, later)
@@ -118,10 +122,9 @@ class Tokenizer:
         if self.file is None:
             write_merges(folder, [], self.later)
             return
-        for name in (self.file.name, "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-            if (self.file.parent / name).exists():
-                with checkpoint.written_whole(folder / name) as beside:
-                    shutil.copyfile(self.file.parent / name, beside)
+        for name, content in self.files.items():
+            with checkpoint.written_whole(folder / name) as beside:
+                beside.write_bytes(content)
         checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.later, indent=2) + "\n")
 
     def encode(self, text, bos=False, eos=False, special=False, follows=False):

@@ -48,6 +48,7 @@ import settings
 from data import DataSettings, TokenRows, prefetch
 from model import SIZES, LLaMAConfig, config_from_hf, config_to_hf
 from settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError
+from tokenizer import Tokenizer
 
 # ---- the mesh --------------------------------------------------------------------------------
 
@@ -401,8 +402,11 @@ def write(stem, trees, table, c, mesh, extra=None):
         checkpoint.write_text(stem.with_name(f"{stem.name}.safetensors.index.json"), json.dumps(index) + "\n")
 
 
-def save(run, step, keep, state, table, c, mesh):
-    """One checkpoint, step_XXXXXXXX/: see checkpoint.py for its layout. It stands there whole or not at all."""
+def save(run, step, keep, state, table, c, mesh, words=None):
+    """One checkpoint, step_XXXXXXXX/: see checkpoint.py for its layout. It stands there whole or not at all.
+
+    words: the Tokenizer of a run on text, to be saved beside the weights.
+    """
     chief = jax.process_index() == 0
     with checkpoint.new_step(run, step, keep) if chief else contextlib.nullcontext() as folder:
         # the chief's temporary name is everyone's
@@ -412,8 +416,10 @@ def save(run, step, keep, state, table, c, mesh):
             if tree:
                 if chief:
                     (folder / name).mkdir(exist_ok=True)
-                    config = config_to_hf(c) | {"torch_dtype": "float32"}
+                    config = config_to_hf(c, words) | {"torch_dtype": "float32"}
                     checkpoint.write_text(folder / name / "config.json", json.dumps(config, indent=2) + "\n")
+                    if words:
+                        words.save_pretrained(folder / name)
                 write(folder / name / "model", {"": tree}, table, c, mesh)
         counts = {f"{there}.step": np.array(step, np.float32) for _, _, there, _ in places(table, c)}
         moments = {f".{kind}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
@@ -537,6 +543,7 @@ def train(s, given, devices=None):
             loss = sum(float(loss_of(params, held_out_batch([i])[0])) for i in range(count)) / count
             return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 50))}
 
+        words = Tokenizer.from_pretrained(s.data.text_tokenizer) if s.data.text_tokenizer else None
         batches = prefetch(
             lambda step: microsteps(range(step * t.accumulate, (step + 1) * t.accumulate)),
             range(first, t.steps), s.data.workers,
@@ -571,7 +578,7 @@ def train(s, given, devices=None):
                         shown = ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if k != "step")
                         bar.write(f"step {done}: {shown}")
             if saves:
-                save(run, done, t.keep, state, table, c, mesh)
+                save(run, done, t.keep, state, table, c, mesh, words)
             if evaluates or saves:
                 clock = time.perf_counter()  # the rate is that of training alone
             bar.update()

@@ -18,7 +18,7 @@ from PIL import Image
 import data
 from data import CaptionRows, DataSettings, PictureRows, Sentences, SourceSettings, TokenRows, open_source
 from settings import UserError
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
@@ -697,16 +697,20 @@ def test_the_texts_of_emoji_have_the_pictures_split():
     assert texts[1::2] == [f"{item.category.lower()}: {item.caption}" for item in items]
 
 
-def test_a_vocabulary_is_made_of_the_texts_to_train_on(library, tmp_path, capsys):
-    """Its longest pieces are theirs; a folder of it is a text_tokenizer, and rows then are shorter than bytes."""
-    folder, texts = library
+def test_a_vocabulary_is_made_of_the_texts_to_train_on(tmp_path, capsys):
+    """A folder of it is a text_tokenizer, in which they are shorter than in bytes; what is held out has no part."""
+    texts = [f"{i * 7919 % 1000} {i * 104729 % 1000} naïve" for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     config, out = ROOT / "configs" / "tiny_llama.toml", tmp_path / "words"
-    source = f'data.sources=[{{path = "{folder}", kind = "text"}}]'
-    run(capsys, "vocabulary", "--config", config, "--out", out, source, "model.vocab_size=270")
+    overrides = [f'data.sources=[{{path = "{tmp_path}", kind = "text"}}]', "data.held_out_fraction=0.3"]
+    run(capsys, "vocabulary", "--config", config, "--out", out, *overrides, "model.vocab_size=290")
     words = Tokenizer.from_pretrained(out)
-    assert words.vocab_size == 270
+    assert words.vocab_size == 290
     for text in texts:
         assert words.decode(words.encode(text)) == text and len(words.encode(text)) < len(text.encode())
+    joins = train_bpe(data.documents(str(tmp_path), "train", 0.3), 32)
+    assert [words.pieces[256 + n] for n in range(32)] == [first + second for first, second in joins]
+    assert joins != train_bpe(texts, 32)
 
 
 @pytest.mark.parametrize(
@@ -715,8 +719,8 @@ def test_a_vocabulary_is_made_of_the_texts_to_train_on(library, tmp_path, capsys
         ("image", 300, "words", "a vocabulary is made of texts"),
         ("text", 257, "words", "model.vocab_size 257: 256 bytes, what begins and what ends"),
         ("text", 9000, "words", "these texts give [0-9]+ tokens at most: set model.vocab_size = "),
-        ("text", 300, "book.txt", "book.txt: a file, or a model's folder"),
-        ("text", 300, "run", "run: a file, or a model's folder"),
+        ("text", 300, "book.txt", "book.txt: there is something else already"),
+        ("text", 300, "run", "run: there is something else already"),
     ],
 )
 def test_no_vocabulary_where_there_can_be_none(kind, size, out, says, tmp_path, capsys):
@@ -728,6 +732,16 @@ def test_no_vocabulary_where_there_can_be_none(kind, size, out, says, tmp_path, 
     with pytest.raises(UserError, match=says):
         run(capsys, "vocabulary", "--config", config, "--out", tmp_path / out, *overrides, "data.held_out_fraction=0")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["book.txt", "config.json", "run"]
+
+
+def test_no_vocabulary_of_texts_that_are_all_held_out(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("low lower lowest")
+    overrides = [f'data.sources=[{{path = "{tmp_path}/book.txt", kind = "text"}}]', "data.held_out_fraction=0.999"]
+    config = ROOT / "configs" / "tiny_llama.toml"
+    with pytest.raises(UserError, match="none of the texts falls into the train split"):
+        run(capsys, "vocabulary", "--config", config, "--out", tmp_path / "x", *overrides, "model.vocab_size=300")
+    with pytest.raises(UserError, match="how many tokens"):
+        run(capsys, "vocabulary", "--config", ROOT / "configs" / "lvm.toml", "--out", tmp_path / "x", *overrides)
 
 
 def test_rows_of_text_are_rows(library, tmp_path, capsys):

@@ -72,7 +72,7 @@ def test_half_a_character_is_kept_back():
 
 
 def test_the_commonest_neighbours_are_joined_first():
-    """Sennrich et al. 2016, figure 1: low ×5, lower ×2, newest ×6, widest ×3. Of equals, the one of higher bytes."""
+    """The words of Sennrich et al. 2016, algorithm 1. Of equally common pairs, the one of higher bytes."""
     texts = [*["low"] * 5, *["lower"] * 2, *["newest"] * 6, *["widest"] * 3]
     joins = [b"st", b"est", b"ow", b"low", b"west", b"ne", b"newest", b"wi", b"wid", b"widest", b"lowe", b"lower"]
     found = tokenizer.train_bpe(texts, 100)
@@ -523,6 +523,16 @@ def test_transformers_opens_the_bytes(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "café, 🌮 <im_start>"
     assert theirs(text)["input_ids"] == tokenizer.encode(text, bos=True, special=True)
+
+
+def test_a_tokenizer_outlives_the_folder_it_came_from(tmp_path):
+    """A run that resumes reads it from a checkpoint, which is deleted when newer ones are written."""
+    tokenizer.write_merges(tmp_path / "old", tokenizer.train_bpe(CORPUS, 20))
+    words = Tokenizer.from_pretrained(tmp_path / "old")
+    shutil.rmtree(tmp_path / "old")
+    words.save_pretrained(tmp_path / "new")
+    again = Tokenizer.from_pretrained(tmp_path / "new")
+    assert again.encode("the tokens", bos=True) == words.encode("the tokens", bos=True)
 
 
 def test_a_copied_tokenizer_keeps_what_was_added(tmp_path):

@@ -29,6 +29,7 @@ import train
 import train_tpu
 from bench import plan
 from model import LLaMA
+from tokenizer import Tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -203,6 +204,13 @@ def test_both_trainers_leave_the_same_files(both):
     a, b = ((run / "config.toml").read_text().splitlines() for run in (torchs, ours))
     assert a[2:] == b[2:]  # all but the folder's own name
     assert [set(entry) for entry in metrics(ours)] == [set(entry) for entry in metrics(torchs)]
+
+
+def test_a_run_on_text_keeps_its_tokenizer(rows, tmp_path):
+    sizes = ["model.vocab_size=258", "data.text_tokenizer=bytes", "train.steps=1", "train.eval_every=0"]
+    run = run_tpu(tmp_path / "run", (1, 1, 1), *rows, *sizes)
+    assert Tokenizer.from_pretrained(run).encode("a", eos=True) == [97, 257]
+    assert json.loads((checkpoint.resolve(run) / "config.json").read_text())["eos_token_id"] == 257
 
 
 def test_a_run_begun_in_one_is_finished_in_the_other(both, tmp_path):
