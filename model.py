@@ -862,13 +862,7 @@ class DreamLLM(nn.Module):
 
     def generate_document(self, prompt, max_new_tokens=256, max_pictures=4, **options):
         """What `stream_document` yields, as a list: neighbouring texts are one."""
-        pieces = []
-        for piece in self.stream_document(prompt, max_new_tokens, max_pictures, **options):
-            if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += piece
-            else:
-                pieces.append(piece)
-        return pieces
+        return joined(self.stream_document(prompt, max_new_tokens, max_pictures, **options))[0]
 
     @torch.inference_mode()
     def stream_document(
@@ -889,7 +883,7 @@ class DreamLLM(nn.Module):
 
         It writes until it samples </s>, has sampled max_new_tokens, or fills its context. At a <dream_start> the U-Net
         draws a picture from all that stands before; the model then looks at that picture and goes on. With
-        max_pictures=0 it only writes: captions, answers.
+        max_pictures=0 it only writes: captions, answers. Returns, as generators do, whether it ended by itself.
         """
         special, capacity = self.tokenizer.special, self.llama.config.max_seq_len
         ids, pictures = self.prompt(prompt)
@@ -905,7 +899,7 @@ class DreamLLM(nn.Module):
         without = self.condition(self.dream([""]))  # what guidance leads away from
         caches = self.llama.caches(1, capacity)
         hidden = self.read([ids], pictures, caches)[:, -1]  # (1, D)
-        left, drawn, ended = max_new_tokens, 0, False
+        left, drawn, ended = max_new_tokens, 0, None  # at the end: whether by itself
 
         def words():
             """The ids of the text up to the next picture, or the end."""
@@ -918,15 +912,16 @@ class DreamLLM(nn.Module):
                 if new == special["<dream_start>"]:
                     return
                 if new in self.tokenizer.stops:
-                    break
+                    ended = True
+                    return
                 yield new
                 hidden = self.read([[new]], (), caches)[:, -1]
-            ended = True
+            ended = False
 
         while True:
             yield from self.tokenizer.stream(words())
-            if ended:
-                return
+            if ended is not None:
+                return ended
             states = self.read([self.ask], (), caches)[:, 1:]  # (1, Q, D)
             if progress:
                 print(file=sys.stderr)  # its bar gets a line of its own, below the text
@@ -1024,6 +1019,20 @@ class DreamLLM(nn.Module):
         for part in (model.clip, model.projector, model.condition, diffusion.unet):  # files may differ in this
             part.to(llama.embed_tokens.weight.dtype)
         return model.eval()
+
+
+def joined(stream):
+    """A generator of texts and pictures → ([piece, …] with neighbouring texts as one, what it returns)."""
+    pieces = []
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as end:
+            return pieces, end.value
+        if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+            pieces[-1] += piece
+        else:
+            pieces.append(piece)
 
 
 def taken(tensors, prefix):

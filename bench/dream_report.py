@@ -48,7 +48,7 @@ from clip import CLIP, text_encoders
 from data import open_source, save_grid
 from diffusion import LatentDiffusion
 from documents import CATEGORY, IMAGE, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
-from model import DreamLLM
+from model import DreamLLM, joined
 from sample import run_data, save_page
 
 SEED = 0
@@ -228,13 +228,6 @@ def measure_drawings(model, unet, judge, splits, everyone, count, sampling, path
 # ---- documents -------------------------------------------------------------------------------
 
 
-def ended(model, pieces):
-    """Whether a document, its prompt included, ended at </s>: having had the whole context, it would else fill that."""
-    texts = [piece for piece in pieces if isinstance(piece, str)]
-    spans = (len(pieces) - len(texts)) * (model.config.queries + 2 + model.patches + 2)
-    return 1 + sum(len(model.tokenizer.encode(text)) for text in texts) + spans < model.llama.config.max_seq_len
-
-
 def page(pieces):
     """Texts and pictures in reading order → one picture: each text above the picture that it leads to."""
     columns = [[""]]
@@ -256,13 +249,13 @@ def measure_documents(model, prompts, temperature, sampling, out):
     by_itself, pictures = [], []
     for number, prompt in enumerate(prompts):
         context = model.llama.config.max_seq_len
-        pieces = model.generate_document(
-            prompt, max_new_tokens=context, temperature=temperature, seed=SEED + number, **sampling
+        pieces, ended = joined(
+            model.stream_document(prompt, context, temperature=temperature, seed=SEED + number, **sampling)
         )
         first = [] if pieces and isinstance(pieces[0], str) else [""]
         pieces = [*first, *pieces]
         pieces[0] = prompt + pieces[0]
-        by_itself.append(ended(model, pieces))
+        by_itself.append(ended)
         pictures.append(sum(not isinstance(piece, str) for piece in pieces))
         if number < len(PAGES):
             save_grid(page(pieces), out / f"page_{number + 1}.png")

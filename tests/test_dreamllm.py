@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import checkpoint
 from clip import CLIP, CLIPConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, Draws, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
-from model import ADDED, DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig, Projector
+from model import ADDED, DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig, Projector, joined
 from settings import UserError
 from tokenizer import Tokenizer
 
@@ -264,8 +264,11 @@ def test_pictures_come_only_after_dream_start_and_are_looked_at(dream):
 
 
 def test_a_document_ends_at_the_end_token(dream):
+    """And says that it ended by itself; cut off by its length, it says that."""
+    assert joined(dream.stream_document("A dog", 3, max_pictures=0, temperature=0))[1] is False
     eager(dream, 2, 100)
     assert document(dream) == []
+    assert joined(dream.stream_document("A dog", 3)) == ([], True)
 
 
 def test_a_document_ends_with_its_context(dream):

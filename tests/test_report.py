@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from clip_report import BagOfWords, categories, distractors, retrieval, share
-from dream_report import answer, balanced, best_constant, ended, exact, word_f1
+from dream_report import answer, balanced, best_constant, exact, word_f1
 from lvm_report import mean_and_error, mean_iou, mse, mse_in_hole, psnr
 from PIL import Image
 from sd_speed import letters
@@ -112,13 +112,6 @@ def test_answers_together_are_the_answers_one_by_one(dreamer):
     one_by_one = ["".join(dreamer.stream_document(prompt, **options)) for prompt in prompts]
     assert answer(dreamer, prompts, max_new_tokens=12) == one_by_one
     assert len(set(one_by_one)) > 3  # else nothing would have been compared
-
-
-def test_a_document_that_fills_the_context_has_not_ended_by_itself(dreamer):
-    """64 tokens: <s>, 2 + 2 and 4 + 2 of a picture, 53 bytes."""
-    picture = Image.new("RGB", (8, 8))
-    assert not ended(dreamer, ["x" * 43, picture, "y" * 10])
-    assert ended(dreamer, ["x" * 43, picture, "y" * 9])
 
 
 # ---- CLIP and what it judges ---------------------------------------------------------------------
