@@ -580,10 +580,9 @@ class JsonRows:
         self.path, self.kind = path, kind
         self.files = sorted(glob.glob(path)) or [path]
         self.folder = Path(images) if images else Path(self.files[0]).parent
-        places, sound, rows = array.array("q"), 0, 0  # eight bytes a number, be there millions of rows
+        places, sound = array.array("q"), 0  # eight bytes a number, be there millions of rows
         for number, file in enumerate(self.files):
             for line, start, raw in json_rows(file):
-                rows += 1
                 try:
                     names = self._serve(raw).pictures
                     key = fraction(names[0] if names else raw.decode())
@@ -594,8 +593,7 @@ class JsonRows:
                 if (key < held_out_fraction) == (split == "held_out"):
                     places.extend((number, start, len(raw), line))
         if not sound:
-            why = ": the reasons stand above" if rows else ", for it is empty"
-            raise UserError(f'{path}: no row in it serves for kind "{kind}"{why}')
+            raise UserError(f'{path}: no row in it serves for kind "{kind}"')
         if not places:
             raise UserError(f"{path}: none of its {sound} rows falls into the {split} split: set held_out_fraction")
         self.places = np.array(places).reshape(-1, 4)  # (rows, 4): file, start, length, line

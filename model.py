@@ -273,7 +273,7 @@ class LLaMA(nn.Module):
         if not c.tie_embeddings:
             self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.activation_checkpointing = False
-        self.tokenizer = None  # of a model of text, who trains it sets it: then it is saved beside the weights
+        self.tokenizer = None  # a model of text may be given its own: it is saved beside the weights
         for weight in self.parameters():  # the norms' weights stay 1
             if weight.ndim == 2:
                 nn.init.normal_(weight, 0, 0.02)
