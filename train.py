@@ -242,7 +242,7 @@ class Ranks:
 
     def mean(self, values):
         """{name: scalar} averaged over all ranks, as floats."""
-        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
+        stacked = torch.tensor([float(v) for v in values.values()], dtype=torch.float32, device=self.device)
         if self.world > 1:
             dist.all_reduce(stacked)
         return dict(zip(values, (stacked / self.world).tolist(), strict=True))

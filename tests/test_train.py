@@ -220,6 +220,12 @@ def test_lines_of_steps_that_are_run_again_are_cut(tokenizer_run, tmp_path):
     assert metrics(run) == metrics(tokenizer_run)
 
 
+def test_a_run_without_held_out_rows_has_nothing_to_evaluate(row_overrides, tmp_path):
+    overrides = [*row_overrides, "data.held_out=[]", "train.steps=2", "train.eval_every=1", "train.sample_every=0"]
+    run = run_tiny("llama", tmp_path / "run", *overrides)
+    assert [entry["step"] for entry in metrics(run)] == [1, 2] and "held_out_loss" not in metrics(run)[-1]
+
+
 def test_a_complete_run_started_again_does_nothing(lvm_run, row_overrides, tmp_path, capsys):
     run = shutil.copytree(lvm_run, tmp_path / "run", symlinks=True)
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*")}
