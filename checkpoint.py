@@ -19,11 +19,12 @@ Read next: tokenizer.py.
 """
 
 import collections
+import contextlib
 import json
 import os
+import re
 import shutil
 import zipfile
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import settings
@@ -32,27 +33,95 @@ from settings import UserError
 # ---- one file --------------------------------------------------------------------------------
 
 
-@contextmanager
-def written_whole(path):
-    """Gives a temporary path beside `path`; renames it to `path` when the block ends without an error.
+@contextlib.contextmanager
+def atomic_file(path):
+    """Gives a temporary path beside `path`, to write to; renames it when the block ends without an error.
 
-    Works for files and folders (make the folder yourself). The data is flushed to disk first.
+    The data is flushed to disk first. A file that is there is replaced; a folder is not.
     """
-    path = Path(path)
+    with _renamed_to(out_file(path)) as beside:
+        yield beside
+
+
+@contextlib.contextmanager
+def atomic_folder(path, ours=None):
+    """The same for a folder, which is made already. One that is there is replaced only as `out_folder` says."""
+    path = out_folder(path, ours)
+    with _renamed_to(path) as beside:
+        beside.mkdir()
+        yield beside
+        if path.exists():
+            _refuse_others_files(path, ours)
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _renamed_to(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.part.{path.name}")  # the ending stays: it tells Pillow the format
-    _remove(beside)  # left by a process of the same number that was killed
+    beside = _beside(path)
+    _remove(beside)  # left over from a killed process with the same pid
     try:
         yield beside
         for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
                 with open(file, "rb") as f:
                     os.fsync(f.fileno())
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
         os.replace(beside, path)
     finally:
         _remove(beside)
+
+
+def _beside(path):
+    return path.with_name(f".{os.getpid()}.part.{path.name}")  # the ending stays: it tells Pillow the format
+
+
+def out_file(path, endings=()):
+    """`path`, if a command may write a file there; otherwise a UserError, before any work is done.
+
+    endings: what the name must end in, if anything.
+    """
+    if str(path).endswith(("/", os.sep)) or _writable(path).is_dir():
+        raise UserError(f"{path}: is a folder: name a file in it")
+    if endings and Path(path).suffix.lower() not in endings:
+        raise UserError(f"{path}: a picture's name must end in one of {', '.join(endings)}")
+    return Path(path)
+
+
+def out_folder(path, ours=None):
+    """`path`, if a command may make it its folder: nothing is there, or only files whose names match `ours`.
+
+    ours: a regex of whole file names; None: the folder must be absent or empty.
+    """
+    path = _writable(path)
+    if path.resolve() == Path.cwd():
+        raise UserError(f"{path}: is the folder you are in: name one of its own")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file: name a folder")
+    if path.exists():
+        _refuse_others_files(path, ours)
+    return path
+
+
+def _refuse_others_files(folder, ours):
+    for file in sorted(folder.iterdir()):
+        if not ours or not file.is_file() or not re.fullmatch(ours, file.name):
+            raise UserError(f"{folder}: holds {file.name}, which this command did not write: name another folder")
+
+
+def _writable(path):
+    """`path`, if a file or folder of that name can be made: tried with an empty one of the temporary name."""
+    name, path = str(path), Path(path)
+    try:
+        parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        beside = _beside(parent / (path.name or "x"))
+        beside.touch()
+        beside.unlink()
+        if not name:
+            raise ValueError("it is empty")
+    except (OSError, ValueError) as error:
+        shown = name if len(name) < 100 else f"{name[:40]}…{name[-40:]}"
+        raise UserError(f"{shown!r}: cannot be written ({getattr(error, 'strerror', error)})") from None
+    return path
 
 
 def remove_parts(folder):
@@ -69,7 +138,7 @@ def _remove(path):
 
 
 def write_text(path, text):
-    with written_whole(path) as beside:
+    with atomic_file(path) as beside:
         beside.write_text(text)
 
 
@@ -86,7 +155,7 @@ def write_tensors(path, tensors, metadata=None):
         return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
 
     tensors = {name: plain(tensor) for name, tensor in tensors.items()}
-    with written_whole(path) as beside:
+    with atomic_file(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
 
 
@@ -95,7 +164,7 @@ def write_bin(path, tensors):
     import torch
 
     plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    with written_whole(path) as beside:
+    with atomic_file(path) as beside:
         torch.save(plain, beside)
 
 
@@ -151,7 +220,7 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with _inert_classes(path) if path.suffix == ".ckpt" else nullcontext():
+        with _inert_classes(path) if path.suffix == ".ckpt" else contextlib.nullcontext():
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -285,14 +354,13 @@ def start_run(run, s, first):
     write_text(log, "".join(line + "\n" for line in kept))
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_step(run, step, keep=0):
     """Gives a folder to fill, which then appears whole as run/step_XXXXXXXX; the `keep` newest stay (0: all)."""
     folder = Path(run) / f"step_{step:08d}"
-    with written_whole(folder) as beside:
-        beside.mkdir()
+    with atomic_folder(folder) as beside:
         yield beside
-    with written_whole(Path(run) / "latest") as beside:
+    with _renamed_to(Path(run) / "latest") as beside:
         beside.symlink_to(folder.name)
     for old in steps(run)[:-keep] if keep else []:
         shutil.rmtree(old)

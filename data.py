@@ -57,7 +57,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import settings
-from checkpoint import written_whole
+from checkpoint import atomic_file, out_file, out_folder
 from settings import UserError
 
 # kind of visual sentence → what it holds; N is `pictures`
@@ -237,9 +237,7 @@ def save_grid(rows, path, pad=2):
         for j, picture in enumerate(row):
             top, left = pad + i * height, pad + j * width
             sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    if not str(path).lower().endswith(SUFFIXES):
-        raise UserError(f"{path}: a picture's name must end in one of {', '.join(SUFFIXES)}")
-    with written_whole(path) as beside:
+    with atomic_file(out_file(path, SUFFIXES)) as beside:
         Image.fromarray(sheet).save(beside)
 
 
@@ -1124,6 +1122,7 @@ def prefetch(make, indices, workers, depth=4):
 
 def tokenize(arguments):
     """Sentences → rows of codes, one JSON line each."""
+    out_file(arguments.out)
     data, seed = _read_config(arguments)
     shard, shards = _shard(arguments.shard)
     if any(source.kind == "text" for source in data.sources):
@@ -1155,7 +1154,7 @@ def tokenize(arguments):
     began = time.time()
     made = prefetch(make, numbers, data.workers)
     made = iter(tqdm(made, total=len(numbers), desc="tokenize", unit=" sentences", mininterval=1))
-    with written_whole(arguments.out) as beside, open(beside, "w", newline="\n") as file:
+    with atomic_file(arguments.out) as beside, open(beside, "w", newline="\n") as file:
         while group := list(itertools.islice(made, 16)):  # 16 sentences at a time: enough to fill batches
             if len(known) + sum(map(len, group)) > len(table):  # enough for a small set; a large one starts anew
                 known.clear()
@@ -1187,7 +1186,7 @@ def tokenize_text(arguments, data, shard, shards):
     tokenizer = Tokenizer.from_pretrained(path)
     texts = (t for s in data.sources for t in documents(s.path, arguments.split, data.held_out_fraction))
     rows = tokens = 0
-    with written_whole(arguments.out) as beside, open(beside, "w", newline="\n") as file:
+    with atomic_file(arguments.out) as beside, open(beside, "w", newline="\n") as file:
         for text in tqdm(itertools.islice(texts, shard, None, shards), desc="tokenize", unit=" texts", mininterval=1):
             ids = tokenizer.encode(text, bos=True, eos=True)
             file.write(encode_row(ids))
@@ -1201,8 +1200,9 @@ def vocabulary(arguments):
     """Texts → a vocabulary of their commonest pieces, as a tokenizer's files."""
     from tokenizer import train_bpe, write_merges
 
+    out = out_folder(arguments.out, r"tokenizer(_config)?\.json")
     data, _ = _read_config(arguments)
-    model, out = settings.read(arguments.config, arguments.overrides).get("model", {}), Path(arguments.out)
+    model = settings.read(arguments.config, arguments.overrides).get("model", {})
     if "vocab_size" not in model:
         raise UserError("how many tokens? set model.vocab_size")
     size = settings.convert(int, model["vocab_size"], "model.vocab_size")
@@ -1210,9 +1210,6 @@ def vocabulary(arguments):
         raise UserError("a vocabulary is made of texts: set the kind of all [[data.sources]] to text")
     if size < 258:
         raise UserError(f"model.vocab_size {size}: 256 bytes, what begins and what ends a text need 258")
-    ours = {"tokenizer.json", "tokenizer_config.json"}
-    if out.exists() and (not out.is_dir() or {file.name for file in out.iterdir()} - ours):
-        raise UserError(f"{out}: there is something else already; give --out a folder of its own")
     texts = [t for s in data.sources for t in documents(s.path, "train", data.held_out_fraction)]
     if not texts:
         raise UserError("none of the texts falls into the train split: change data.held_out_fraction")
@@ -1228,6 +1225,7 @@ def show(arguments):
     """Rows of codes → a sheet of pictures, one sentence a row, evenly spaced through the file."""
     import torch
 
+    out_file(arguments.out, SUFFIXES)
     data = _read_config(arguments)[0] if arguments.config else None
     model, device = _load_tokenizer(arguments.tokenizer or (data and data.tokenizer), arguments.device)
     side = arguments.side or (data.side if data else model.config.resolution)

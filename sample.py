@@ -217,29 +217,19 @@ def parse_size(text, picture, option="--resize"):
 def save_animation(pictures, path, seconds_per_frame=0.15):
     """Pictures as an animated GIF that repeats."""
     first, *rest = (Image.fromarray(p) for p in pictures)
-    with checkpoint.written_whole(path) as beside:
+    with checkpoint.atomic_file(path) as beside:
         first.save(beside, "GIF", save_all=True, append_images=rest, duration=int(1000 * seconds_per_frame), loop=0)
 
 
 # ---- pages: texts and pictures ---------------------------------------------------------------
 
-PAGE_FILE = re.compile(r"page\.(md|html)|picture_\d+\.png")  # what a page's folder holds, and nothing else
+PAGE_FILE = r"page\.(md|html)|picture_\d+\.png"  # what a page's folder holds, and nothing else
 STYLE = """
 :root { color-scheme: light dark }
 body { max-width: 40rem; margin: 2rem auto; padding: 0 1rem; font: 1.1rem/1.6 Georgia, serif }
 p { white-space: pre-wrap; overflow-wrap: anywhere }
 img { display: block; width: min(100%, 24rem); margin: 1.5rem auto }
 """
-
-
-def page_folder(folder):
-    """The path of a page that may be written: nothing is there, or an older page; else a UserError."""
-    path = Path(folder).resolve()
-    if path == Path.cwd():
-        raise UserError(f"{folder}: is the folder you are in, and a page replaces its own: choose another --out")
-    if path.exists() and not (path.is_dir() and all(PAGE_FILE.fullmatch(file.name) for file in path.iterdir())):
-        raise UserError(f"{folder}: is there, and no page of an earlier document: choose another --out")
-    return path
 
 
 def save_page(pieces, folder, title):
@@ -249,8 +239,7 @@ def save_page(pieces, folder, title):
     writes is text, never markup. A folder that is there is replaced if it is a page, else a UserError.
     """
     markdown, body, number = [], [], 0
-    with checkpoint.written_whole(page_folder(folder)) as beside:
-        beside.mkdir()
+    with checkpoint.atomic_folder(Path(folder).resolve(), PAGE_FILE) as beside:
         for piece in pieces:
             if isinstance(piece, str):
                 markdown.append(as_markdown(plain(piece).strip()))
@@ -360,6 +349,7 @@ def sampling(a, llama, number=0):
 
 
 def continue_(a):
+    checkpoint.out_file(a.out, SUFFIXES)
     size = parse_size(a.resize, a.prompt[-1])
     lvm = load(a, LVM.from_pretrained)
     prompt = np.stack([load_picture(path, lvm.side) for path in a.prompt])  # (N, side, side, 3)
@@ -405,6 +395,7 @@ def batch(a):
     failed = 0
     for number, row in rows:
         try:
+            checkpoint.out_file(row["output"], SUFFIXES)
             size = parse_size(a.resize, row["input"][-1])
             prompt = np.stack([load_picture(path, lvm.side) for path in row["input"]])
             drawn = lvm.continue_pictures(prompt, a.frames, a.candidates, **sampling(a, lvm.llama, number))
@@ -419,6 +410,7 @@ def batch(a):
 
 @torch.inference_mode()
 def reconstruct(a):
+    checkpoint.out_file(a.out, SUFFIXES)
     device = find_device(a.device)
     tokenizer = VQGAN.from_pretrained(a.run, device=device, dtype=a.dtype and getattr(torch, a.dtype))
     pictures = np.stack([load_picture(path, tokenizer.config.resolution) for path in a.images])
@@ -519,6 +511,7 @@ def diffusion_images(a):
 
 
 def image(a):
+    checkpoint.out_file(a.out, SUFFIXES)
     dream = is_dream(a.run)
     # without a place there: img2img, sizes, and what single files may need; or the pictures that a LLaMA looks at
     for name in ("image", "strength", "size", "config", "tokenizer") if dream else ("subject", "parts"):
@@ -553,8 +546,7 @@ def stream_document(a, prompt, max_pictures):
 
 
 def chat(a):
-    if Path(a.out).suffix.lower() not in SUFFIXES:  # before all the work
-        raise UserError(f"--out {a.out}: a picture's name must end in one of {', '.join(SUFFIXES)}")
+    checkpoint.out_file(a.out, SUFFIXES)  # before all the work
     pictures = given_pictures(a.image)
     if a.prompt:
         said = stream_document(a, question(a, pictures), a.max_pictures)
@@ -573,7 +565,7 @@ def chat(a):
 
 
 def document(a):
-    page_folder(a.out)  # before all the work
+    checkpoint.out_folder(a.out, PAGE_FILE)  # before all the work
     pictures = given_pictures(a.image)
     if a.system is not None and not a.template:
         raise UserError("--system needs --template: only a conversation has a place for it")

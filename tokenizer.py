@@ -123,7 +123,7 @@ class Tokenizer:
             write_merges(folder, [], self.later)
             return
         for name, content in self.files.items():
-            with checkpoint.written_whole(folder / name) as beside:
+            with checkpoint.atomic_file(folder / name) as beside:
                 beside.write_bytes(content)
         checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.later, indent=2) + "\n")
 

@@ -394,7 +394,7 @@ def write(stem, trees, table, c, mesh, extra=None):
             if mine:
                 held[there] = np.asarray(tensor.addressable_data(0))[tuple(slice(n) for n in shape)]
         if mine:
-            with checkpoint.written_whole(stem.with_name(file)) as beside:
+            with checkpoint.atomic_file(stem.with_name(file)) as beside:
                 save_file(held, beside, metadata={"format": "pt"})
     if last and jax.process_index() == 0:
         where = {there: names[number] for (there, *_), number in zip(tensors, numbers, strict=True)}

@@ -221,6 +221,7 @@ def main():
     parser.add_argument("--candidates", type=int, default=16, help="answers to each prompt (16)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest code (1)")
     a = parser.parse_args()
+    checkpoint.out_file(Path(a.out) / "report.json")  # before all the work
     tokenizer, out = a.tokenizer or run_data(a.run).get("tokenizer", ""), Path(a.out)
     lvm = LVM.from_pretrained(a.run, tokenizer, dtype=torch.float32)
     torch.set_grad_enabled(False)

@@ -156,7 +156,7 @@ def main():
         errors.text((14, SIDE - 88 + 20 * row), label, COLOURS[name])
 
     out = ROOT / "docs" / "samplers.png"
-    with checkpoint.written_whole(out) as beside:
+    with checkpoint.atomic_file(out) as beside:
         figure.resize((figure.width // SCALE, figure.height // SCALE), Image.Resampling.LANCZOS).save(beside)
     print(out)
 

@@ -96,6 +96,7 @@ def main():
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.0])
     parser.add_argument("--steps", type=int, default=25)
     a = parser.parse_args()
+    checkpoint.out_file(Path(a.out) / "unet_report.json")  # before all the work
     model = LatentDiffusion.from_pretrained(a.run, text_encoders(a.run), torch.float32).eval()
     side = model.unet.config.sample_size * model.vae.config.factor
     splits = {split: list(open_source("emoji", side, split)) for split in ("train", "combo", "new")}
@@ -137,7 +138,7 @@ def main():
             print(f"  {kind:22}" + " ".join(f"{shown(found[j][k]):20}" for j in judges for k in ("R@1", "R@5")))
         rows += list(zip(captions, pictures["drawn"], pictures["real"], strict=True))[: SHOWN[split]]
     checkpoint.write_text(Path(a.out) / "unet_report.json", json.dumps(report, indent=2) + "\n")
-    with checkpoint.written_whole(Path(a.out) / "unet.png") as beside:
+    with checkpoint.atomic_file(Path(a.out) / "unet.png") as beside:
         # 256 colours for all: half the size, and no eye sees it
         named_grid(rows).quantize(256, dither=Image.Dither.NONE).save(beside, optimize=True)
 

@@ -32,7 +32,7 @@ def refused(call, *arguments):
 def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
     file = tmp_path / "file.txt"
     file.write_text("old")
-    with pytest.raises(KeyError), checkpoint.written_whole(file) as beside:
+    with pytest.raises(KeyError), checkpoint.atomic_file(file) as beside:
         beside.write_text("half of the n")
         raise KeyError
     assert file.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
@@ -53,13 +53,14 @@ def test_nothing_is_seen_under_the_name_until_it_is_whole(tmp_path):
     assert (tmp_path / "step_00000001" / "state.json").read_text() == "{}"
 
 
-def test_a_file_and_a_folder_can_be_written_again(tmp_path):
+def test_a_file_can_be_written_again_and_a_step_cannot(tmp_path):
     for text in ("old", "new"):
         checkpoint.write_text(tmp_path / "deep" / "file.txt", text)
-        with checkpoint.new_step(tmp_path, 1) as folder:
-            (folder / text).touch()
     assert (tmp_path / "deep" / "file.txt").read_text() == "new"
-    assert os.listdir(tmp_path / "step_00000001") == ["new"]
+    make_step(tmp_path, 1)
+    with pytest.raises(UserError, match="holds state"):
+        make_step(tmp_path, 1)
+    assert os.listdir(tmp_path / "step_00000001") == ["state.json"]
 
 
 def test_any_tensor_can_be_written(tmp_path):
