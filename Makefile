@@ -15,8 +15,8 @@ PY = .venv/bin/python
 
 demo long: .venv/installed
 	$(PY) train.py --config configs/$@_tokenizer.toml
-	$(PY) data.py tokenize --config configs/$@_lvm.toml --out out/$@/rows.jsonl
-	$(PY) data.py tokenize --config configs/$@_lvm.toml --out out/$@/held_out.jsonl --split held_out
+	$(PY) prepare.py tokenize --config configs/$@_lvm.toml --out out/$@/rows.jsonl
+	$(PY) prepare.py tokenize --config configs/$@_lvm.toml --out out/$@/held_out.jsonl --split held_out
 	$(PY) train.py --config configs/$@_lvm.toml
 	$(PY) bench/lvm_report.py --run out/$@/lvm --out out/$@
 
@@ -27,13 +27,13 @@ parts: .venv/installed out/emoji/names.jsonl out/emoji/held_out_names.jsonl
 	$(PY) train.py --config configs/emoji_llama.toml
 
 out/emoji/vocabulary/tokenizer.json: | .venv/installed
-	$(PY) data.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary
+	$(PY) prepare.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary
 
 out/emoji/names.jsonl: out/emoji/vocabulary/tokenizer.json
-	$(PY) data.py tokenize --config configs/emoji_llama.toml --out $@
+	$(PY) prepare.py tokenize --config configs/emoji_llama.toml --out $@
 
 out/emoji/held_out_names.jsonl: out/emoji/vocabulary/tokenizer.json
-	$(PY) data.py tokenize --config configs/emoji_llama.toml --out $@ --split held_out
+	$(PY) prepare.py tokenize --config configs/emoji_llama.toml --out $@ --split held_out
 
 dream: parts
 	$(PY) train.py --config configs/dream_understand.toml

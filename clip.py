@@ -28,20 +28,14 @@ Read before: model.py. Read next: diffusion.py, whose pictures follow these text
 """
 
 import dataclasses
-import functools
-import gzip
-import html
 import json
 import math
 import pickle
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import regex  # tiktoken needs it too: Python's own re knows no \p{L}
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -49,14 +43,9 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-import checkpoint
-from settings import UserError
-from tokenizer import BYTE_OF
-
-try:
-    import ftfy  # mends mis-decoded text, as OpenAI did before tokenizing; an optional extra
-except ImportError:
-    ftfy = None
+from support import checkpoint
+from support.settings import UserError
+from support.tokenizer import CLIP_END, CLIPTokenizer, clip_file_names, find_clip_tokenizer
 
 # ---- configuration ---------------------------------------------------------------------------
 
@@ -302,7 +291,7 @@ class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.tokenizer = None  # a Tokenizer; from_pretrained sets it where it finds one
+        self.tokenizer = None  # a CLIPTokenizer; from_pretrained sets it where it finds one
         if c.vision:
             self.vision_model = VisionTransformer(c.vision)
         if c.text:
@@ -389,8 +378,8 @@ class CLIP(nn.Module):
         """A list of texts → (B, T) int64; what is too long loses its end."""
         if self.tokenizer is None:
             raise UserError(
-                f"this CLIP came without a tokenizer: put {_tokenizer_file_names()} beside its weights, "
-                "or set .tokenizer = Tokenizer.from_pretrained(…)"
+                f"this CLIP came without a tokenizer: put {clip_file_names()} beside its weights, "
+                "or set .tokenizer = CLIPTokenizer.from_pretrained(…)"
             )
         return self.tokenizer.tokenize(texts, self.config.text.context_length)
 
@@ -436,7 +425,7 @@ class CLIP(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         checkpoint.fill(model, tensors, path, dtype, device).eval()
-        model.tokenizer = find_tokenizer(path) if config.text else None
+        model.tokenizer = find_clip_tokenizer(path) if config.text else None
         return model
 
     def save_pretrained(self, path):
@@ -547,149 +536,6 @@ def preprocess(images, side=224, mean=MEAN, std=STD):
 # its last byte ("t</w>" is not "t"). tiktoken does the joining. It knows bytes only, so "</w>" is written 0xFF,
 # a byte that no UTF-8 text contains.
 
-START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", b"\xff"
-PIECES = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
-TOKENIZER_FILES = (("vocab.json", "merges.txt"), ("bpe_simple_vocab_16e6.txt.gz",), ("tokenizer.json",))
-
-
-def _basic_tokens():
-    """The 512 tokens before any merge: each byte within a word, then each at a word's end."""
-    return [*BYTE_OF, *(f"{c}</w>" for c in BYTE_OF)]
-
-
-def _as_bytes(token):
-    word = token.removesuffix("</w>")
-    return bytes(BYTE_OF[c] for c in word) + (WORD_END if word != token else b"")
-
-
-@functools.cache
-def _say_that_ftfy_is_missing():
-    print("note: without ftfy (pip install ftfy), a few unusual texts get other CLIP tokens", file=sys.stderr)
-
-
-def clean(text):
-    """Text as CLIP reads it: mended, HTML entities resolved, single spaces, lower case."""
-    if ftfy:
-        text = ftfy.fix_text(text)
-    elif not text.isascii():
-        _say_that_ftfy_is_missing()
-    return regex.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
-
-
-class Tokenizer:
-    """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first joined first.
-
-    `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in OpenAI's own
-    code and in open_clip's. The pooled feature never sees it, for attention only looks back; latent diffusion
-    reads every position, so it does. (Where it is 0, which is
-    "!", transformers takes every "!" of a text for padding too; the original code does not, nor does this.)
-    """
-
-    def __init__(self, vocabulary, merges, pad):
-        tokens = [*_basic_tokens(), *(left + right for left, right in merges)]
-        missing = [token for token in (*tokens, START, END) if token not in vocabulary]
-        if missing:
-            raise UserError(f"CLIP's vocabulary lacks {missing[0]!r} ({len(missing)} tokens are missing)")
-        self.vocabulary, self.merges, self.pad = vocabulary, merges, pad
-        self.start, self.end = vocabulary[START], vocabulary[END]
-        self.tokens = {id: token for token, id in vocabulary.items()}
-        self.ids = [vocabulary[token] for token in tokens]  # tiktoken's ids are ranks; these are the model's
-        ranks = {_as_bytes(token): rank for rank, token in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding("clip", pat_str="", mergeable_ranks=ranks, special_tokens={})
-
-    @classmethod
-    def of_bytes(cls):
-        """The tokenizer of a small CLIP: 512 basic tokens, start 512, end 513, and no merges."""
-        return cls({token: i for i, token in enumerate([*_basic_tokens(), START, END])}, [], pad=513)
-
-    @classmethod
-    def from_pretrained(cls, path):
-        """From vocab.json + merges.txt, OpenAI's bpe_simple_vocab_16e6.txt.gz or tokenizer.json, or their folder."""
-        path = Path(path)
-        if path.is_dir():
-            found = next((names for names in TOKENIZER_FILES if all((path / n).exists() for n in names)), None)
-            if not found:
-                raise UserError(f"{path}: no CLIP tokenizer in this folder (looked for {_tokenizer_file_names()})")
-            path = path / found[0]
-        try:
-            if path.name.endswith(".gz"):
-                lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-                # the file lists more merges than CLIP uses: 49,408 tokens less the 512 basic ones, start and end
-                merges = [tuple(line.split()) for line in lines[1 : 1 + 49408 - 512 - 2]]
-                tokens = [*_basic_tokens(), *(left + right for left, right in merges), START, END]
-                return cls({token: i for i, token in enumerate(tokens)}, merges, pad=0)
-            if path.name == "tokenizer.json":
-                saved = checkpoint.read_json(path)
-                vocabulary = saved["model"]["vocab"] | {t["content"]: t["id"] for t in saved["added_tokens"]}
-                # newer files write a merge as a pair, older ones as a text with a space
-                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in saved["model"]["merges"]]
-            else:
-                vocabulary = checkpoint.read_json(path.with_name("vocab.json"))
-                lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
-                merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-            return cls(vocabulary, merges, pad=vocabulary[_pad_token(path.parent)])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a CLIP tokenizer ({type(error).__name__}: {error})") from None
-
-    def save_pretrained(self, path, context_length):
-        """Writes vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
-        path = Path(path)
-        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.tokens[self.pad]}
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length} | special
-        merges = "".join(f"{left} {right}\n" for left, right in self.merges)
-        checkpoint.write_text(path / "vocab.json", json.dumps(self.vocabulary, ensure_ascii=False))
-        checkpoint.write_text(path / "merges.txt", "#version: 0.2\n" + merges)
-        checkpoint.write_text(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-
-    def encode(self, text):
-        """text → ids, without start and end."""
-        ids = []
-        for piece in PIECES.findall(clean(text)):
-            if piece in (START, END):
-                ids.append(self.vocabulary[piece])
-            else:
-                ids += [self.ids[rank] for rank in self.encoding._encode_single_piece(piece.encode() + WORD_END)]
-        return ids
-
-    def decode(self, ids):
-        """ids → text, with a space after every word; the letters' case and the spacing are lost."""
-        tokens = [self.tokens[id] for id in ids]
-        written = b"".join(t.encode() if t in (START, END) else _as_bytes(t) for t in tokens)
-        return written.replace(WORD_END, b" ").decode(errors="replace")
-
-    def tokenize(self, texts, context_length=77):
-        """A list of texts → (B, context_length) int64: start, text, end, padding. Long texts are cut."""
-        tokens = torch.full((len(texts), context_length), self.pad)
-        for row, text in zip(tokens, texts, strict=True):
-            ids = [self.start, *self.encode(text)[: context_length - 2], self.end]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
-
-
-def _tokenizer_file_names():
-    return " or ".join(" + ".join(names) for names in TOKENIZER_FILES)
-
-
-def _pad_token(folder):
-    """The padding token that the files beside a vocabulary name; without any, the end token."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # SD 2: they differ, the first is right
-        if (folder / name).exists():
-            token = checkpoint.read_json(folder / name).get("pad_token")
-            if token:
-                return token["content"] if isinstance(token, dict) else token
-    return END
-
-
-def find_tokenizer(path):
-    """The Tokenizer beside the weights at `path`: there, in tokenizer/ within, or in tokenizer/ for text_encoder/."""
-    folder = path if path.is_dir() else path.parent
-    for place in (folder, folder.parent / folder.name.replace("text_encoder", "tokenizer"), folder / "tokenizer"):
-        if any(all((place / name).exists() for name in names) for names in TOKENIZER_FILES):
-            return Tokenizer.from_pretrained(place)
-    return None
-
 
 # ---- published files: weights ----------------------------------------------------------------
 
@@ -770,9 +616,9 @@ def from_openai_names(tensors):
 
 # Stable Diffusion's single files: where a text tower's names begin, whose names follow, its activation, its padding
 SINGLE_FILE_TOWERS = (
-    ("cond_stage_model.transformer.", from_hf_names, "quick_gelu", END),  # SD 1
+    ("cond_stage_model.transformer.", from_hf_names, "quick_gelu", CLIP_END),  # SD 1
     ("cond_stage_model.model.", from_openai_names, "gelu", "!"),  # SD 2; "!" has id 0
-    ("conditioner.embedders.0.transformer.", from_hf_names, "quick_gelu", END),  # SDXL, the first of two
+    ("conditioner.embedders.0.transformer.", from_hf_names, "quick_gelu", CLIP_END),  # SDXL, the first of two
     ("conditioner.embedders.0.model.", from_openai_names, "gelu", "!"),  # SDXL's refiner
     ("conditioner.embedders.1.model.", from_openai_names, "gelu", "!"),  # SDXL, the second
 )
@@ -807,7 +653,7 @@ def text_encoders(path, tokenizer=None, dtype=None, device="cpu"):
         raise UserError(f"{path}: holds no CLIP text tower (looked for text_encoder/ or SD's own names)")
     for encoder, pad in found:
         if tokenizer:
-            encoder.tokenizer = Tokenizer.from_pretrained(tokenizer)
+            encoder.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
         if encoder.tokenizer and pad:
             encoder.tokenizer.pad = encoder.tokenizer.vocabulary[pad]
     return [encoder for encoder, _ in found]

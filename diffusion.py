@@ -41,9 +41,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-import checkpoint
-import settings
-from settings import UserError
+from support import checkpoint, settings
+from support.settings import UserError
 
 # ---- configuration ---------------------------------------------------------------------------
 

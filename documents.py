@@ -33,29 +33,37 @@ Paper: Dong et al. 2023 (arXiv 2309.11499), section 3.2 (interleaved sequences),
 Row formats: MMC4 (Zhu et al. 2023, arXiv 2304.06939), OBELICS (Laurençon et al. 2023, arXiv 2306.16527),
 LLaVA (Liu et al. 2023, arXiv 2304.08485).
 
-    python data.py check rows.jsonl --images FOLDER       names every row that cannot be used
+    python prepare.py check rows.jsonl --images FOLDER       names every row that cannot be used
 
 To see the idea first, read `Writer`. Read next: model.py, where `DreamLLM` fills the spans.
 """
 
-import array
 import collections
 import copy
 import functools
-import glob
-import json
 import math
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data import fraction, load_picture, moved, open_source, warn
-from settings import UserError
-from tokenizer import TEMPLATES, Special, written
+from support.pictures import moved
+from support.settings import UserError
+from support.sources import (
+    DREAM,
+    IMAGE,
+    Conversation,
+    Document,
+    FilePairs,
+    JsonRows,
+    Pair,
+    check_count,
+    frame_messages,
+    is_placeholder,
+    open_source,
+    warn,
+)
+from support.tokenizer import TEMPLATES, Special
 
 IGNORED = -100  # the label of a token that is not to be predicted
 
@@ -118,32 +126,6 @@ class DocumentSettings:
 
 
 @dataclass(frozen=True)
-class Pair:
-    caption: str
-    picture: object
-
-    @property
-    def pictures(self):
-        return [self.picture]
-
-
-@dataclass(frozen=True)
-class Document:
-    pieces: list  # [(text, the picture after it or None), …] in reading order
-    prompt: str | None = None  # the instruction that it answers
-
-    @property
-    def pictures(self):
-        return [picture for _, picture in self.pieces if picture is not None]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    messages: list  # as in Tokenizer.encode_chat, with "<image>" and "<dream>" where the pictures stand
-    pictures: list  # one for each of these, in reading order
-
-
-@dataclass(frozen=True)
 class Sample:
     tokens: np.ndarray  # (T,) int64
     labels: np.ndarray  # (T,) int64: the token itself, or -100; the model shifts them
@@ -153,42 +135,16 @@ class Sample:
 
 # ---- the sequences -------------------------------------------------------------------------------
 
-IMAGE, DREAM = Special("<image>"), Special("<dream>")  # placeholders in raw data; never tokens of a sequence
-
-
-def _frame(messages, template, system):
-    """Messages → [text or Special, …] as the template writes them, placeholders cut out of the texts."""
-    if system is not None and messages[:1] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    parts = []
-    for part in written(messages, template):
-        if isinstance(part, Special):
-            parts.append(part)
-            continue
-        for text in re.split(f"({IMAGE}|{DREAM})", part):
-            if text:
-                parts.append(Special(text) if text in (IMAGE, DREAM) else text)
-    return parts
-
-
-def _is_picture(part):
-    return isinstance(part, Special) and part in (IMAGE, DREAM)
-
-
-def _check_count(parts, pictures):
-    if (count := sum(map(_is_picture, parts))) != len(pictures):
-        raise ValueError(f"{count} × <image> or <dream> in its texts, but {len(pictures)} pictures")
-
 
 def chat_parts(messages, pictures=(), template="vicuna", system=None):
     """A chat → [text, Special or picture, …]: the prompt of an answer, for `DreamLLM.generate_document`.
 
     `messages` as in Tokenizer.encode_chat; each "<image>" (or "<dream>") in them becomes the next of `pictures`.
     """
-    parts = _frame(messages, template, system)
-    _check_count(parts, pictures)
+    parts = frame_messages(messages, template, system)
+    check_count(parts, pictures)
     left = iter(pictures)
-    return [next(left) if _is_picture(part) else part for part in parts]
+    return [next(left) if is_placeholder(part) else part for part in parts]
 
 
 class Writer:
@@ -270,13 +226,13 @@ class Writer:
         What an answer adds to the prompt before it is what the model is to say: so the labels are found in
         any template, and text is tokenized as one piece, as it will be when the model is asked.
         """
-        _check_count(_frame(messages, self.template, self.system), pictures)
+        check_count(frame_messages(messages, self.template, self.system), pictures)
         tokens, answers, parts = [], [], []
         for end, message in enumerate(messages, 1):
             if message["role"] != "assistant":
                 continue
-            prompt = self._ids(_frame(messages[: end - 1], self.template, self.system))
-            longer = _frame(messages[:end], self.template, self.system)
+            prompt = self._ids(frame_messages(messages[: end - 1], self.template, self.system))
+            longer = frame_messages(messages[:end], self.template, self.system)
             if len(ids := self._ids(longer)) > self.context:
                 break
             parts, tokens = longer, ids
@@ -289,7 +245,7 @@ class Writer:
             end = _common(said, tokens.tolist())
             labels[start:end] = tokens[start:end]
         labels[np.isin(tokens, self.img + self.dream)] = IGNORED
-        shown = list(zip(filter(_is_picture, parts), pictures, strict=False))  # fewer, if turns were left out
+        shown = list(zip(filter(is_placeholder, parts), pictures, strict=False))  # fewer, if turns were left out
         images = [picture for place, picture in shown if place == IMAGE or self.understand]
         return Sample(tokens, labels, images, [picture for place, picture in shown if place == DREAM and self.create])
 
@@ -303,13 +259,13 @@ class Writer:
         return ids[: self.context - span - len(self.bos + self.eos)] if span else ids
 
     def _prompt(self, prompt):
-        return _frame([{"role": "user", "content": prompt}], self.template, self.system)
+        return frame_messages([{"role": "user", "content": prompt}], self.template, self.system)
 
     def _ids(self, parts):
-        """What `_frame` gives → ids, spans in the places of pictures."""
+        """What `frame_messages` gives → ids, spans in the places of pictures."""
         ids, follows = [], False
         for part in parts:
-            if _is_picture(part):
+            if is_placeholder(part):
                 ids += self.dream if part == DREAM and self.create else []
                 ids += self.img if part == IMAGE or self.understand else []
             elif isinstance(part, Special):
@@ -411,230 +367,7 @@ class EmojiTexts:
 # ---- folders and tars of captioned pictures --------------------------------------------------------
 
 
-class FilePairs:
-    """Pictures of a folder or of WebDataset tars with their captions (data.FileSource says how they are named)."""
-
-    def __init__(self, files, kind):
-        self.path, self.files, self.kind = files.path, files, kind
-        if kind not in ("pair", "image"):
-            raise UserError(f'{self.path}: kind "{kind}" needs rows in a .jsonl or .json file')
-
-    def __len__(self):
-        return len(self.files)
-
-    def where(self, index):
-        return f"{self.path}/{self.files[index].name}"
-
-    def open(self, item):
-        return Image.fromarray(item.image)
-
-    def read(self, index, rng):
-        item = self.files[index]
-        caption = item.caption if self.kind == "pair" else ""
-        if self.kind == "pair" and not caption.strip():
-            raise ValueError("it has no caption")
-        return Pair(caption, item)
-
-
 # ---- rows in JSON ------------------------------------------------------------------------------------
-
-FORMATS = {  # what rows of a format hold
-    "MMC4": ("text_list", "image_info"),
-    "OBELICS": ("images", "texts"),
-    "LLaVA": ("conversations",),
-    "captions": ("image", "caption"),
-}
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-def read_row(raw):
-    """The bytes of a row → (a key of FORMATS, Pair | Document | Conversation); a ValueError says what is wrong."""
-    try:
-        row = json.loads(raw)
-    except RecursionError:
-        raise ValueError("not JSON that a person wrote") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not a table {{…}}")
-    form = next((form for form, keys in FORMATS.items() if all(key in row for key in keys)), None)
-    if form is None:
-        known = "; ".join(f"{', '.join(keys)} ({form})" for form, keys in FORMATS.items())
-        raise ValueError(f"its keys {', '.join(row) or '(none)'} are of no known row: {known}")
-    match form:
-        case "MMC4":
-            return form, _mmc4(row)
-        case "OBELICS":
-            return form, _obelics(row)
-        case "LLaVA":
-            return form, _llava(row)
-    return form, Pair(_is(str, row["caption"], "caption"), _is(str, row["image"], "image"))
-
-
-def _is(wanted, value, where):
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        names = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
-        raise ValueError(f"{where} is {json.dumps(value)[:40]}, not {names[wanted]}")
-    if isinstance(value, str):
-        value.encode()  # half a surrogate pair is a ValueError too
-    return value
-
-
-def _mmc4(row):
-    """Texts, and for each picture the text that it matches: it is put behind that."""
-    texts = [_is(str, text, f"text_list[{i}]") for i, text in enumerate(_is(list, row["text_list"], "text_list"))]
-    after = [[] for _ in texts]
-    for i, info in enumerate(_is(list, row["image_info"], "image_info")):
-        info, where = _is(dict, info, f"image_info[{i}]"), f"image_info[{i}]"
-        name = _is(str, info.get("image_name"), f"{where}.image_name")
-        index = _is(int, info.get("matched_text_index"), f"{where}.matched_text_index")
-        if not 0 <= index < len(texts):
-            raise ValueError(f"{where}.matched_text_index {index} points at none of the {len(texts)} texts")
-        after[index].append(name)
-    pieces = []
-    for text, names in zip(texts, after, strict=True):
-        pieces += [(text, names[0] if names else None), *(("", name) for name in names[1:])]
-    prompt = row.get("instruction")
-    return Document(pieces, None if prompt is None else _is(str, prompt, "instruction"))
-
-
-def _obelics(row):
-    """Two lists in reading order: at each place a text or a picture, and null in the other."""
-    images, texts = _is(list, row["images"], "images"), _is(list, row["texts"], "texts")
-    if len(images) != len(texts):
-        raise ValueError(f"{len(images)} images but {len(texts)} texts: one of each pair must be null")
-    pieces = []
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        if image is not None and text is not None:
-            raise ValueError(f"images[{i}] and texts[{i}] are both there: one of each pair must be null")
-        if image is not None:
-            pieces.append(("", _is(str, image, f"images[{i}]")))
-        elif text is not None:
-            pieces.append((_is(str, text, f"texts[{i}]"), None))
-    return Document(pieces)
-
-
-def _llava(row):
-    messages = []
-    for i, turn in enumerate(_is(list, row["conversations"], "conversations")):
-        turn, where = _is(dict, turn, f"conversations[{i}]"), f"conversations[{i}]"
-        role = ROLES.get(_is(str, turn.get("from"), f"{where}.from"))
-        if role is None:
-            raise ValueError(f'{where}.from is "{turn["from"]}": one of {", ".join(ROLES)}')
-        messages.append({"role": role, "content": _is(str, turn.get("value"), f"{where}.value")})
-    image = row.get("image")
-    names = [] if image is None else image if isinstance(image, list) else [image]
-    names = [_is(str, name, "image") for name in names]
-    try:
-        _check_count(_frame(messages, "plain", None), names)
-    except UserError as error:  # user and assistant do not take turns
-        raise ValueError(str(error)) from None
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("nobody answers in it")
-    return Conversation(messages, names)
-
-
-def json_rows(path):
-    """Yields (line, byte at which it starts, its bytes) of each row of a JSONL file, or of a file with one JSON list.
-
-    A JSONL file is read line by line; a list has no lines that could be told apart, and is read whole, once.
-    """
-    try:
-        with open(path, "rb") as file:
-            if file.read(4096).lstrip()[:1] != b"[":
-                file.seek(0)
-                start = 0
-                for line, raw in enumerate(file, 1):
-                    if raw.strip():
-                        yield line, start, raw
-                    start += len(raw)
-                return
-            file.seek(0)
-            text = file.read().decode("latin-1")  # a letter a byte: JSON's own signs are ASCII
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    place, line = text.index("[") + 1, 1
-    counted = 0  # up to where line breaks are counted
-    while True:
-        start = gap.match(text, place).end()
-        line, counted = line + text.count("\n", counted, start), start
-        if text[start : start + 1] == "]":
-            return
-        try:
-            place = decoder.raw_decode(text, start)[1]
-        except (ValueError, RecursionError):  # broken here: where the next row starts cannot be told
-            yield line, start, text[start:].encode("latin-1")
-            return
-        yield line, start, text[start:place].encode("latin-1")
-
-
-class JsonRows:
-    """Rows of .jsonl or .json files, in any of FORMATS. Opening reads and checks them all, and keeps their places.
-
-    Broken ones are named through `skip` and left out. A row is held out by a hash of its first picture's name
-    (without one, of itself): rows of one picture stay on one side.
-    """
-
-    def __init__(self, path, kind, images, split, held_out_fraction, skip):
-        self.path, self.kind = path, kind
-        self.files = sorted(glob.glob(path)) or [path]
-        self.folder = Path(images) if images else Path(self.files[0]).parent
-        places, sound = array.array("q"), 0  # eight bytes a number, be there millions of rows
-        for number, file in enumerate(self.files):
-            for line, start, raw in json_rows(file):
-                try:
-                    names = self._serve(raw).pictures
-                    key = fraction(names[0] if names else raw.decode())
-                except ValueError as error:
-                    skip(f"{file}:{line}: {error}")
-                    continue
-                sound += 1
-                if (key < held_out_fraction) == (split == "held_out"):
-                    places.extend((number, start, len(raw), line))
-        if not sound:
-            raise UserError(f'{path}: no row in it serves for kind "{kind}"')
-        if not places:
-            raise UserError(f"{path}: none of its {sound} rows falls into the {split} split: set held_out_fraction")
-        self.places = np.array(places).reshape(-1, 4)  # (rows, 4): file, start, length, line
-
-    def _serve(self, raw):
-        """The row, if it is of this source's kind."""
-        form, said = read_row(raw)
-        wanted = {"pair": Pair, "image": Pair, "conversation": Conversation}.get(self.kind, Document)
-        if not isinstance(said, wanted):
-            raise ValueError(f"a row of {form}, which is no {self.kind}: set another kind in [[data.sources]]")
-        if self.kind == "instructed" and said.prompt is None:
-            raise ValueError('it has no "instruction"')
-        return said
-
-    def __len__(self):
-        return len(self.places)
-
-    def where(self, index):
-        file, _, _, line = self.places[index].tolist()
-        return f"{self.files[file]}:{line}"
-
-    def open(self, name):
-        return open_picture(self.folder, name)
-
-    def read(self, index, rng):
-        number, start, length, _ = self.places[index].tolist()
-        with open(self.files[number], "rb") as file:
-            file.seek(start)
-            said = self._serve(file.read(length))
-        return Document(said.pieces) if self.kind == "document" else said  # whatever it answers
-
-
-def open_picture(folder, name):
-    """A picture that a row names, as a Pillow image; a UserError or ValueError where it cannot be had."""
-    if name.startswith(("http://", "https://")):
-        raise ValueError(f"{name[:80]} is an address, not a file: download the pictures, and write their names")
-    picture = load_picture(folder / name)
-    height, width, _ = picture.shape
-    if max(height, width) > 100 * min(height, width):
-        raise ValueError(f"{folder / name}: {width}×{height} pixels are a line, not a picture")
-    return Image.fromarray(picture)
 
 
 # ---- batches -------------------------------------------------------------------------------------------
@@ -778,58 +511,4 @@ class DocumentRows:
             warn(f"skipped {reason}")
 
 
-# ---- python data.py check --------------------------------------------------------------------------------
-
-
-def check(path, images=None):
-    """All that is wrong with a file of rows, a .tar or a folder: (one line of counts, [what is wrong where, …]).
-
-    Every row is read, and every picture that it names is opened, under the folder `images` (default: the
-    file's own). What is broken in a way that training would skip is listed; nothing is raised but for a file
-    that cannot be opened, or has nothing in it.
-    """
-    if os.path.isdir(path) or path.endswith(".tar"):
-        return _check_pictures(path)
-    folder = Path(images) if images else Path(path).parent
-    wrong, forms, rows, bad = [], collections.Counter(), 0, 0
-    seen = {}  # picture → what is wrong with it
-    for line, _, raw in json_rows(path):
-        rows += 1
-        try:
-            form, said = read_row(raw)
-            forms[form] += 1
-            if form != (first := next(iter(forms))):
-                raise ValueError(f"a row of {form} among those of {first}")
-            for name in said.pictures:
-                if name not in seen:
-                    seen[name] = _trouble(folder, name)
-                if seen[name]:
-                    raise ValueError(seen[name])
-        except ValueError as error:
-            bad += 1
-            wrong.append(f"{path}:{line}: {error}")
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    form = next(iter(forms), "unknown format")
-    return f"{path}: {form}, {rows} rows, {sum(not s for s in seen.values())} pictures, {bad} bad", wrong
-
-
-def _trouble(folder, name):
-    try:
-        open_picture(folder, name)
-    except (UserError, ValueError) as error:
-        return str(error)
-
-
-def _check_pictures(path):
-    wrong = []
-    say = lambda text: wrong.append(text.removeprefix("skipped "))  # noqa: E731
-    pairs = FilePairs(open_source(path, None, "train", 0, say), "pair")
-    for index in range(len(pairs)):
-        try:
-            pairs.open(pairs.read(index, None).picture)
-        except (UserError, ValueError) as error:
-            reason = str(error)
-            wrong.append(reason if reason.startswith(pairs.path) else f"{pairs.where(index)}: {reason}")
-    form = "folder" if os.path.isdir(path) else "WebDataset"
-    return f"{path}: {form}, {len(pairs)} captioned pictures, {len(wrong)} bad", wrong
+# ---- python prepare.py check --------------------------------------------------------------------------------

@@ -43,12 +43,11 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-import checkpoint
-import settings
 from data import DataSettings, TokenRows, prefetch
 from model import SIZES, LLaMAConfig, config_from_hf, config_to_hf
-from settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError
-from tokenizer import Tokenizer
+from support import checkpoint, settings
+from support.settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError
+from support.tokenizer import Tokenizer
 
 # ---- the mesh --------------------------------------------------------------------------------
 
@@ -518,7 +517,7 @@ def train(s, given, devices=None):
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if t.dtype == "float32" else "default"):
         table, update_step, loss_of, _, abstract_batch = prepare(s, c, mesh)
         if not s.data.rows:
-            raise UserError("data.rows is empty: name the JSONL files to train on (python data.py tokenize makes them)")
+            raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
 
         def open_rows(paths, **options):
             rows = TokenRows(paths, c.max_seq_len, t.batch_size, t.seed, vocab_size=c.vocab_size, **options)

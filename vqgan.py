@@ -33,9 +33,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-import checkpoint
-import settings
-from settings import UserError
+from support import checkpoint, settings
+from support.settings import UserError
 
 CLASS_NAMES = {"muse": "VQGANModel", "maskgit": "MaskGitVQGAN", "taming": "VQModel"}  # in config.json
 

@@ -31,10 +31,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import settings
 from clip import CLIP
-from data import open_source
+from support import checkpoint, settings
+from support.sources import open_source
 
 SEED, AMONG = 0, 100
 

@@ -42,14 +42,15 @@ from clip_report import Learned, distractors, retrieval
 from clip_report import shown as as_share
 from lvm_report import mean_and_error
 
-import checkpoint
-import settings
 from clip import CLIP, text_encoders
-from data import open_source, save_grid
 from diffusion import LatentDiffusion
-from documents import CATEGORY, IMAGE, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
-from model import DreamLLM, joined
-from sample import run_data, save_page
+from documents import CATEGORY, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
+from dreamllm import DreamLLM, joined
+from lvm import run_data
+from sample import save_page
+from support import checkpoint, settings
+from support.pictures import save_grid
+from support.sources import IMAGE, open_source
 
 SEED = 0
 SHOWN = 6  # names of each kind in drawn.png

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import settings
+from support import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {

@@ -20,10 +20,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import settings
-from data import Sentences, open_source, save_grid
-from sample import LVM, run_data, save_animation
+from data import Sentences
+from lvm import LVM, run_data
+from support import checkpoint, settings
+from support.pictures import save_animation, save_grid
+from support.sources import open_source
 from vqgan import usage
 
 SEED = 1  # of the sentences and of the sampling

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
 from diffusion import SAMPLERS, NoiseSchedule
+from support import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MEANS, SPREAD, T = torch.tensor([-1.0, 1.0], dtype=torch.float64), 0.3, 4097

@@ -21,9 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import settings
-from clip import CLIP, END, START, CLIPConfig, Tokenizer
+from clip import CLIP, CLIPConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig, to_pil
+from support import settings
+from support.tokenizer import CLIP_END as END
+from support.tokenizer import CLIP_START as START
+from support.tokenizer import CLIPTokenizer
 
 
 def timed(module, name, seconds):
@@ -43,8 +46,8 @@ def timed(module, name, seconds):
 
 def letters():
     """CLIP's tokenizer without its merges: the ids of the bytes, of start and end, and of the padding are CLIP's."""
-    vocabulary = Tokenizer.of_bytes().vocabulary | {START: 49406, END: 49407}
-    return Tokenizer(vocabulary, [], pad=vocabulary["!"])
+    vocabulary = CLIPTokenizer.of_bytes().vocabulary | {START: 49406, END: 49407}
+    return CLIPTokenizer(vocabulary, [], pad=vocabulary["!"])
 
 
 def text_tower():

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_tpu
 from bench.speed import ROUNDS, STEPS, llama_step
 from model import LLaMA, LLaMAConfig
-from train import can_compile, make_optimizer, read_run, start_model
+from tasks import read_run, start_model
+from train import can_compile, make_optimizer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo_lvm.toml"
 

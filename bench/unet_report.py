@@ -29,11 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clip_report import BagOfWords, Learned, distractors, retrieval, shown
 
-import checkpoint
-import settings
 from clip import CLIP, text_encoders
-from data import open_source
 from diffusion import LatentDiffusion
+from support import checkpoint, settings
+from support.sources import open_source
 
 SEED, TRIED = 0, 64
 SHOWN = {"train": 12, "combo": 6}  # names in the grid

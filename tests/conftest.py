@@ -6,6 +6,8 @@ processes, because a sum's rounding depends on how it is split.
 
 import os
 
+import prepare
+
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
@@ -16,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import settings
+import tasks
 import train
 from clip import CLIP, CLIPConfig, VisionConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
 from model import LLaMA, LLaMAConfig
-from tokenizer import Tokenizer
+from support import settings
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -32,7 +34,7 @@ torch.set_num_threads(1)
 def run_tiny(kind, run, *overrides):
     """Trains configs/tiny_{kind}.toml into the folder `run`, in this process."""
     config = ROOT / "configs" / f"tiny_{kind}.toml"
-    return train.train(*train.read_run(config, [f"run.dir={run}", *overrides]), device="cpu")
+    return train.train(*tasks.read_run(config, [f"run.dir={run}", *overrides]), device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +66,8 @@ def row_overrides(tokenizer_run, pictures):
     for split in ("train", "held_out"):
         arguments = ["tokenize", "--config", config, "--out", str(folder / f"{split}.jsonl"), "--split", split]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["data.py", *arguments, "--device", "cpu", *overrides])
-            data.main()
+            patch.setattr(sys, "argv", ["prepare.py", *arguments, "--device", "cpu", *overrides])
+            prepare.main()
     return [*overrides, f'data.rows=["{folder}/train.jsonl"]', f'data.held_out=["{folder}/held_out.jsonl"]']
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from settings import UserError
+from support import checkpoint
+from support.settings import UserError
 
 WEIGHTS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
 

@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import checkpoint
 import clip
-from clip import CLIP, CLIPConfig, TextConfig, Tokenizer, VisionConfig, contrastive_loss, sigmoid_loss
-from settings import UserError
+from clip import CLIP, CLIPConfig, TextConfig, VisionConfig, contrastive_loss, sigmoid_loss
+from support import checkpoint, tokenizer
+from support.settings import UserError
+from support.tokenizer import CLIPTokenizer
 
 # Heads 64 wide, as shapes imply, so that the same weights open with and without a config
 TINY = CLIPConfig(
@@ -182,7 +183,7 @@ def test_outputs_and_gradients_are_transformers(name, tmp_path):
 def test_transformers_opens_what_we_save(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = tiny(logit_bias=False)
-    model.tokenizer = Tokenizer.of_bytes()
+    model.tokenizer = CLIPTokenizer.of_bytes()
     model.save_pretrained(tmp_path)
     theirs, info = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -400,7 +401,7 @@ def test_text_towers_in_single_file_checkpoints(tmp_path):
     }
     for name, tensors in files.items():
         save_file({k: t.contiguous() for k, t in (tensors | unet).items()}, tmp_path / f"{name}.safetensors")
-    Tokenizer.of_bytes().save_pretrained(tmp_path / "words", 12)
+    CLIPTokenizer.of_bytes().save_pretrained(tmp_path / "words", 12)
     sd1, sd2, sdxl = (clip.text_encoders(tmp_path / f"{name}.safetensors", tmp_path / "words") for name in files)
 
     tokens = sd1[0].tokenize(["a dog"])
@@ -424,7 +425,7 @@ def test_text_towers_in_single_file_checkpoints(tmp_path):
 def test_text_towers_in_a_folder_find_their_own_tokenizers(tmp_path):
     for name, pad in (("", 513), ("_2", 0)):
         tower(64, 1, 24, "gelu", 0).save_pretrained(tmp_path / f"text_encoder{name}")
-        words = Tokenizer.of_bytes()
+        words = CLIPTokenizer.of_bytes()
         words.pad = pad
         words.save_pretrained(tmp_path / f"tokenizer{name}", 12)
     assert [encoder.tokenize(["x"])[0, -1].item() for encoder in clip.text_encoders(tmp_path)] == [513, 0]
@@ -470,7 +471,7 @@ def open_clip_folder():
 
 @pytest.fixture(scope="module")
 def openai_tokenizer():
-    return Tokenizer.from_pretrained(open_clip_folder())
+    return CLIPTokenizer.from_pretrained(open_clip_folder())
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +493,7 @@ def test_the_vocabularys_three_files_say_the_same(openai_tokenizer, awkward, tmp
     transformers = pytest.importorskip("transformers")
     openai_tokenizer.save_pretrained(tmp_path / "pair", 77)
     transformers.CLIPTokenizer.from_pretrained(tmp_path / "pair").save_pretrained(tmp_path / "one")
-    pair, one = Tokenizer.from_pretrained(tmp_path / "pair"), Tokenizer.from_pretrained(tmp_path / "one")
+    pair, one = CLIPTokenizer.from_pretrained(tmp_path / "pair"), CLIPTokenizer.from_pretrained(tmp_path / "one")
     assert not (tmp_path / "one" / "merges.txt").exists()
     texts = [case["text"] for case in awkward]
     assert pair.pad == one.pad == 0
@@ -502,48 +503,55 @@ def test_the_vocabularys_three_files_say_the_same(openai_tokenizer, awkward, tmp
 
 def test_ids_need_not_be_in_the_merges_order():
     """As in files that put the special tokens first."""
-    by_rank = Tokenizer(vocabulary_of([("a", "b</w>")]), [("a", "b</w>")], pad=0)
-    shifted = Tokenizer({t: i + 2 for t, i in by_rank.vocabulary.items()}, by_rank.merges, pad=0)
+    by_rank = CLIPTokenizer(vocabulary_of([("a", "b</w>")]), [("a", "b</w>")], pad=0)
+    shifted = CLIPTokenizer({t: i + 2 for t, i in by_rank.vocabulary.items()}, by_rank.merges, pad=0)
     assert by_rank.encode("ab b") == [512, by_rank.vocabulary["b</w>"]]
     assert shifted.encode("ab b") == [514, by_rank.vocabulary["b</w>"] + 2]
     assert shifted.decode(shifted.encode("AB  b")) == "ab b "
 
 
 def vocabulary_of(merges):
-    tokens = [*clip._basic_tokens(), *(a + b for a, b in merges), clip.START, clip.END]
+    tokens = [*tokenizer._clip_basic_tokens(), *(a + b for a, b in merges), tokenizer.CLIP_START, tokenizer.CLIP_END]
     return {token: i for i, token in enumerate(tokens)}
 
 
 def test_bytes_are_tokens_enough_for_a_small_clip():
-    tokens = Tokenizer.of_bytes().tokenize(["Hi é"], context_length=8)
-    words = Tokenizer.of_bytes()
-    assert [words.tokens[i] for i in tokens[0].tolist()] == [clip.START, "h", "i</w>", "Ã", "©</w>", *[clip.END] * 3]
+    tokens = CLIPTokenizer.of_bytes().tokenize(["Hi é"], context_length=8)
+    words = CLIPTokenizer.of_bytes()
+    assert [words.tokens[i] for i in tokens[0].tolist()] == [
+        tokenizer.CLIP_START,
+        "h",
+        "i</w>",
+        "Ã",
+        "©</w>",
+        *[tokenizer.CLIP_END] * 3,
+    ]
     assert words.decode(tokens[0, 1:5].tolist()) == "hi é "
     assert tokens.max() == 513  # the end token is the largest id: there the text is read off
 
 
 def test_a_long_text_loses_its_end_but_not_the_end_token():
-    words = Tokenizer.of_bytes()
+    words = CLIPTokenizer.of_bytes()
     short, long = words.tokenize(["ab", "abcdefgh"], context_length=6).tolist()
     assert short == [512, *words.encode("ab"), 513, 513, 513]
     assert long == [512, *words.encode("abcdefgh")[:4], 513]
 
 
 def test_without_ftfy_one_line_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(clip, "ftfy", None)
-    clip._say_that_ftfy_is_missing.cache_clear()
-    Tokenizer.of_bytes().tokenize(["plain", "schön", "größer"])
+    monkeypatch.setattr(tokenizer, "ftfy", None)
+    tokenizer._say_that_ftfy_is_missing.cache_clear()
+    CLIPTokenizer.of_bytes().tokenize(["plain", "schön", "größer"])
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path):
-    Tokenizer.of_bytes().save_pretrained(tmp_path, 12)
+    CLIPTokenizer.of_bytes().save_pretrained(tmp_path, 12)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(UserError, match="vocabulary lacks 'ab'"):
-        Tokenizer.from_pretrained(tmp_path)
+        CLIPTokenizer.from_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text("[]")
     with pytest.raises(UserError, match=r"vocab\.json: not a CLIP tokenizer"):
-        Tokenizer.from_pretrained(tmp_path)
+        CLIPTokenizer.from_pretrained(tmp_path)
 
 
 # ---- losses ----------------------------------------------------------------------------------

@@ -16,9 +16,13 @@ import pytest
 from PIL import Image
 
 import data
-from data import CaptionRows, DataSettings, PictureRows, Sentences, SourceSettings, TokenRows, open_source
-from settings import UserError
-from tokenizer import Tokenizer, train_bpe
+import prepare
+from data import CaptionRows, DataSettings, PictureRows, Sentences, SourceSettings, TokenRows
+from support import pictures, sources
+from support.settings import UserError
+from support.sources import open_source
+from support.tokenizer import Tokenizer, train_bpe
+from vqgan import VQGAN, VQGANConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
@@ -64,8 +68,8 @@ def tar_of(path, members):
 
 def test_the_emoji_split_leaks_no_group():
     """`new` shares no group with training; every `combo` picture's group is trained on, in other variants."""
-    names = {split: [item.name for item in open_source("emoji", SIDE, split)] for split in data.SPLITS}
-    groups = {split: {data.emoji_group(name) for name in names[split]} for split in names}
+    names = {split: [item.name for item in open_source("emoji", SIDE, split)] for split in sources.SPLITS}
+    groups = {split: {sources.emoji_group(name) for name in names[split]} for split in names}
     assert not groups["new"] & (groups["train"] | groups["combo"])
     assert groups["combo"] <= groups["train"]
     assert sorted(names["held_out"]) == sorted(names["new"] + names["combo"])
@@ -76,9 +80,9 @@ def test_the_emoji_split_leaks_no_group():
 def test_a_group_is_what_is_shown_whoever_does_it():
     """Skin, hair, gender and man/woman/person make variants; two flags stay two groups."""
     firefighters = ["1f9d1-200d-1f692", "1f468-200d-1f692", "1f469-1f3ff-200d-1f692"]
-    assert {data.emoji_group(code) for code in firefighters} == {"1f9d1-1f692"}
-    assert data.emoji_group("1f3c3-1f3fb-200d-2640-fe0f") == data.emoji_group("1f3c3")
-    assert data.emoji_group("1f1eb-1f1f7") != data.emoji_group("1f1e9-1f1ea")
+    assert {sources.emoji_group(code) for code in firefighters} == {"1f9d1-1f692"}
+    assert sources.emoji_group("1f3c3-1f3fb-200d-2640-fe0f") == sources.emoji_group("1f3c3")
+    assert sources.emoji_group("1f1eb-1f1f7") != sources.emoji_group("1f1e9-1f1ea")
 
 
 def test_variants_have_compositional_captions():
@@ -183,13 +187,13 @@ def test_a_truncated_tar_gives_what_is_before_the_break(tmp_path, capsys):
 def test_a_named_picture_that_cannot_be_read_is_refused(tmp_path):
     """load_picture serves prompts: a wrong file is the user's to mend, in a line that names it."""
     with pytest.raises(UserError, match=r"absent\.png: no such file"):
-        data.load_picture(tmp_path / "absent.png")
+        pictures.load_picture(tmp_path / "absent.png")
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UserError, match=r"text\.png: not a picture"):
-        data.load_picture(tmp_path / "text.png")
+        pictures.load_picture(tmp_path / "text.png")
     cut = png()[:200]
     with pytest.raises(UserError, match="cut"):
-        data.load_picture(cut, name="cut")
+        pictures.load_picture(cut, name="cut")
 
 
 def test_pictures_are_cropped_to_the_middle_square_on_white(tmp_path):
@@ -197,15 +201,15 @@ def test_pictures_are_cropped_to_the_middle_square_on_white(tmp_path):
     wide = np.zeros((8, 24, 4), np.uint8)
     wide[:, :8, 0], wide[:, :8, 3] = 255, 255  # a red left third, the rest transparent black
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert data.load_picture(tmp_path / "wide.png").shape == (8, 24, 3)
-    assert (data.load_picture(tmp_path / "wide.png", 8) == 255).all()
-    assert tuple(data.load_picture(tmp_path / "wide.png", 8, resize="stretch")[0, 0]) == (255, 0, 0)
+    assert pictures.load_picture(tmp_path / "wide.png").shape == (8, 24, 3)
+    assert (pictures.load_picture(tmp_path / "wide.png", 8) == 255).all()
+    assert tuple(pictures.load_picture(tmp_path / "wide.png", 8, resize="stretch")[0, 0]) == (255, 0, 0)
 
 
 def test_a_16_bit_depth_map_keeps_its_range(tmp_path):
     """65535 is white and 0 black: not everything above 255 clipped."""
     Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "d.png")
-    assert data.load_picture(tmp_path / "d.png")[0, :, 0].tolist() == [0, 127, 255]
+    assert pictures.load_picture(tmp_path / "d.png")[0, :, 0].tolist() == [0, 127, 255]
 
 
 # ---- visual sentences ------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def test_paired_and_colorization_put_the_annotation_in_its_place(emoji):
         used.update(fits)
     assert used == {"mask", "edges"}
     for a, b in np.split(drawn(Sentences(emoji, "colorization", (), 4).sentence(0)), 2):
-        assert (a == data.grey(b)).all()
+        assert (a == pictures.grey(b)).all()
         assert (a[..., 0] == np.rint(b @ [0.2989, 0.5870, 0.1140])).all()
 
 
@@ -254,7 +258,7 @@ def test_hole_sizes_scale_with_the_picture(side):
     white, squares = np.full((side, side, 3), 255, np.uint8), []
     patch = 32 * side // 256
     for seed in range(300):
-        hole = data.punch_hole(white, np.random.default_rng(seed))[..., 0] == 0
+        hole = pictures.punch_hole(white, np.random.default_rng(seed))[..., 0] == 0
         patches = hole.reshape(side // patch, patch, side // patch, patch)
         if (patches.any((1, 3)) == patches.all((1, 3))).all():
             continue  # whole patches only
@@ -327,11 +331,11 @@ def test_motion_is_steady_and_the_mask_moves_along():
     motion = np.array([(0.5, 0, -0.2, 0), (0, 0, 0.005, 0)])
     centres = []
     for t in range(0, 80, 8):
-        shown, masked = data.motion_frame(dot, motion, t), data.motion_frame(mask, motion, t, background=0)
+        shown, masked = pictures.motion_frame(dot, motion, t), pictures.motion_frame(mask, motion, t, background=0)
         assert np.abs(shown.astype(int) + masked - 255).max() <= 2
         centres.append(np.average(np.arange(64) + 0.5, weights=masked[32, :, 0].astype(float)))
     assert np.allclose(np.diff(centres), 0.005 * 64 * 8, atol=0.1)
-    assert data._bounce(0.3, -0.25, 0.25) == pytest.approx(0.2)
+    assert pictures._bounce(0.3, -0.25, 0.25) == pytest.approx(0.2)
 
 
 def test_every_picture_appears_in_every_pass(emoji):
@@ -535,7 +539,7 @@ def test_prefetch_keeps_the_order_and_raises_what_went_wrong():
 def test_a_grid_is_written_whole(tmp_path):
     """Rows of different lengths on white; nothing else is left in the folder."""
     black = np.zeros((4, 4, 3), np.uint8)
-    data.save_grid([[black, black, black], [black]], tmp_path / "new" / "grid.png", pad=1)
+    pictures.save_grid([[black, black, black], [black]], tmp_path / "new" / "grid.png", pad=1)
     sheet = np.array(Image.open(tmp_path / "new" / "grid.png"))
     assert sheet.shape == (11, 16, 3) and (sheet == 0).all(-1).sum() == 4 * 16
     assert os.listdir(tmp_path / "new") == ["grid.png"]
@@ -554,7 +558,6 @@ def test_data_is_importable_without_torch():
 def tokenizer(tmp_path_factory):
     """A VQGAN of a few thousand weights, as it falls out of the generator: 4 codes a picture of 16 pixels."""
     torch = pytest.importorskip("torch")
-    from vqgan import VQGAN, VQGANConfig
 
     torch.manual_seed(0)
     config = VQGANConfig(
@@ -568,9 +571,9 @@ def tokenizer(tmp_path_factory):
 
 def run(capsys, *words):
     """data.py's command line in this process: what it printed."""
-    previous, sys.argv = sys.argv, ["data.py", *map(str, words)]
+    previous, sys.argv = sys.argv, ["prepare.py", *map(str, words)]
     try:
-        data.main()
+        prepare.main()
     finally:
         sys.argv = previous
     return capsys.readouterr().out
@@ -603,8 +606,6 @@ def config(tmp_path, tokenizer):
 def test_tokenize_writes_the_codes_of_each_sentence_and_show_reads_them(tmp_path, capsys, config, tokenizer):
     """A row is its sentence's pictures, encoded and laid end to end; `show` decodes them to a sheet."""
     import torch
-
-    from vqgan import VQGAN
 
     out = run(capsys, "tokenize", "--config", config, "--out", tmp_path / "rows.jsonl")
     assert "13 rows, 208 tokens" in out  # (2 passes × 5 + 3 sentences) × 4 pictures × 4 codes
@@ -675,24 +676,24 @@ def library(tmp_path):
 
 def test_a_text_is_a_file_or_a_line(library, capsys):
     folder, texts = library
-    assert sorted(data.documents(str(folder), held_out_fraction=0)) == sorted(texts)
+    assert sorted(sources.read_texts(str(folder), held_out_fraction=0)) == sorted(texts)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"skipped {folder / 'c.jsonl'}:{n}" for n in (21, 22, 23)]
-    assert list(data.documents(str(folder / "a.txt"), held_out_fraction=0)) == texts[:1]
+    assert list(sources.read_texts(str(folder / "a.txt"), held_out_fraction=0)) == texts[:1]
 
 
 def test_a_text_is_held_out_by_what_it_says(library):
     """More texts, or the same in another file, move none from one split to the other."""
     folder, texts = library
-    train, held_out = (list(data.documents(str(folder), split, 0.3)) for split in ("train", "held_out"))
+    train, held_out = (list(sources.read_texts(str(folder), split, 0.3)) for split in ("train", "held_out"))
     assert sorted(train + held_out) == sorted(texts) and train and held_out
     (folder / "again.txt").write_text(held_out[0])
-    assert set(data.documents(str(folder), "train", 0.3)) == set(train)
+    assert set(sources.read_texts(str(folder), "train", 0.3)) == set(train)
 
 
 def test_the_texts_of_emoji_have_the_pictures_split():
     """Each name alone, and after its category: so that a language model knows which belong together."""
-    texts, items = list(data.documents("emoji", "combo")), open_source("emoji", SIDE, "combo")
+    texts, items = list(sources.read_texts("emoji", "combo")), open_source("emoji", SIDE, "combo")
     assert texts[::2] == [item.caption for item in items]
     assert texts[1::2] == [f"{item.category.lower()}: {item.caption}" for item in items]
 
@@ -708,7 +709,7 @@ def test_a_vocabulary_is_made_of_the_texts_to_train_on(tmp_path, capsys):
     assert words.vocab_size == 290
     for text in texts:
         assert words.decode(words.encode(text)) == text and len(words.encode(text)) < len(text.encode())
-    joins = train_bpe(data.documents(str(tmp_path), "train", 0.3), 32)
+    joins = train_bpe(sources.read_texts(str(tmp_path), "train", 0.3), 32)
     assert [words.pieces[256 + n] for n in range(32)] == [first + second for first, second in joins]
     assert joins != train_bpe(texts, 32)
 

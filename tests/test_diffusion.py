@@ -26,7 +26,8 @@ from diffusion import (
     guide,
     original_config,
 )
-from settings import UserError
+from support.settings import UserError
+from support.tokenizer import CLIPTokenizer
 
 FOLDERS = ("sd15_diffusers", "sd21_diffusers", "sdxl_diffusers")
 # The published shapes, shrunk in width only.
@@ -232,7 +233,7 @@ def test_a_prompt_becomes_the_picture_that_diffusers_draws(tmp_path, xl):
     for width, embed_dim in ((4, 0), (8, 5)) if xl else ((12, 0),):
         shape = {"width": width, "layers": 2, "heads": 2, "hidden_dim": 16, "vocab_size": 514}
         towers.append(randomize(clip.CLIP(clip.CLIPConfig(embed_dim, vision=None, text=clip.TextConfig(**shape)))))
-        towers[-1].tokenizer = clip.Tokenizer.of_bytes()
+        towers[-1].tokenizer = CLIPTokenizer.of_bytes()
     added = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 5 + 6 * 4} if xl else {}
     tiny(text_encoder=towers, **added).save_pretrained(tmp_path)
     model = LatentDiffusion.from_pretrained(tmp_path, clip.text_encoders(tmp_path))

@@ -18,11 +18,13 @@ from conftest import GOLDEN, ROOT
 from PIL import Image
 from safetensors.numpy import load_file
 
-import data
 import documents
-from documents import IGNORED, DocumentRows, DocumentSettings, DocumentSource, Writer, chat_parts, read_row
-from settings import UserError
-from tokenizer import ADDED, BOS, EOS, Special, Tokenizer
+import prepare
+from documents import IGNORED, DocumentRows, DocumentSettings, DocumentSource, Writer, chat_parts
+from support import sources
+from support.settings import UserError
+from support.sources import read_row
+from support.tokenizer import ADDED, BOS, EOS, Special, Tokenizer
 
 DREAMLLM = GOLDEN / "dreamllm"
 FAULTS = ("conversation_image_truncated_at_image", "conversation_text_truncated")  # tested below, one by one
@@ -371,7 +373,7 @@ def test_the_readmes_examples_are_rows(tmp_path):
     forms = []
     for block in re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         (tmp_path / "rows.json").write_text(block)
-        forms.append({read_row(raw)[0] for _, _, raw in documents.json_rows(tmp_path / "rows.json")})
+        forms.append({read_row(raw)[0] for _, _, raw in sources.json_rows(tmp_path / "rows.json")})
     assert forms == [{"captions"}, {"MMC4"}, {"OBELICS"}, {"LLaVA"}]
 
 
@@ -520,7 +522,7 @@ def test_letters_beyond_ascii_do_not_move_the_rows_of_a_list(tmp_path):
     """A list is cut by bytes: names and texts with é, 日 and 🎉 before a row shift nothing."""
     rows = [{"image": f"é{i}.png", "caption": "日本🎉" * i} for i in range(1, 4)]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
-    found = list(documents.json_rows(str(tmp_path / "rows.json")))
+    found = list(sources.json_rows(str(tmp_path / "rows.json")))
     assert [json.loads(raw) for _, _, raw in found] == rows
     assert [line for line, _, _ in found] == [2, 6, 10]
     text = (tmp_path / "rows.json").read_bytes()
@@ -537,7 +539,7 @@ def test_a_picture_is_on_one_side_of_the_split_only(folder, file):
         sides.append({rows.sources[0].read(i, None).pictures[0] for i in range(len(rows.sources[0]))})
     train, held_out = sides
     assert train and held_out and not train & held_out and len(train | held_out) == 10
-    assert held_out == {f"{i}.png" for i in range(10) if data.fraction(f"{i}.png") < 0.5}
+    assert held_out == {f"{i}.png" for i in range(10) if sources.fraction(f"{i}.png") < 0.5}
     with pytest.raises(UserError, match="none of its 10 rows falls into the held_out split"):
         rows_of(folder / file, kind, "held_out", 0.0, images=images)
 
@@ -611,7 +613,7 @@ def test_settings_refuse_what_does_not_fit_together():
         byte_writer(create=False).only(False, True)
 
 
-# ---- python data.py check -------------------------------------------------------------------------------------
+# ---- python prepare.py check -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -627,7 +629,7 @@ def test_settings_refuse_what_does_not_fit_together():
     ],
 )
 def test_check_recognises_each_format(folder, file, counts, program):
-    code, out, err = program(data.main, "check", folder / file, "--images", folder / "pictures")
+    code, out, err = program(prepare.main, "check", folder / file, "--images", folder / "pictures")
     assert (code, out, err) == (0, f"{folder / file}: {counts}\n", "")
 
 
@@ -639,7 +641,7 @@ def test_check_names_every_bad_row(folder, program):
     rows[3]["image"] = "33.png"
     rows[4] = {"image": "4.png", "caption": "number 4"}
     file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    code, out, err = program(data.main, "check", file, "--images", folder / "pictures")
+    code, out, err = program(prepare.main, "check", file, "--images", folder / "pictures")
     assert code == 2 and out.splitlines() == [
         f"{file}:3: 0 × <image> or <dream> in its texts, but 1 pictures",
         f"{file}:5: {folder}/pictures/33.png: no such file",
@@ -651,13 +653,13 @@ def test_check_names_every_bad_row(folder, program):
 def test_check_says_where_a_list_breaks_off(folder, program):
     file = folder / "llava.json"
     file.write_text(file.read_text()[:-60])
-    code, out, _ = program(data.main, "check", file, "--images", folder / "pictures")
+    code, out, _ = program(prepare.main, "check", file, "--images", folder / "pictures")
     assert code == 2 and out.startswith(f"{file}:") and "not JSON" in out
 
 
 def test_check_shows_twenty_and_counts_the_rest(tmp_path, program):
     (tmp_path / "rows.jsonl").write_text("{}\n" * 50)
-    code, out, err = program(data.main, "check", tmp_path / "rows.jsonl")
+    code, out, err = program(prepare.main, "check", tmp_path / "rows.jsonl")
     lines = out.splitlines()
     assert code == 2 and len(lines) == 21 and lines[-1] == "… and 30 more" and "50 bad" in err
 
@@ -666,14 +668,14 @@ def test_check_names_what_is_wrong_with_pictures_and_captions(folder, program):
     """In a folder, and in a .tar cut short."""
     (folder / "pictures" / "1.txt").unlink()
     (folder / "pictures" / "2.png").write_bytes(b"nonsense")
-    code, out, err = program(data.main, "check", folder / "pictures")
+    code, out, err = program(prepare.main, "check", folder / "pictures")
     assert code == 2 and out.splitlines() == [
         f"{folder}/pictures/1.png: it has no caption",
         f"{folder}/pictures/2.png: not a picture",
     ]
     tar = folder / "shard.tar"
     tar.write_bytes(tar.read_bytes()[:11_000])
-    code, out, err = program(data.main, "check", tar)
+    code, out, err = program(prepare.main, "check", tar)
     assert code == 2 and "truncated" in out and "WebDataset" in err
 
 
@@ -681,14 +683,14 @@ def test_an_address_is_no_picture(folder, program):
     """OBELICS comes with addresses of pictures: they must be downloaded first, and the check says so."""
     row = {"texts": ["a", None], "images": [None, "https://example.org/a.jpg"]}
     (folder / "rows.jsonl").write_text(json.dumps(row))
-    code, out, _ = program(data.main, "check", folder / "rows.jsonl")
+    code, out, _ = program(prepare.main, "check", folder / "rows.jsonl")
     assert code == 2 and "https://example.org/a.jpg is an address, not a file: download the pictures" in out
 
 
 def test_a_picture_thin_as_a_line_is_refused(folder):
     (folder / "pictures" / "0.png").write_bytes(png(0, (1, 500)))
     with pytest.raises(ValueError, match="500×1 pixels are a line, not a picture"):
-        documents.open_picture(folder / "pictures", "0.png")
+        sources.open_picture(folder / "pictures", "0.png")
 
 
 # ---- emoji -----------------------------------------------------------------------------------------------------
@@ -697,7 +699,7 @@ def test_a_picture_thin_as_a_line_is_refused(folder):
 @pytest.fixture(scope="module")
 def emoji():
     """kind → the texts made of held-out emoji."""
-    opened = data.open_source("emoji", None, "held_out")
+    opened = sources.open_source("emoji", None, "held_out")
     return lambda kind: documents.EmojiTexts(opened, kind)
 
 
@@ -705,16 +707,16 @@ def emoji():
 def test_emoji_give_every_kind_and_only_from_their_split(kind, emoji):
     """No picture and no name of the training split is in any sample, wrong answers' names included."""
     texts = emoji(kind)
-    train = {item.caption for item in data.open_source("emoji", None, "train")}
+    train = {item.caption for item in sources.open_source("emoji", None, "train")}
     own = {item.caption for item in texts.emoji}
     for index in range(0, len(texts), 5):
         said = texts.read(index, np.random.default_rng(index))
         assert {picture.name for picture in said.pictures} <= {item.name for item in texts.emoji}
-        if isinstance(said, documents.Conversation):
+        if isinstance(said, sources.Conversation):
             question = said.messages[0]["content"]
             if "Is it a " in question:
                 assert question.split("Is it a ")[1].removesuffix("?") in own
-        elif isinstance(said, documents.Document) and kind != "conversation":
+        elif isinstance(said, sources.Document) and kind != "conversation":
             assert not {text.split(": ")[-1] for text, _ in said.pieces} & (train - own)
 
 
@@ -747,7 +749,7 @@ def test_questions_about_emoji_have_true_answers_half_of_them_yes(emoji):
     for number in range(600):
         index = number % len(texts)
         item, said = texts.emoji[index], texts.read(index, np.random.default_rng(number))
-        if isinstance(said, documents.Document):
+        if isinstance(said, sources.Document):
             assert (said.prompt, said.pieces) == (f"Draw {item.caption}.", [("", item)])
             seen["draw"] = seen.get("draw", 0) + 1
             continue

@@ -19,9 +19,10 @@ import sample
 from clip import CLIP
 from diffusion import LatentDiffusion
 from documents import chat_parts
-from model import DreamLLM
-from settings import UserError
-from tokenizer import BOS
+from dreamllm import DreamLLM
+from support.pictures import load_picture
+from support.settings import UserError
+from support.tokenizer import BOS
 
 # ---- pages -----------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ def dream(tmp_path_factory):
 def shown(pictures):
     """Two picture files, and what load_picture makes of them."""
     paths = sorted(pictures.iterdir())[:2]
-    return paths, [Image.fromarray(sample.load_picture(path)) for path in paths]
+    return paths, [Image.fromarray(load_picture(path)) for path in paths]
 
 
 # ---- python sample.py document ---------------------------------------------------------------

@@ -7,11 +7,12 @@ import torch
 from conftest import ROOT, run_tiny
 from test_train import QUIET, assert_same_bits, copy_up_to, metrics, refused, torchrun
 
-import train
+import tasks
 from clip import CLIP, CLIPConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
-from model import DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig
-from tokenizer import ADDED, Tokenizer
+from dreamllm import DreamLLM, DreamLLMConfig
+from model import LLaMA, LLaMAConfig
+from support.tokenizer import ADDED, Tokenizer
 
 TWO_STEPS = ["train.steps=2", "train.batch_size=4", *QUIET]
 EVERYTHING = 'model.trained=["llama", "projector", "dream_queries", "condition"]'
@@ -115,10 +116,10 @@ def test_a_stage_with_other_queries_than_its_start_is_one_line(dream_run, tmp_pa
     assert message.startswith("model.queries is 5 in the configuration but 4 in ")
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
+@pytest.mark.parametrize("stage", tasks.STAGES)
 def test_the_published_stages_at_true_size(stage):
     """configs/dreamllm_*.toml: what they train, counted on a DreamLLM-7B without weights."""
-    s, _ = train.read_run(ROOT / "configs" / f"dreamllm_{stage}.toml")
+    s, _ = tasks.read_run(ROOT / "configs" / f"dreamllm_{stage}.toml")
     tokenizer = Tokenizer.from_pretrained("bytes")
     tokenizer.add(ADDED)
     with torch.device("meta"):
@@ -130,7 +131,7 @@ def test_the_published_stages_at_true_size(stage):
     projector, queries, condition = 1024 * 4096 + 4096, 64 * 4096, 4096 * 1024
     expected = {"understand": projector, "create": queries + condition}
     everything = sum(p.numel() for p in llama.parameters()) + projector + queries + condition
-    assert sum(train.select(model, s.model.trained).values()) == expected.get(stage, everything)
+    assert sum(tasks.select(model, s.model.trained).values()) == expected.get(stage, everything)
     lr = {"understand": 2e-3, "create": 2e-3, "interleaved": 2e-5, "instruct": 4e-5}[stage]
     weights = {"understand": (1, 0), "create": (0, 1)}.get(stage, (1, 10))
     assert (s.optim.lr, s.optim.weight_decay, (s.model.w_lm, s.model.w_vm)) == (lr, 0, weights)

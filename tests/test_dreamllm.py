@@ -15,12 +15,13 @@ from conftest import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoint
 from clip import CLIP, CLIPConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, Draws, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
-from model import ADDED, DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig, Projector, joined
-from settings import UserError
-from tokenizer import Tokenizer
+from dreamllm import DreamLLM, DreamLLMConfig, Projector, joined
+from model import LLaMA, LLaMAConfig
+from support import checkpoint
+from support.settings import UserError
+from support.tokenizer import ADDED, Tokenizer
 
 FOLDER = GOLDEN / "dreamllm"
 pytest.importorskip("sentencepiece")

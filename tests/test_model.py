@@ -9,7 +9,6 @@ from conftest import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import checkpoint
 from model import (
     SIZES,
     LLaMA,
@@ -21,7 +20,8 @@ from model import (
     rotary_angles,
     rotate,
 )
-from settings import UserError
+from support import checkpoint
+from support.settings import UserError
 
 TINY = LLaMAConfig(vocab_size=20, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, max_seq_len=32)
 GOLDEN_LLAMAS = ("llama_hf_lvm", "llama_hf_31", "llama_meta", "llama_meta_mp2")  # of Meta's: whole, and in two pieces

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
-import data
+import prepare
 import sample
-from settings import UserError
+from support import checkpoint
+from support.settings import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import dream_report
@@ -17,15 +17,15 @@ import unet_report
 
 NOWHERE = ["--run", "nowhere"]  # work would begin by opening it, and say so
 PICTURES = {
-    "show": (data.main, "show", "rows.jsonl"),
+    "show": (prepare.main, "show", "rows.jsonl"),
     "continue": (sample.main, "continue", *NOWHERE, "--prompt", "a.png"),
     "reconstruct": (sample.main, "reconstruct", *NOWHERE, "--images", "a.png"),
     "image": (sample.main, "image", *NOWHERE, "--prompt", "taco"),
     "chat": (sample.main, "chat", *NOWHERE, "--prompt", "taco"),
 }
-FILES = {"tokenize": (data.main, "tokenize", "--config", "nowhere.toml"), **PICTURES}
+FILES = {"tokenize": (prepare.main, "tokenize", "--config", "nowhere.toml"), **PICTURES}
 FOLDERS = {
-    "vocabulary": (data.main, "vocabulary", "--config", "nowhere.toml"),
+    "vocabulary": (prepare.main, "vocabulary", "--config", "nowhere.toml"),
     "document": (sample.main, "document", *NOWHERE),
 }
 REPORTS = {

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 
-import checkpoint
 from model import LLaMA, LLaMAConfig, RopeScaling, config_from_hf, config_to_hf
-from settings import UserError
+from support import checkpoint
+from support.settings import UserError
 from vqgan import VQGAN, VQGANConfig
 
 SMALL = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "initializer_range": 0.3}

@@ -14,8 +14,9 @@ from unet_report import named_grid
 
 from clip import CLIP, CLIPConfig, TextConfig, VisionConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
-from model import DreamLLM, DreamLLMConfig, LLaMA, LLaMAConfig
-from tokenizer import ADDED, byte_tokenizer
+from dreamllm import DreamLLM, DreamLLMConfig
+from model import LLaMA, LLaMAConfig
+from support.tokenizer import ADDED, byte_tokenizer
 
 
 def flat(*values):

@@ -16,13 +16,14 @@ from conftest import ROOT, run_tiny
 from PIL import Image
 from torch import nn
 
-import checkpoint
-import data
+import prepare
 import sample
+from lvm import LVM
 from model import LLaMA, LLaMAConfig
-from sample import LVM
-from settings import UserError
-from tokenizer import Tokenizer
+from support import checkpoint, pictures
+from support.pictures import load_picture
+from support.settings import UserError
+from support.tokenizer import Tokenizer
 from vqgan import VQGAN, VQGANConfig
 
 CODES, SPARE = 16, 4  # image codes, and ids beyond them
@@ -185,7 +186,7 @@ def test_the_prompt_stands_in_front_of_the_grid(folders, prompt, tmp_path, progr
     out = tmp_path / "grid.png"
     program(sample.main, "continue", *folders, "--prompt", *prompt, "--out", out, "--temperature", 0)
     grid = np.asarray(Image.open(out))
-    given = np.stack([sample.load_picture(path, 8) for path in prompt])
+    given = np.stack([load_picture(path, 8) for path in prompt])
     answer = lvm.continue_pictures(given, 1, temperature=0)[0]
     for i, picture in enumerate([*given, *answer]):
         assert np.array_equal(grid[2:10, 2 + 10 * i : 10 + 10 * i], picture)
@@ -213,7 +214,7 @@ def test_a_gif_shows_the_prompt_and_every_new_frame(folders, prompt, tmp_path, p
 def test_equal_frames_of_a_gif_take_as_long_as_different_ones(tmp_path):
     """Pillow joins equal neighbours to one frame; the time on the screen must stay the same."""
     black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
-    sample.save_animation([black, black, white, white, black], tmp_path / "x.gif", 0.1)
+    pictures.save_animation([black, black, white, white, black], tmp_path / "x.gif", 0.1)
     with Image.open(tmp_path / "x.gif") as clip:
         total = 0
         for frame in range(clip.n_frames):
@@ -355,7 +356,7 @@ def test_originals_stand_above_reconstructions(folders, prompt, tmp_path, progra
     assert code == 0 and text.count("4 codes") == len(text.splitlines()) == 3
     assert size(out) == sheet(3, 2)
     grid = np.asarray(Image.open(out))
-    given = np.stack([sample.load_picture(path, 8) for path in prompt])
+    given = np.stack([load_picture(path, 8) for path in prompt])
     decoded = lvm.decode(lvm.encode(given))
     for i in range(3):
         assert np.array_equal(grid[2:10, 2 + 10 * i : 10 + 10 * i], given[i])
@@ -462,7 +463,7 @@ def test_a_run_on_text_from_its_words_to_its_samples(program, tmp_path):
     overrides = [f'data.rows=["{tmp_path}/train.jsonl"]', f'data.held_out=["{tmp_path}/held_out.jsonl"]']
     for split in ("train", "held_out"):
         arguments = ["tokenize", "--config", config, "--out", tmp_path / f"{split}.jsonl", "--split", split]
-        assert program(data.main, *arguments)[0] == 0
+        assert program(prepare.main, *arguments)[0] == 0
     run = run_tiny("text", tmp_path / "run", "train.steps=30", "train.eval_batches=1", *overrides)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out_perplexity"] < 40  # of 258
@@ -519,7 +520,7 @@ def test_perplexity_of_pictures_follows_lvms_protocol(lvm, folders, prompt, tmp_
     file = write_rows(tmp_path / "rows.jsonl", rows)
     values = []
     for row in rows:
-        given = np.stack([sample.load_picture(path, 8) for path in row["input"] + row["target"]])
+        given = np.stack([load_picture(path, 8) for path in row["input"] + row["target"]])
         tokens = lvm.encode(given).flatten()
         places = range(4 * len(row["input"]), 12)
         values.append(math.exp(np.mean([by_definition(lvm.llama, tokens, p, p) for p in places])))

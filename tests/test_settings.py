@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import ROOT
 
-import settings
-import train
-from settings import UserError
+import tasks
+from support import settings
+from support.settings import UserError
 
 VQGAN, LLAMA = (str(ROOT / "configs" / f"tiny_{kind}.toml") for kind in ("vqgan", "llama"))
 
@@ -18,7 +18,7 @@ VQGAN, LLAMA = (str(ROOT / "configs" / f"tiny_{kind}.toml") for kind in ("vqgan"
 def refused(config, *overrides):
     """What the user is told when these settings are read."""
     with pytest.raises(UserError) as error:
-        train.read_run(config, overrides)
+        tasks.read_run(config, overrides)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -28,7 +28,7 @@ def refused(config, *overrides):
 
 def test_the_annotation_of_a_field_decides_the_type():
     """TOML's 0.8, 1 and [1, 1] become what the dataclass names; what the file leaves out, the defaults."""
-    s, given = train.read_run(VQGAN)
+    s, given = tasks.read_run(VQGAN)
     assert (s.model.channel_mult, s.loss.gan, s.optim.warmup_steps) == ((1, 1), 0.8, 2)
     assert s.data.sources[0].path == "emoji"
     assert s.optim.beta1 == settings.OptimSettings().beta1
@@ -51,20 +51,20 @@ def test_the_annotation_of_a_field_decides_the_type():
     ],
 )
 def test_an_override_is_read_as_the_type_of_its_field(override, section, key, value):
-    found = getattr(getattr(train.read_run(VQGAN, [override])[0], section), key)
+    found = getattr(getattr(tasks.read_run(VQGAN, [override])[0], section), key)
     assert found == value and type(found) is type(value)
 
 
 def test_an_override_can_bring_a_section_or_a_table_in_a_list(tmp_path):
-    s, _ = train.read_run(VQGAN, ['data.sources=[{path = "a b", kind = "paired"}, {path = "emoji"}]'])
+    s, _ = tasks.read_run(VQGAN, ['data.sources=[{path = "a b", kind = "paired"}, {path = "emoji"}]'])
     assert [(source.path, source.kind) for source in s.data.sources] == [("a b", "paired"), ("emoji", "image")]
     file = tmp_path / "short.toml"
     file.write_text('[run]\ndir = "x"\n[model]\nkind = "llama"\n[train]\nsteps = 1\nbatch_size = 1\n[data]\n')
-    assert train.read_run(file, ["model.rope_scaling.factor=4"])[0].model.rope_scaling.factor == 4.0
+    assert tasks.read_run(file, ["model.rope_scaling.factor=4"])[0].model.rope_scaling.factor == 4.0
 
 
 def test_written_keys_win_over_those_of_a_named_size():
-    s, given = train.read_run(LLAMA, ["model.size=lvm_7b"])
+    s, given = tasks.read_run(LLAMA, ["model.size=lvm_7b"])
     assert s.model.dim == 32 and s.model.norm_eps == 1e-6 and given >= {"size", "dim"}
 
 
@@ -72,10 +72,10 @@ def test_settings_survive_being_written_and_read(tmp_path):
     """dumps → read → build gives an equal object, with tables in lists and awkward text."""
     text = 'quote " backslash \\ tab \t line \n × é'
     overrides = ['data.sources=[{path = "a", modalities = ["grey", "edges"]}, {path = "b", weight = 1e-7}]']
-    s, _ = train.read_run(LLAMA, [*overrides, "model.rope_scaling.factor=4", "optim.lr=1e16"])
+    s, _ = tasks.read_run(LLAMA, [*overrides, "model.rope_scaling.factor=4", "optim.lr=1e16"])
     s = settings.dataclasses.replace(s, run=settings.RunSettings(text))
     (tmp_path / "again.toml").write_text(settings.dumps(s))
-    assert train.read_run(tmp_path / "again.toml")[0] == s
+    assert tasks.read_run(tmp_path / "again.toml")[0] == s
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_an_unknown_key_is_told_the_nearest(override, near):
         ("train=3", "'train=3': an override is written section.key=value, as in train.steps=100"),
         ("train.steps", "'train.steps': an override is written section.key=value, as in train.steps=100"),
         ("run.dir.x=1", f"run.dir.x: dir is not a section of {VQGAN}"),
-        ("model.kind=vqgam", f'{VQGAN}: model.kind is "vqgam", must be one of {", ".join(train.RUNS)}'),
+        ("model.kind=vqgam", f'{VQGAN}: model.kind is "vqgam", must be one of {", ".join(tasks.RUNS)}'),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(override, expected):

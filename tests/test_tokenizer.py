@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import tokenizer
-from settings import UserError
-from tokenizer import ADDED, BOS, EOS, Special, Tokenizer
+from support import tokenizer
+from support.settings import UserError
+from support.tokenizer import ADDED, BOS, EOS, Special, Tokenizer
 
 AWKWARD = [
     "",
@@ -42,7 +42,7 @@ AWKWARD = [
     "<|end_of_text|> a <|eot_id|><|eot_id|> <s></s> [INST] <unk> <|endoftext|>",
     "▁already▁ ▁▁there <0x0A>",
 ]
-CORPUS = [(ROOT / name).read_text() for name in ("README.md", "tokenizer.py", "data.py")]
+CORPUS = [(ROOT / name).read_text() for name in ("README.md", "support/tokenizer.py", "data.py")]
 
 
 # ---- bytes -----------------------------------------------------------------------------------

@@ -22,14 +22,14 @@ from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 from test_train import assert_same_bits, copy_up_to, metrics, refused
 
-import checkpoint
 import data
-import settings
+import tasks
 import train
 import train_tpu
 from bench import plan
 from model import LLaMA
-from tokenizer import Tokenizer
+from support import checkpoint, settings
+from support.tokenizer import Tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -123,7 +123,8 @@ def test_two_processes_train_as_one(eight_devices, rows, tmp_path):
     """2 × 4 devices: each process reads only its rows, and writes its share of the checkpoint's files."""
     run = tmp_path / "run"
     spying = """
-import data, settings, sys, train_tpu
+import data, sys, train_tpu
+from support import settings
 def batch(self, microstep, rows, read=data.TokenRows.batch):
     print(*rows, file=spy, flush=True)
     return read(self, microstep, rows)
@@ -181,7 +182,7 @@ def both(one_device, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     overrides = [f"model.init={one_device}", "train.steps=20", "train.save_every=10", "train.eval_every=10", *rows]
     overrides = [*TINY, *on_mesh((1, 2, 2)), *overrides]
-    torchs = train.train(*train.read_run(CONFIG, [f"run.dir={folder / 'torch'}", *overrides]), device="cpu")
+    torchs = train.train(*tasks.read_run(CONFIG, [f"run.dir={folder / 'torch'}", *overrides]), device="cpu")
     return torchs, run_tpu(folder / "jax", (1, 2, 2), *overrides), overrides
 
 
@@ -220,7 +221,7 @@ def test_a_run_begun_in_one_is_finished_in_the_other(both, tmp_path):
     assert_same_curve(begun, torchs, 1e-4)
     assert_close_weights(begun / "latest", torchs / "latest", 1e-4)
     begun = copy_up_to(ours, 10, tmp_path / "jax_torch")
-    train.train(*train.read_run(CONFIG, [f"run.dir={begun}", *overrides]), device="cpu")
+    train.train(*tasks.read_run(CONFIG, [f"run.dir={begun}", *overrides]), device="cpu")
     assert_same_curve(begun, torchs, 1e-4)
     assert_close_weights(begun / "latest" / "ema", torchs / "latest" / "ema", 1e-4)
 
@@ -238,7 +239,7 @@ def test_train_py_opens_files_in_shards(both, tmp_path, monkeypatch):
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     with torch.inference_mode():
         torch.testing.assert_close(LLaMA.from_pretrained(folder)(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
-    train.train(*train.read_run(CONFIG, [f"run.dir={begun}", *overrides]), device="cpu")
+    train.train(*tasks.read_run(CONFIG, [f"run.dir={begun}", *overrides]), device="cpu")
     assert_same_curve(begun, torchs, 1e-4)
 
 
@@ -408,7 +409,7 @@ def test_loops_are_counted_as_often_as_they_run():
 def test_train_py_reads_a_configuration_with_a_mesh(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(CONFIG.read_text() + "\n[mesh]\ntensor = 2\n")
-    assert train.read_run(path)[0].mesh == train_tpu.read_run(path)[0].mesh == settings.MeshSettings(tensor=2)
+    assert tasks.read_run(path)[0].mesh == train_tpu.read_run(path)[0].mesh == settings.MeshSettings(tensor=2)
 
 
 def test_what_does_not_fit_a_mesh_is_named(rows, tmp_path):

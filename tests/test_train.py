@@ -19,12 +19,14 @@ from conftest import ROOT, run_tiny
 from safetensors.torch import load_file
 from torch import nn
 
-import checkpoint
+import tasks
 import train
+import vqgan
 from clip import CLIP, text_encoders
 from diffusion import LatentDiffusion
 from model import LLaMA
-from settings import OptimSettings, UserError
+from support import checkpoint, settings
+from support.settings import OptimSettings, UserError
 from vqgan import VQGAN
 
 TOKENIZER = ["train.batch_size=4", "train.accumulate=2", "train.keep=0"]  # as conftest's tokenizer_run
@@ -74,14 +76,14 @@ def copy_up_to(run, step, to):
 def test_the_learning_rate_rises_and_falls():
     """Linear to lr over the warm-up, half a cosine down to min_lr at decay_steps, and flat from there."""
     o = OptimSettings(lr=1.0, min_lr=0.2, warmup_steps=4, decay_steps=12)
-    found = [train.learning_rate(o, step, 20) for step in (0, 1, 3, 4, 6, 8, 12, 19)]
+    found = [settings.learning_rate(o, step, 20) for step in (0, 1, 3, 4, 6, 8, 12, 19)]
     expected = [0.25, 0.5, 1.0, 1.0, 0.2 + 0.4 * (1 + math.sqrt(0.5)), 0.6, 0.2, 0.2]
     assert found == pytest.approx(expected)
 
 
 def test_the_learning_rate_decays_over_the_whole_run_by_default():
     o = OptimSettings(lr=1.0, warmup_steps=0)
-    assert [train.learning_rate(o, step, 10) for step in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [settings.learning_rate(o, step, 10) for step in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
 
 
 # ---- what a run leaves behind ----------------------------------------------------------------
@@ -103,7 +105,7 @@ def test_a_run_leaves_checkpoints_samples_and_one_line_a_step(tokenizer_run, lvm
 def test_the_written_configuration_is_the_run(tokenizer_run, lvm_run):
     """config.toml holds every default that was used; read again, it means the same."""
     for run in (tokenizer_run, lvm_run):
-        s, _ = train.read_run(run / "config.toml")
+        s, _ = tasks.read_run(run / "config.toml")
         assert s.run.dir == str(run) and s.train.accumulate == 2 and s.optim.beta1 == OptimSettings().beta1
 
 
@@ -244,7 +246,7 @@ def test_a_changed_setting_is_told_on_resuming(lvm_run, row_overrides, tmp_path,
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_configuration_of_the_house_can_be_read(config):
-    s, given = train.read_run(config)
+    s, given = tasks.read_run(config)
     assert s.run.dir.startswith("out/") and "kind" in given
 
 
@@ -289,7 +291,7 @@ def test_init_that_contradicts_a_written_key_is_one_line(override, lvm_run, row_
     config = tmp_path / "config.toml"
     config.write_text('[model]\nkind = "llama"\n[train]\nsteps = 1\nbatch_size = 1\ncompile = false\n')
     overrides = [f"run.dir={tmp_path / 'run'}", f"model.init={lvm_run}", override, *row_overrides]
-    message = refused(lambda: train.train(*train.read_run(config, overrides), device="cpu"))
+    message = refused(lambda: train.train(*tasks.read_run(config, overrides), device="cpu"))
     assert message.startswith("model.") and str(lvm_run) in message
     assert not (tmp_path / "run").exists()
 
@@ -299,9 +301,9 @@ def test_init_gives_the_shape_where_nothing_is_written(lvm_run, row_overrides, t
     config = tmp_path / "config.toml"
     config.write_text('[model]\nkind = "llama"\n[train]\nsteps = 1\nbatch_size = 1\ncompile = false\n')
     overrides = [f"run.dir={tmp_path / 'run'}", f"model.init={lvm_run}", *QUIET, *row_overrides]
-    run = train.train(*train.read_run(config, overrides), device="cpu")
+    run = train.train(*tasks.read_run(config, overrides), device="cpu")
     assert LLaMA.from_pretrained(run).config == LLaMA.from_pretrained(lvm_run).config
-    assert train.read_run(run / "config.toml")[0].model.dim == 32
+    assert tasks.read_run(run / "config.toml")[0].model.dim == 32
 
 
 # ---- going wrong -----------------------------------------------------------------------------
@@ -321,12 +323,12 @@ def test_a_loss_that_is_no_number_stops_the_run(lvm_run, row_overrides, tmp_path
 def test_a_discriminator_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     """Even before the generator listens to it: a checkpoint with NaN in it could not be opened again."""
 
-    class Broken(train.Discriminator):
+    class Broken(vqgan.Discriminator):
         def __init__(self):
             super().__init__()
             nn.init.constant_(self[0].weight, 1e38)
 
-    monkeypatch.setattr(train, "Discriminator", Broken)
+    monkeypatch.setattr(tasks, "Discriminator", Broken)
     run = tmp_path / "run"
     message = refused(run_tiny, "vqgan", run, "loss.disc_start=0", "train.steps=2", "train.save_every=1", *QUIET)
     assert message.startswith("step 1: ") and checkpoint.steps(run) == []

@@ -11,9 +11,9 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 
-import checkpoint
 import vqgan
-from settings import UserError
+from support import checkpoint
+from support.settings import UserError
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig
 
 TINY = VQGANConfig(

@@ -15,7 +15,7 @@ What a folder holds decides which tokenizer it is:
     tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    by the package sentencepiece (optional)
     (the word "bytes")  no file at all: 256 bytes, begin, end            for small runs of our own
 
-`train_bpe` finds such joins in texts of one's own (python data.py vocabulary writes their tokenizer.json). No token
+`train_bpe` finds such joins in texts of one's own (python prepare.py vocabulary writes their tokenizer.json). No token
 reaches over a word's border, and a space belongs to the word behind it: "taco" and " taco" are two tokens, and a
 prompt that ends with a space hides the next word from a model.
 
@@ -29,17 +29,26 @@ import base64
 import binascii
 import codecs
 import collections
+import functools
+import gzip
+import html
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import regex
 import tiktoken
 from tqdm import tqdm
 
-import checkpoint
-from settings import UserError
+from support import checkpoint
+from support.settings import UserError
+
+try:
+    import ftfy  # mends mis-decoded text, as OpenAI did before tokenizing; an optional extra
+except ImportError:
+    ftfy = None
 
 FILES = ("tokenizer.json", "tokenizer.model")
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -597,3 +606,158 @@ def llama3(system, turns):
 
 
 TEMPLATES = {"plain": plain, "vicuna": vicuna, "llama2": llama2, "llama3": llama3}
+
+
+# ---- (from clip) ----
+
+CLIP_START, CLIP_END, CLIP_WORD_END = "<|startoftext|>", "<|endoftext|>", b"\xff"
+
+CLIP_WORDS = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+
+CLIP_FILES = (("vocab.json", "merges.txt"), ("bpe_simple_vocab_16e6.txt.gz",), ("tokenizer.json",))
+
+
+def _clip_basic_tokens():
+    """The 512 tokens before any merge: each byte within a word, then each at a word's end."""
+    return [*BYTE_OF, *(f"{c}</w>" for c in BYTE_OF)]
+
+
+def _clip_bytes(token):
+    word = token.removesuffix("</w>")
+    return bytes(BYTE_OF[c] for c in word) + (CLIP_WORD_END if word != token else b"")
+
+
+@functools.cache
+def _say_that_ftfy_is_missing():
+    print("note: without ftfy (pip install ftfy), a few unusual texts get other CLIP tokens", file=sys.stderr)
+
+
+def clean_caption(text):
+    """Text as CLIP reads it: mended, HTML entities resolved, single spaces, lower case."""
+    if ftfy:
+        text = ftfy.fix_text(text)
+    elif not text.isascii():
+        _say_that_ftfy_is_missing()
+    return regex.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
+
+
+class CLIPTokenizer:
+    """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first joined first.
+
+    `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in OpenAI's own
+    code and in open_clip's. The pooled feature never sees it, for attention only looks back; latent diffusion
+    reads every position, so it does. (Where it is 0, which is
+    "!", transformers takes every "!" of a text for padding too; the original code does not, nor does this.)
+    """
+
+    def __init__(self, vocabulary, merges, pad):
+        tokens = [*_clip_basic_tokens(), *(left + right for left, right in merges)]
+        missing = [token for token in (*tokens, CLIP_START, CLIP_END) if token not in vocabulary]
+        if missing:
+            raise UserError(f"CLIP's vocabulary lacks {missing[0]!r} ({len(missing)} tokens are missing)")
+        self.vocabulary, self.merges, self.pad = vocabulary, merges, pad
+        self.start, self.end = vocabulary[CLIP_START], vocabulary[CLIP_END]
+        self.tokens = {id: token for token, id in vocabulary.items()}
+        self.ids = [vocabulary[token] for token in tokens]  # tiktoken's ids are ranks; these are the model's
+        ranks = {_clip_bytes(token): rank for rank, token in enumerate(tokens)}
+        self.encoding = tiktoken.Encoding("clip", pat_str="", mergeable_ranks=ranks, special_tokens={})
+
+    @classmethod
+    def of_bytes(cls):
+        """The tokenizer of a small CLIP: 512 basic tokens, start 512, end 513, and no merges."""
+        return cls({token: i for i, token in enumerate([*_clip_basic_tokens(), CLIP_START, CLIP_END])}, [], pad=513)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """From vocab.json + merges.txt, OpenAI's bpe_simple_vocab_16e6.txt.gz or tokenizer.json, or their folder."""
+        path = Path(path)
+        if path.is_dir():
+            found = next((names for names in CLIP_FILES if all((path / n).exists() for n in names)), None)
+            if not found:
+                raise UserError(f"{path}: no CLIP tokenizer in this folder (looked for {clip_file_names()})")
+            path = path / found[0]
+        try:
+            if path.name.endswith(".gz"):
+                lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+                # the file lists more merges than CLIP uses: 49,408 tokens less the 512 basic ones, start and end
+                merges = [tuple(line.split()) for line in lines[1 : 1 + 49408 - 512 - 2]]
+                tokens = [*_clip_basic_tokens(), *(left + right for left, right in merges), CLIP_START, CLIP_END]
+                return cls({token: i for i, token in enumerate(tokens)}, merges, pad=0)
+            if path.name == "tokenizer.json":
+                saved = checkpoint.read_json(path)
+                vocabulary = saved["model"]["vocab"] | {t["content"]: t["id"] for t in saved["added_tokens"]}
+                # newer files write a merge as a pair, older ones as a text with a space
+                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in saved["model"]["merges"]]
+            else:
+                vocabulary = checkpoint.read_json(path.with_name("vocab.json"))
+                lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
+                merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+            return cls(vocabulary, merges, pad=vocabulary[_clip_pad_token(path.parent)])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a CLIP tokenizer ({type(error).__name__}: {error})") from None
+
+    def save_pretrained(self, path, context_length):
+        """Writes vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
+        path = Path(path)
+        special = {
+            "bos_token": CLIP_START,
+            "eos_token": CLIP_END,
+            "unk_token": CLIP_END,
+            "pad_token": self.tokens[self.pad],
+        }
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length} | special
+        merges = "".join(f"{left} {right}\n" for left, right in self.merges)
+        checkpoint.write_text(path / "vocab.json", json.dumps(self.vocabulary, ensure_ascii=False))
+        checkpoint.write_text(path / "merges.txt", "#version: 0.2\n" + merges)
+        checkpoint.write_text(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    def encode(self, text):
+        """text → ids, without start and end."""
+        ids = []
+        for piece in CLIP_WORDS.findall(clean_caption(text)):
+            if piece in (CLIP_START, CLIP_END):
+                ids.append(self.vocabulary[piece])
+            else:
+                ids += [self.ids[rank] for rank in self.encoding._encode_single_piece(piece.encode() + CLIP_WORD_END)]
+        return ids
+
+    def decode(self, ids):
+        """ids → text, with a space after every word; the letters' case and the spacing are lost."""
+        tokens = [self.tokens[id] for id in ids]
+        written = b"".join(t.encode() if t in (CLIP_START, CLIP_END) else _clip_bytes(t) for t in tokens)
+        return written.replace(CLIP_WORD_END, b" ").decode(errors="replace")
+
+    def tokenize(self, texts, context_length=77):
+        """A list of texts → (B, context_length) int64: start, text, end, padding. Long texts are cut."""
+        import torch  # the data code reads texts without it
+
+        tokens = torch.full((len(texts), context_length), self.pad)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = [self.start, *self.encode(text)[: context_length - 2], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+def clip_file_names():
+    return " or ".join(" + ".join(names) for names in CLIP_FILES)
+
+
+def _clip_pad_token(folder):
+    """The padding token that the files beside a vocabulary name; without any, the end token."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # SD 2: they differ, the first is right
+        if (folder / name).exists():
+            token = checkpoint.read_json(folder / name).get("pad_token")
+            if token:
+                return token["content"] if isinstance(token, dict) else token
+    return CLIP_END
+
+
+def find_clip_tokenizer(path):
+    """The Tokenizer beside the weights at `path`: there, in tokenizer/ within, or in tokenizer/ for text_encoder/."""
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, folder.parent / folder.name.replace("text_encoder", "tokenizer"), folder / "tokenizer"):
+        if any(all((place / name).exists() for name in names) for names in CLIP_FILES):
+            return CLIPTokenizer.from_pretrained(place)
+    return None

@@ -27,8 +27,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import settings
-from settings import UserError
+from support import settings
+from support.settings import UserError
 
 # ---- one file --------------------------------------------------------------------------------
 

@@ -1,0 +1,180 @@
+"""Pictures: files ⇄ arrays."""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from support import checkpoint
+from support.checkpoint import atomic_file, out_file
+from support.settings import UserError
+
+# ---- (from data) ----
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".tif", ".tiff", ".ppm")
+
+ANIMATED = (".gif", ".webp", ".apng")  # these alone are opened to see whether they hold a clip
+
+
+def load_picture(source, side=None, resize="crop", name=None, frame=0):
+    """A picture file as (H, W, 3) uint8 RGB, transparency laid on white, camera rotation undone.
+
+    `source` is a path or the file's bytes (then `name` is what errors call it). With `side` the result is
+    (side, side, 3): resize="crop" cuts the middle square first, "stretch" squeezes the whole picture.
+    `frame` is for animations. A file that is absent or broken is a UserError.
+    """
+    name = name or (source if isinstance(source, str | os.PathLike) else "picture")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if frame:
+                image.seek(frame)
+            image = fit_square(on_white(ImageOps.exif_transpose(image)), side, resize)
+            return np.array(image)  # (H, W, 3)
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name}: not a picture") from None
+    except Exception as error:  # Pillow's decoders raise nearly everything on broken bytes
+        raise UserError(f"{name}: {error}") from None
+
+
+def on_white(image):
+    """A Pillow image of any mode as RGB; what is transparent becomes white."""
+    if image.mode.startswith("I"):  # 16-bit depth maps: convert() would clip them to white
+        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit_square(image, side, resize="crop"):
+    if side is None or image.size == (side, side):
+        return image
+    width, height = image.size
+    edge = min(width, height)
+    left, top = (width - edge) // 2, (height - edge) // 2
+    box = (left, top, left + edge, top + edge) if resize == "crop" else None
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)  # antialiased when it shrinks
+
+
+def grey(picture):
+    """(H, W, 3) → (H, W, 3), every channel the luma .2989 R + .5870 G + .1140 B."""
+    luma = picture @ np.array([0.2989, 0.5870, 0.1140])  # (H, W)
+    return np.repeat(luma.round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def edges(picture):
+    """(H, W, 3) → (H, W, 3): the length of the brightness gradient, white lines on black."""
+    down, right = np.gradient(grey(picture)[..., 0].astype(np.float32))  # (H, W) each
+    strength = (2 * np.hypot(down, right)).clip(0, 255)
+    return np.repeat(strength.astype(np.uint8)[..., None], 3, axis=-1)
+
+
+COMPUTED = {"grey": grey, "edges": edges}  # modalities that any picture has
+
+
+def punch_hole(picture, rng):
+    """The picture with black holes to fill in, (S, S, 3) → (S, S, 3); sizes are LVM's for 256 pixels, scaled.
+
+    With probability 0.3 one square of side 25..128 is missing; otherwise the picture is cut into patches of
+    32 and each is kept with one probability, itself uniform in (0, 1).
+    """
+    side = len(picture)
+    masked = picture.copy()
+    if rng.random() < 0.3:
+        low, high = max(1, round(25 * side / 256)), max(1, round(128 * side / 256))
+        size = rng.integers(low, high + 1)
+        top, left = rng.integers(0, side - size + 1, size=2)
+        masked[top : top + size, left : left + size] = 0
+    else:
+        patch = max(1, round(32 * side / 256))
+        count = -(-side // patch)  # the last patch may stick out
+        kept = rng.random((count, count)) < rng.random()
+        kept = kept.repeat(patch, axis=0).repeat(patch, axis=1)[:side, :side]  # (S, S)
+        masked[~kept] = 0
+    return masked
+
+
+def save_grid(rows, path, pad=2):
+    """Rows of (H, W, 3) uint8 pictures as one picture file on white; rows may differ in length."""
+    height = max(picture.shape[0] for row in rows for picture in row) + pad
+    width = max(picture.shape[1] for row in rows for picture in row) + pad
+    columns = max(map(len, rows))
+    sheet = np.full((len(rows) * height + pad, columns * width + pad, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = pad + i * height, pad + j * width
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    with atomic_file(out_file(path, SUFFIXES)) as beside:
+        Image.fromarray(sheet).save(beside)
+
+
+CLIP_FRAMES = 128  # 16 frames, 8 apart, and a little room for the start
+
+
+def random_motion(rng):
+    """(2, 4): a pose (scale, angle in degrees, x and y of the centre in sides) and its change per frame.
+
+    The picture turns by 10-30° in 8 frames, or slides, or grows and shrinks.
+    """
+    sign = rng.choice([-1, 1])
+    match rng.integers(3):
+        case 0:  # small enough for its corners to stay in sight
+            return np.array([(0.8, rng.uniform(0, 360), 0, 0), (0, sign * rng.uniform(10, 30) / 8, 0, 0)])
+        case 1:
+            direction, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.06, 0.12) / 8
+            start = (0.5, 0, *rng.uniform(-0.25, 0.25, size=2))
+            return np.array([start, (0, 0, speed * np.cos(direction), speed * np.sin(direction))])
+        case _:
+            return np.array([(rng.uniform(0.4, 1), 0, 0, 0), (sign * rng.uniform(0.05, 0.1) / 8, 0, 0, 0)])
+
+
+def motion_frame(picture, motion, t, background=255):
+    """Frame t of the clip in which `picture` (S, S, 3) moves: (S, S, 3) uint8.
+
+    Where it meets the edge (of the frame, or of the sizes 0.4..1) it bounces: two frames tell the third.
+    """
+    side = len(picture)
+    scale, angle, x, y = motion[0] + t * motion[1]
+    scale, x, y = _bounce(scale, 0.4, 1), _bounce(x, -0.25, 0.25), _bounce(y, -0.25, 0.25)
+    # Pillow asks where each output pixel comes from. Drawn at twice the size, then halved: antialiased.
+    a, b = np.cos(np.deg2rad(angle)) / (2 * scale), np.sin(np.deg2rad(angle)) / (2 * scale)
+    u, v = side * (1 + 2 * x), side * (1 + 2 * y)  # the picture's centre in the doubled frame
+    inverse = (a, -b, side / 2 - a * u + b * v, b, a, side / 2 - b * u - a * v)
+    size, fill = (2 * side, 2 * side), (background,) * 3
+    double = Image.fromarray(picture).transform(
+        size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=fill
+    )
+    return np.array(double.reduce(2))
+
+
+def moved(picture, rng):
+    """A picture (S, S, 3) a little turned, shrunk and shifted, on white: the same thing, in other pixels."""
+    x, y = rng.uniform(-0.06, 0.06, size=2)
+    pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
+    return motion_frame(picture, np.array([pose, (0, 0, 0, 0)]), 0)
+
+
+def _bounce(value, low, high):
+    """`value` reflected at both ends of [low, high]: a triangle wave."""
+    width = high - low
+    return high - abs((value - low) % (2 * width) - width)
+
+
+# ---- (from sample) ----
+
+
+def resized(pictures, size):
+    """pictures as they are, or each (H, W, 3) at size (W, H)."""
+    if size is None:
+        return list(pictures)
+    return [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
+
+
+def save_animation(pictures, path, seconds_per_frame=0.15):
+    """Pictures as an animated GIF that repeats."""
+    first, *rest = (Image.fromarray(p) for p in pictures)
+    with checkpoint.atomic_file(path) as beside:
+        first.save(beside, "GIF", save_all=True, append_images=rest, duration=int(1000 * seconds_per_frame), loop=0)
