@@ -140,7 +140,7 @@ class CLIPConfig:
     @classmethod
     def from_weights(cls, path, activation=None):
         """The config of any published file or folder; `activation` is needed where it says nothing of it."""
-        path = checkpoint.resolve(path)
+        path = checkpoint.weights_folder(path)
         return find_config(path, *read_weights(path), activation)
 
 
@@ -412,7 +412,7 @@ class CLIP(nn.Module):
         OpenAI's .pt archives, and state dicts with OpenAI's names, which open_clip shares. `dtype` None: as
         stored, or float32 where a file mixes several. `config` is asked for where a file leaves it open.
         """
-        path = checkpoint.resolve(path)
+        path = checkpoint.weights_folder(path)
         tensors, source = read_weights(path)
         return cls.from_tensors(tensors, path, dtype, device, config or find_config(path, tensors, source))
 
@@ -424,7 +424,7 @@ class CLIP(nn.Module):
             dtype = torch.float32  # OpenAI's archives: matrices in float16, the rest in float32
         with torch.device("meta"):
             model = cls(config)
-        checkpoint.fill(model, tensors, path, dtype, device).eval()
+        checkpoint.load_into(model, tensors, path, dtype, device).eval()
         model.tokenizer = find_clip_tokenizer(path) if config.text else None
         return model
 
@@ -462,10 +462,10 @@ def contrastive_loss(image, text, scale):
     of loss and gradients, which DistributedDataParallel takes, is that of one process with all rows.
     """
     image, text = image.float(), text.float()
-    own = first_row(image) + torch.arange(len(image), device=image.device)
+    own = row_offset(image) + torch.arange(len(image), device=image.device)
     with torch.autocast(image.device.type, enabled=False):  # bfloat16 would round 100 · cosine to a step of 0.5
-        per_image = F.cross_entropy(pair_logits(image, everyones(text), scale), own)
-        per_text = F.cross_entropy(pair_logits(text, everyones(image), scale), own)
+        per_image = F.cross_entropy(pair_logits(image, all_rows(text), scale), own)
+        per_text = F.cross_entropy(pair_logits(text, all_rows(image), scale), own)
     return (per_image + per_text) / 2
 
 
@@ -476,8 +476,8 @@ def sigmoid_loss(image, text, scale, bias):
     """
     image, text = image.float(), text.float()
     with torch.autocast(image.device.type, enabled=False):
-        logits = pair_logits(image, everyones(text), scale, bias)  # (B, B·processes)
-        own = torch.eye(*logits.shape, device=image.device).roll(first_row(image), dims=1)  # 1 for pairs, else 0
+        logits = pair_logits(image, all_rows(text), scale, bias)  # (B, B·processes)
+        own = torch.eye(*logits.shape, device=image.device).roll(row_offset(image), dims=1)  # 1 for pairs, else 0
         return -F.logsigmoid((2 * own - 1) * logits).sum() / len(image)
 
 
@@ -497,12 +497,12 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def everyones(x):
+def all_rows(x):
     """The rows of all processes, with gradients; x itself where there is one process."""
     return Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
 
 
-def first_row(x):
+def row_offset(x):
     """The place of our first row among everyone's."""
     return dist.get_rank() * len(x) if dist.is_available() and dist.is_initialized() else 0
 
@@ -631,7 +631,7 @@ def text_encoders(path, tokenizer=None, dtype=None, device="cpu"):
     vocabulary: `tokenizer` names its file or folder, unless it lies beside the checkpoint. SD 2 reads its
     tower after the last block but one: the last, and the projection, are left in the file, as diffusers does.
     """
-    path, found = checkpoint.resolve(path), []  # (encoder, its padding where no file names one)
+    path, found = checkpoint.weights_folder(path), []  # (encoder, its padding where no file names one)
     if path.is_dir():
         folders = [path / name for name in ("text_encoder", "text_encoder_2") if (path / name).is_dir()]
         found = [(CLIP.from_pretrained(folder, dtype, device), None) for folder in folders]

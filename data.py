@@ -46,9 +46,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from support.pictures import moved, punch_hole, random_motion
+from support.pictures import jitter, punch_hole, random_motion
 from support.settings import UserError
-from support.sources import first_sound, open_source, warn
+from support.sources import first_readable, open_source, warn
 
 # kind of visual sentence → what it holds; N is `pictures`
 KINDS = {
@@ -229,7 +229,7 @@ class Sentences:
         # where a broken picture's stand-in comes from: its own category, if that is the point
         pool = self.members[self.source[wanted].category] if self.kind == "category" else self.items
         start = bisect.bisect_left(pool, wanted)
-        item, taken = first_sound(self.source, pool, start, lambda item: self._takes(item, index, shot))
+        item, taken = first_readable(self.source, pool, start, lambda item: self._takes(item, index, shot))
         modality, frame = taken[k]
         if self.kind == "inpainting" and k == 0:
             return punch_hole(item.image, self._rng(index, shot + 1, 1))
@@ -367,7 +367,7 @@ class CaptionRows:
         item, moves = self.item(position)
         if not moves:
             return item.image, item.caption
-        return moved(item.image, np.random.default_rng((self.seed, position, 5))), item.caption
+        return jitter(item.image, np.random.default_rng((self.seed, position, 5))), item.caption
 
     def item(self, position):
         """What stands at a position: the Item, and whether its picture is to be moved."""
@@ -375,7 +375,7 @@ class CaptionRows:
         # a broken picture is replaced by what follows it
         order, n = self._order(number), len(self)
         places = (self.places[order[(place + k) % n]] for k in range(n))
-        sound = ((source[i], moves) for source, i, moves in places if source.sound(source[i], [("image", None)]))
+        sound = ((source[i], moves) for source, i, moves in places if source.readable(source[i], [("image", None)]))
         item, moves = next(sound, (None, False))
         if item is None:
             raise UserError(f"not one of the {len(self)} captioned pictures can be read")
@@ -391,7 +391,7 @@ def held_out_pictures(data, n):
     sources = [open_source(path, data.side, "held_out", data.held_out_fraction) for path in paths]
     places = [(source, i) for source in sources for i in range(len(source))]
     chosen = [places[i * len(places) // n] for i in range(n)]
-    items = [first_sound(s, range(len(s)), i, lambda item: [("image", None)])[0] for s, i in chosen]
+    items = [first_readable(s, range(len(s)), i, lambda item: [("image", None)])[0] for s, i in chosen]
     return np.stack([item.image for item in items])
 
 

@@ -277,7 +277,7 @@ class Level(nn.Module):
         x = self.resnets[n](x, emb)
         return self.attentions[n](x, context) if n < len(self.attentions) else x
 
-    def through(self, x):
+    def forward_all(self, x):
         """All of them, for the autoencoder, which knows no time and no text."""
         for n in range(len(self.resnets)):
             x = self(x, n)
@@ -365,16 +365,16 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for n in range(len(level.resnets)):
-                x = self.step(level, x, n, emb, context)
+                x = self.maybe_recompute(level, x, n, emb, context)
                 skips.append(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
                 skips.append(x)
         for n in range(2):
-            x = self.step(self.mid_block, x, n, emb, context)
+            x = self.maybe_recompute(self.mid_block, x, n, emb, context)
         for level in self.up_blocks:
             for n in range(len(level.resnets)):
-                x = self.step(level, torch.cat((x, skips.pop()), dim=1), n, emb, context)
+                x = self.maybe_recompute(level, torch.cat((x, skips.pop()), dim=1), n, emb, context)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -391,7 +391,7 @@ class UNet(nn.Module):
             emb = emb + self.add_embedding(torch.cat((text_embeds, sizes.to(dtype)), dim=-1))
         return emb
 
-    def step(self, level, *inputs):
+    def maybe_recompute(self, level, *inputs):
         # Not only while training: the gradient may have to pass through a U-Net that is itself frozen.
         if self.activation_checkpointing and torch.is_grad_enabled():
             return recompute(level, *inputs, use_reentrant=False)
@@ -415,7 +415,7 @@ class UNet(nn.Module):
             tensors = renamed(tensors, unet_names(config))
         with torch.device("meta"):
             model = cls(config)
-        return checkpoint.fill(model, tensors, path, dtype, device).eval()
+        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
         """Writes config.json and diffusion_pytorch_model.safetensors, as diffusers' UNet2DConditionModel has them."""
@@ -444,10 +444,10 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)
         for level in self.down_blocks:
-            x = level.through(x)
+            x = level.forward_all(x)
             if hasattr(level, "downsamplers"):
                 x = level.downsamplers[0](x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block.through(x))))
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block.forward_all(x))))
 
 
 class Decoder(nn.Module):
@@ -468,9 +468,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(x, c.out_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.mid_block.through(self.conv_in(x))
+        x = self.mid_block.forward_all(self.conv_in(x))
         for level in self.up_blocks:
-            x = level.through(x)
+            x = level.forward_all(x)
             if hasattr(level, "upsamplers"):
                 x = level.upsamplers[0](x, (2 * x.shape[2], 2 * x.shape[3]))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
@@ -523,7 +523,7 @@ class AutoencoderKL(nn.Module):
         tensors = {k: v.flatten(1) if ".attentions." in k and v.ndim == 4 else v for k, v in tensors.items()}
         with torch.device("meta"):
             model = cls(config)
-        return checkpoint.fill(model, tensors, path, dtype, device).eval()
+        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
         """Writes config.json and diffusion_pytorch_model.safetensors, as diffusers' AutoencoderKL has them."""
@@ -701,40 +701,40 @@ def offset_noise(noise, draws, strength):
 # ---- samplers --------------------------------------------------------------------------------
 # Each is a generator: it yields x after every step, and the last x is the drawing. They share their arguments:
 #   predict(x, t) → prediction       the U-Net, its conditioning and guidance
-#   draw() → N(0, 1) like x          the noise to start from, then that of each step where the algorithm adds some
+#   noise() → N(0, 1) like x          the noise to start from, then that of each step where the algorithm adds some
 #   image, strength                  image to image: latents to start from, and the share of the way they are noised
 
 
-def sample_ddpm(predict, schedule, steps, draw, image=None, strength=1.0):
+def sample_ddpm(predict, schedule, steps, noise, image=None, strength=1.0):
     """Ancestral sampling (Ho et al. 2020, algorithm 2), with the posterior's own variance (eq. 7)."""
     times = schedule.timesteps(steps, "leading", strength).round().long()
-    x = draw() if image is None else schedule.add_noise(image, draw(), times[0])
+    x = noise() if image is None else schedule.add_noise(image, noise(), times[0])
     abar = torch.cat((schedule.alphas_cumprod[times], torch.ones(1)))
     for t, a, a_next in zip(times, abar[:-1], abar[1:], strict=True):
         x0, _ = schedule.x0_and_noise(predict(x, t), x, a)
         alpha = a / a_next  # α_t of the paper, for this one step
         mean = (a_next.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - a_next) * x) / (1 - a)
         variance = (1 - a_next) / (1 - a) * (1 - alpha)
-        x = mean + variance.sqrt() * draw()
+        x = mean + variance.sqrt() * noise()
         yield x
 
 
-def sample_ddim(predict, schedule, steps, draw, image=None, strength=1.0):
+def sample_ddim(predict, schedule, steps, noise, image=None, strength=1.0):
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12 with η = 0): no noise but the first. Order 1."""
     times = schedule.timesteps(steps, "leading", strength).round().long()
-    x = draw() if image is None else schedule.add_noise(image, draw(), times[0])
+    x = noise() if image is None else schedule.add_noise(image, noise(), times[0])
     last = torch.ones(1) if schedule.set_alpha_to_one else schedule.alphas_cumprod[:1]
     abar = torch.cat((schedule.alphas_cumprod[times], last))
     for t, a, a_next in zip(times, abar[:-1], abar[1:], strict=True):
-        x0, noise = schedule.x0_and_noise(predict(x, t), x, a)
-        x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise
+        x0, epsilon = schedule.x0_and_noise(predict(x, t), x, a)
+        x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * epsilon
         yield x
 
 
-def sample_dpmpp_2m(predict, schedule, steps, draw, image=None, strength=1.0):
+def sample_dpmpp_2m(predict, schedule, steps, noise, image=None, strength=1.0):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): remembers the last x0 to see where it is heading. Order 2."""
     times = schedule.timesteps(steps, "linspace", strength, skip_last=True).round().long()
-    x = draw() if image is None else schedule.add_noise(image, draw(), times[0])
+    x = noise() if image is None else schedule.add_noise(image, noise(), times[0])
     abar = torch.cat((schedule.alphas_cumprod[times], torch.ones(1)))
     alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     lambdas = (alpha / sigma).log()  # the last is infinite: no noise left
@@ -751,7 +751,7 @@ def sample_dpmpp_2m(predict, schedule, steps, draw, image=None, strength=1.0):
         yield x
 
 
-def sample_euler(predict, schedule, steps, draw, image=None, strength=1.0, ancestral=False):
+def sample_euler(predict, schedule, steps, noise, image=None, strength=1.0, ancestral=False):
     """Euler's method on dx/dσ' = ε, where x = x0 + σ'·ε and σ' = σ/α (Karras et al. 2022, algorithm 1
     without its second half, the correction). Order 1.
 
@@ -765,23 +765,23 @@ def sample_euler(predict, schedule, steps, draw, image=None, strength=1.0, ances
     sigmas = torch.lerp(table[whole], table[(whole + 1).clamp(max=T - 1)], (times - whole).float())
     sigmas = torch.cat((sigmas, torch.zeros(1)))
     if image is not None:
-        x = image + sigmas[0] * draw()
+        x = image + sigmas[0] * noise()
     else:  # as published: √(σ'²+1) where the times start below T - 1
         leading = schedule.timestep_spacing == "leading"
-        x = draw() * ((sigmas[0] ** 2 + 1).sqrt() if leading else sigmas[0])
+        x = noise() * ((sigmas[0] ** 2 + 1).sqrt() if leading else sigmas[0])
     for t, s, s_next in zip(times, sigmas[:-1], sigmas[1:], strict=True):
         a = 1 / (s**2 + 1)  # ᾱ
-        _, noise = schedule.x0_and_noise(predict(a.sqrt() * x, t), a.sqrt() * x, a)
+        _, epsilon = schedule.x0_and_noise(predict(a.sqrt() * x, t), a.sqrt() * x, a)
         up = (s_next**2 * (s**2 - s_next**2) / s**2).sqrt() if ancestral else torch.zeros(())
-        x = x + noise * ((s_next**2 - up**2).sqrt() - s)
+        x = x + epsilon * ((s_next**2 - up**2).sqrt() - s)
         if ancestral:
-            x = x + up * draw()
+            x = x + up * noise()
         yield x
 
 
-def sample_euler_ancestral(predict, schedule, steps, draw, image=None, strength=1.0):
+def sample_euler_ancestral(predict, schedule, steps, noise, image=None, strength=1.0):
     """Euler's method, but each step goes further down and adds noise back (Crowson's k-diffusion, `euler_a`)."""
-    yield from sample_euler(predict, schedule, steps, draw, image, strength, ancestral=True)
+    yield from sample_euler(predict, schedule, steps, noise, image, strength, ancestral=True)
 
 
 SAMPLERS = {
@@ -793,7 +793,7 @@ SAMPLERS = {
 }
 
 
-def guide(conditional, unconditional, scale, rescale=0.0):
+def classifier_free_guidance(conditional, unconditional, scale, rescale=0.0):
     """Classifier-free guidance (Ho & Salimans 2022): away from what would be drawn without the prompt.
 
     rescale in [0, 1] takes back, by so much, the contrast that guidance adds (Lin et al. 2023, eqs. 15-16).
@@ -815,7 +815,7 @@ class Conditioning(NamedTuple):
     text_embeds: torch.Tensor | None = None
 
 
-class Draws(NamedTuple):
+class LossNoise(NamedTuple):
     """The chance in the loss of M pictures, in the order in which the published code draws it."""
 
     sample: torch.Tensor  # (M, C, h, w) ~ N(0, 1): of the autoencoder's distribution
@@ -854,7 +854,7 @@ class LatentDiffusion(nn.Module):
         context = torch.cat([encoder.hidden(t, layer=-2, final_norm=False) for encoder, t in pairs], dim=-1)
         return Conditioning(context, self.text_encoders[1].pooled(tokens[1]))
 
-    def condition(self, prompts):
+    def to_conditioning(self, prompts):
         """Texts (one or a list), context (B, M, D) or a Conditioning → a Conditioning."""
         if isinstance(prompts, Conditioning):
             return prompts
@@ -868,14 +868,14 @@ class LatentDiffusion(nn.Module):
         mean, logvar = (x.float() for x in self.vae.encode((2 * images - 1).to(weight.device, weight.dtype)))
         return (mean if noise is None else reparameterize(mean, logvar, noise)) * self.vae.config.scaling_factor
 
-    def draws(self, count, height, width, generator=None):
+    def loss_noise(self, count, height, width, generator=None):
         """Chance for `count` pictures of height × width pixels."""
         c, device = self.vae.config, self.unet.conv_in.weight.device
         shape = (count, c.latent_channels, height // c.factor, width // c.factor)
         sample, noise, perturbation = torch.randn(3, *shape, generator=generator).to(device)
         offset = torch.randn(*shape[:2], 1, 1, generator=generator).to(device)
         t = torch.randint(self.schedule.num_train_timesteps, (count,), generator=generator).to(device)
-        return Draws(sample, noise, offset, perturbation, t, torch.rand(count, generator=generator).to(device))
+        return LossNoise(sample, noise, offset, perturbation, t, torch.rand(count, generator=generator).to(device))
 
     def loss(self, images, context, draws, min_snr=0.0, offset=0.0, perturbation=0.0):
         """images (M, 3, H, W) in [0, 1], context (M, L, D) → diffusion_loss: what DreamLLM asks of it.
@@ -904,7 +904,7 @@ class LatentDiffusion(nn.Module):
         sampler="ddim",
         size=None,
         seed=None,
-        draw=None,
+        noise=None,
         image=None,
         strength=0.8,
         rescale=0.0,
@@ -914,13 +914,13 @@ class LatentDiffusion(nn.Module):
 
         negative: what to move away from, in the same forms, one or B; None is the empty text (SDXL: zeros).
         guidance: 1 for none; one pass of the U-Net a step instead of two. size: pixels, a side or (height, width).
-        seed: picture i draws from seed + i, so that it is the same in any batch; or draw() → (B, C, h, w) ~ N(0, 1).
+        seed: picture i draws from seed + i, so that it is the same in any batch; or noise() → (B, C, h, w) ~ N(0, 1).
         image (B, 3, H, W) in [0, 1]: start from it instead of from noise; strength 1 leaves nothing of it.
         """
         if sampler not in SAMPLERS:
             raise UserError(f'no sampler "{sampler}"; there are {", ".join(SAMPLERS)}')
         weight, factor = self.unet.conv_in.weight, self.vae.config.factor
-        context, text_embeds = self.condition(prompts)
+        context, text_embeds = self.to_conditioning(prompts)
         count = len(context)
         if image is not None:
             height, width = image.shape[2:]
@@ -934,7 +934,7 @@ class LatentDiffusion(nn.Module):
             if negative is None and text_embeds is not None:
                 without = Conditioning(torch.zeros_like(context), torch.zeros_like(text_embeds))
             else:
-                without = self.condition("" if negative is None else negative)
+                without = self.to_conditioning("" if negative is None else negative)
                 if (without.text_embeds is None) != (text_embeds is None):
                     raise UserError(
                         "negative must be of the form of the prompts: for SDXL texts, or a whole Conditioning"
@@ -954,19 +954,19 @@ class LatentDiffusion(nn.Module):
                 return self.unet(x.to(weight), t, context, text_embeds, time_ids).float()
             prediction = self.unet(torch.cat((x, x)).to(weight), t, context, text_embeds, time_ids)
             without, with_ = prediction.float().chunk(2)
-            return guide(with_, without, guidance, rescale)
+            return classifier_free_guidance(with_, without, guidance, rescale)
 
-        if draw is None:
+        if noise is None:
             shape = (self.vae.config.latent_channels, height // factor, width // factor)
             draws = [torch.Generator() for _ in range(count)]  # on the CPU: the same noise for every device
             for i, generator in enumerate(draws):
                 generator.seed() if seed is None else generator.manual_seed(seed + i)
 
-            def draw():
+            def noise():
                 return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(weight.device)
 
         start = () if image is None else (self.to_latents(image.expand(count, -1, -1, -1)), strength)
-        drawing = SAMPLERS[sampler](predict, self.schedule, steps, draw, *start)
+        drawing = SAMPLERS[sampler](predict, self.schedule, steps, noise, *start)
         for x in tqdm(drawing, total=steps, disable=not progress):
             if not x.isfinite().all():
                 raise UserError("the U-Net gave NaN or infinity: try float32 or bfloat16")
@@ -981,7 +981,7 @@ class LatentDiffusion(nn.Module):
         text_encoder: what reads the prompts, as the class takes it: clip.text_encoders(path). config, for single files:
         the YAML or JSON its code base keeps of it (a path, or its content as a dict), needed where shapes don't decide.
         """
-        path = checkpoint.resolve(path)
+        path = checkpoint.weights_folder(path)
         if path.is_file():
             return cls.from_single_file(path, text_encoder, dtype, device, config)
         for name in ("unet", "vae", "scheduler"):
@@ -1029,8 +1029,8 @@ class LatentDiffusion(nn.Module):
             if part not in own:
                 raise UserError(f"{path}: {name} belongs to no part of a latent diffusion model")
             own[part][rest] = tensor
-        checkpoint.fill(unet, own["unet"], path, dtype, device).eval()
-        checkpoint.fill(vae, renamed(own["vae"], vae_names(vae.config)), path, dtype, device).eval()
+        checkpoint.load_into(unet, own["unet"], path, dtype, device).eval()
+        checkpoint.load_into(vae, renamed(own["vae"], vae_names(vae.config)), path, dtype, device).eval()
         saved = path / "scheduler" / "scheduler_config.json"
         return cls(unet, vae, NoiseSchedule.from_config(checkpoint.read_json(saved), saved))
 
@@ -1122,7 +1122,7 @@ def save_part(model, config, path):
 
 def part_of(path, name):
     """`path`, or its folder `name` where it is a whole pipeline's."""
-    path = checkpoint.resolve(path)
+    path = checkpoint.weights_folder(path)
     return path / name if (path / name).is_dir() else path
 
 

@@ -47,7 +47,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from support.pictures import moved
+from support.pictures import jitter
 from support.settings import UserError
 from support.sources import (
     DREAM,
@@ -269,7 +269,7 @@ class Writer:
                 ids += self.dream if part == DREAM and self.create else []
                 ids += self.img if part == IMAGE or self.understand else []
             elif isinstance(part, Special):
-                ids += self.tokenizer.frame(part)
+                ids += self.tokenizer.special_ids(part)
                 continue
             else:
                 ids += self.tokenizer.encode(part, follows=follows)
@@ -484,7 +484,7 @@ class DocumentRows:
         opened = {key: source.open(picture) for key, picture in wanted.items()}
         images, images_dm = ([opened[id(p)] for p in pictures] for pictures in (sample.images, sample.images_dm))
         if self.moves[which]:
-            images = [Image.fromarray(moved(np.asarray(picture), rng)) for picture in images]
+            images = [Image.fromarray(jitter(np.asarray(picture), rng)) for picture in images]
         return Sample(sample.tokens, sample.labels, images, images_dm)
 
     def _permute(self, epoch):

@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from model import LLaMA, config_from_hf, config_to_hf, draw, from_hf_names, rotary_frequencies, to_hf_names
+from model import LLaMA, config_from_hf, config_to_hf, from_hf_names, rotary_frequencies, sample_token, to_hf_names
 from support import checkpoint, settings
 from support.settings import UserError
 from support.tokenizer import ADDED, Special, Tokenizer
@@ -102,8 +102,11 @@ class DreamLLM(nn.Module):
             sizes = f"the tokenizer knows {tokenizer.vocab_size} tokens, the LLaMA only {llama.config.vocab_size}"
             raise UserError(f"{sizes}: llama.resize(tokenizer.vocab_size) gives it the missing ones")
         s = tokenizer.special
-        self.look = [s["<im_start>"], *[s["<im_patch>"]] * self.patches, s["<im_end>"]]  # a picture to look at
-        self.ask = [s["<dream_start>"], *[s["<im_patch>"]] * config.queries]  # one to draw, as far as it is asked for
+        self.image_span = [s["<im_start>"], *[s["<im_patch>"]] * self.patches, s["<im_end>"]]  # a picture to look at
+        self.dream_prefix = [
+            s["<dream_start>"],
+            *[s["<im_patch>"]] * config.queries,
+        ]  # one to draw, as far as it is asked for
 
     # -- reading and training --
 
@@ -115,16 +118,16 @@ class DreamLLM(nn.Module):
         """
         x = self.llama.embed_tokens(tokens)  # (B, T, D)
         if queries:
-            rows, places = self.spans(tokens, "<dream_start>", self.config.queries)
+            rows, places = self.span_positions(tokens, "<dream_start>", self.config.queries)
             x = x.index_put((rows, places), self.dream_queries.expand(len(rows), -1, -1).to(x.dtype))
-        rows, places = self.spans(tokens, "<im_start>", self.patches)
+        rows, places = self.span_positions(tokens, "<im_start>", self.patches)
         if len(rows) != len(images):
             raise ValueError(f"{len(rows)} spans of <im_start> but {len(images)} pictures")
         if len(images):
             x = x.index_put((rows, places), self.projector(self.clip.patch_features(images)).to(x.dtype))
         return x
 
-    def spans(self, tokens, start, length):
+    def span_positions(self, tokens, start, length):
         """Where the `length` places after each token `start` are: rows (n, 1), places (n, length), in reading order."""
         rows, at = (tokens == self.tokenizer.special[start]).nonzero(as_tuple=True)
         places = at[:, None] + torch.arange(1, length + 1, device=tokens.device)
@@ -139,7 +142,7 @@ class DreamLLM(nn.Module):
 
         tokens (B, T), padded on the right, where attention, being causal, never sees it; labels (B, T), the same or
         -100 where nothing is to be learned; images (·, 3, S, S) to be read, normalised as CLIP wants them; images_dm
-        (M, 3, H, W) to be drawn, in [0, 1]: all those of the batch in reading order. draws: a diffusion.Draws,
+        (M, 3, H, W) to be drawn, in [0, 1]: all those of the batch in reading order. draws: a diffusion.LossNoise,
         recorded; None: fresh chance. The text's loss is the mean over all labels of the batch, the pictures' the mean
         over all pictures.
         """
@@ -162,15 +165,15 @@ class DreamLLM(nn.Module):
     def drawing_loss(self, hidden, tokens, images_dm, draws):
         """hidden (B, T, D) after the final norm → the U-Net's error on the pictures that its queries should draw."""
         c = self.config
-        rows, places = self.spans(tokens, "<dream_start>", c.queries)
+        rows, places = self.span_positions(tokens, "<dream_start>", c.queries)
         if len(rows) != len(images_dm):
             raise ValueError(f"{len(rows)} spans of <dream_start> but {len(images_dm)} pictures to draw")
-        draws = draws or self.diffusion.draws(len(images_dm), *images_dm.shape[2:])
+        draws = draws or self.diffusion.loss_noise(len(images_dm), *images_dm.shape[2:])
         states = hidden[rows, places]  # (M, Q, D)
         if c.drop and self.training:
             # Here as in drawing, no prompt means real queries after <s>. (The published code trains it with the
             # embeddings of <im_patch> in their places, which drawing never does.)
-            states = torch.where((draws.drop < c.drop)[:, None, None], self.dream([""]), states)
+            states = torch.where((draws.drop < c.drop)[:, None, None], self.dream_states([""]), states)
         context = self.condition(states)  # (M, Q, C)
         return self.diffusion.loss(images_dm, context, draws, c.min_snr, c.noise_offset, c.perturbation)
 
@@ -188,34 +191,38 @@ class DreamLLM(nn.Module):
         chat = bool(parts) and isinstance(parts[0], Special)
         for n, part in enumerate(parts):
             if isinstance(part, Special):
-                frame = self.tokenizer.frame(part)
+                frame = self.tokenizer.special_ids(part)
                 ids += [] if n == 0 and frame == ids else frame  # <s> stands there already
                 continue
             if isinstance(part, str):
                 ids += self.tokenizer.encode(part if chat else part.strip(), follows=follows)
             else:
-                ids += self.look
+                ids += self.image_span
                 pictures.append(part)
             follows = chat
         return ids, pictures
 
-    def read(self, ids, pictures=(), caches=None):
+    def hidden_states(self, ids, pictures=(), caches=None):
         """ids (B lists of equal length), PIL pictures → hidden (B, T, D); with caches, after what they hold."""
         weight = self.llama.embed_tokens.weight
         images = self.clip.preprocess(list(pictures)).to(weight) if len(pictures) else weight.new_zeros(0)
         return self.llama.hidden(self.embed(torch.tensor(ids, device=weight.device), images), caches)
 
-    def dream(self, prompts):
+    def dream_states(self, prompts):
         """prompts (each as `prompt` takes it) → (B, Q, D): what the queries become after each of them."""
         read = [self.prompt(parts) for parts in prompts]
-        longest = max(len(ids) for ids, _ in read) + len(self.ask)
+        longest = max(len(ids) for ids, _ in read) + len(self.dream_prefix)
         if longest > self.llama.config.max_seq_len:
-            raise UserError(f"a prompt of {longest - len(self.ask)} tokens leaves no room for a picture in the context")
+            raise UserError(
+                f"a prompt of {longest - len(self.dream_prefix)} tokens leaves no room for a picture in the context"
+            )
         # What is filled up on the right comes after the queries, so that they never see it.
         pad = self.tokenizer.special["[PAD]"]
-        rows = [ids + self.ask + [pad] * (longest - len(ids) - len(self.ask)) for ids, _ in read]
-        hidden = self.read(rows, [picture for _, pictures in read for picture in pictures])  # (B, T, D)
-        return hidden[self.spans(torch.tensor(rows, device=hidden.device), "<dream_start>", self.config.queries)]
+        rows = [ids + self.dream_prefix + [pad] * (longest - len(ids) - len(self.dream_prefix)) for ids, _ in read]
+        hidden = self.hidden_states(rows, [picture for _, pictures in read for picture in pictures])  # (B, T, D)
+        return hidden[
+            self.span_positions(torch.tensor(rows, device=hidden.device), "<dream_start>", self.config.queries)
+        ]
 
     @torch.inference_mode()
     def text_to_image(
@@ -226,7 +233,7 @@ class DreamLLM(nn.Module):
         steps=50,
         sampler="ddpm",
         seed=None,
-        draw=None,
+        noise=None,
         rescale=0.0,
         progress=False,
     ):
@@ -235,22 +242,22 @@ class DreamLLM(nn.Module):
         negative: what to move away from, one or B; None is the empty prompt. The rest: see LatentDiffusion.generate.
         """
         negative = "" if negative is None else negative
-        context = self.condition(self.dream([prompts] if isinstance(prompts, str) else prompts))  # (B, Q, C)
-        without = self.condition(self.dream([negative] if isinstance(negative, str) else negative))
+        context = self.condition(self.dream_states([prompts] if isinstance(prompts, str) else prompts))  # (B, Q, C)
+        without = self.condition(self.dream_states([negative] if isinstance(negative, str) else negative))
         return self.diffusion.generate(
-            context, without, guidance, steps, sampler, seed=seed, draw=draw, rescale=rescale, progress=progress
+            context, without, guidance, steps, sampler, seed=seed, noise=noise, rescale=rescale, progress=progress
         )
 
-    def forbidden(self):
+    def non_text_mask(self):
         """(V,) bool: what is never drawn as text, all ids but the text's own and those that end it."""
-        text = (self.tokenizer.pieces.keys() - set(self.tokenizer.special.values())) | self.tokenizer.stops
+        text = (self.tokenizer.bytes_of.keys() - set(self.tokenizer.special.values())) | self.tokenizer.stops
         forbidden = torch.ones(self.llama.config.vocab_size, dtype=torch.bool, device=self.dream_queries.device)
         forbidden[sorted(text)] = False
         return forbidden
 
     def generate_document(self, prompt, max_new_tokens=256, max_pictures=4, **options):
         """What `stream_document` yields, as a list: neighbouring texts are one."""
-        return joined(self.stream_document(prompt, max_new_tokens, max_pictures, **options))[0]
+        return merge_texts(self.stream_document(prompt, max_new_tokens, max_pictures, **options))[0]
 
     @torch.inference_mode()
     def stream_document(
@@ -282,11 +289,11 @@ class DreamLLM(nn.Module):
         device = self.llama.embed_tokens.weight.device
         chance = torch.Generator(device)
         chance.seed() if seed is None else chance.manual_seed(seed)
-        forbidden = self.forbidden()
-        span = len(self.ask) + 1 + len(self.look)  # what a picture takes: drawn, then looked at
-        without = self.condition(self.dream([""]))  # what guidance leads away from
+        forbidden = self.non_text_mask()
+        span = len(self.dream_prefix) + 1 + len(self.image_span)  # what a picture takes: drawn, then looked at
+        without = self.condition(self.dream_states([""]))  # what guidance leads away from
         caches = self.llama.caches(1, capacity)
-        hidden = self.read([ids], pictures, caches)[:, -1]  # (1, D)
+        hidden = self.hidden_states([ids], pictures, caches)[:, -1]  # (1, D)
         left, drawn, ended = max_new_tokens, 0, None  # at the end: whether by itself
 
         def words():
@@ -296,21 +303,21 @@ class DreamLLM(nn.Module):
                 room = drawn < max_pictures and caches[0].length + span <= capacity
                 forbidden[special["<dream_start>"]] = not room
                 logits = self.llama.logits(hidden).float().masked_fill(forbidden, float("-inf"))  # (1, V)
-                new, left = draw(logits, temperature, top_k, top_p, chance).item(), left - 1
+                new, left = sample_token(logits, temperature, top_k, top_p, chance).item(), left - 1
                 if new == special["<dream_start>"]:
                     return
                 if new in self.tokenizer.stops:
                     ended = True
                     return
                 yield new
-                hidden = self.read([[new]], (), caches)[:, -1]
+                hidden = self.hidden_states([[new]], (), caches)[:, -1]
             ended = False
 
         while True:
             yield from self.tokenizer.stream(words())
             if ended is not None:
                 return ended
-            states = self.read([self.ask], (), caches)[:, 1:]  # (1, Q, D)
+            states = self.hidden_states([self.dream_prefix], (), caches)[:, 1:]  # (1, Q, D)
             if progress:
                 print(file=sys.stderr)  # its bar gets a line of its own, below the text
             picture = self.diffusion.generate(
@@ -324,7 +331,7 @@ class DreamLLM(nn.Module):
             )
             picture, drawn = to_picture(picture[0]), drawn + 1
             yield picture
-            hidden = self.read([[special["<dream_end>"], *self.look]], [picture], caches)[:, -1]
+            hidden = self.hidden_states([[special["<dream_end>"], *self.image_span]], [picture], caches)[:, -1]
 
     # -- published files --
 
@@ -366,7 +373,7 @@ class DreamLLM(nn.Module):
         The configurations of CLIP and Stable Diffusion, which config.json names, are looked for in the folder, beside
         it, and in the folders `parts`. dtype None: as stored.
         """
-        folder = checkpoint.resolve(path)
+        folder = checkpoint.weights_folder(path)
         if folder.is_file():
             raise UserError(f"{folder}: a DreamLLM is a folder of several files, not one")
         file = folder / "config.json"
@@ -385,9 +392,9 @@ class DreamLLM(nn.Module):
             inside = {k.removeprefix(f"{name}."): whole.pop(k) for k in list(whole) if k.startswith(f"{name}.")}
             beside = folder / f"{name}.bin"
             own[name] = checkpoint.read_tensors(beside) if beside.exists() or not inside else inside
-        projector = taken(own["clip_vision_embedding"], "projector.")
-        condition = taken(own["stable_diffusion_head"], "projector.")
-        vision = taken(own["clip_vision_embedding"], "clip_vision_model.")
+        projector = pop_prefix(own["clip_vision_embedding"], "projector.")
+        condition = pop_prefix(own["stable_diffusion_head"], "projector.")
+        vision = pop_prefix(own["clip_vision_embedding"], "clip_vision_model.")
         if own["clip_vision_embedding"]:
             raise UserError(f"{folder}: {next(iter(own['clip_vision_embedding']))} belongs to no part of DreamLLM")
 
@@ -397,8 +404,8 @@ class DreamLLM(nn.Module):
         head = own["stable_diffusion_head"]
         diffusion = diffusion.from_tensors(head, find_part(diffusion_name, folder, parts), dtype, device)
         model = cls(llama, clip, diffusion, config, tokenizer)
-        checkpoint.fill(model.projector, projector, folder / "clip_vision_embedding.bin", dtype, device)
-        checkpoint.fill(model.condition, condition, folder / "stable_diffusion_head.bin", dtype, device)
+        checkpoint.load_into(model.projector, projector, folder / "clip_vision_embedding.bin", dtype, device)
+        checkpoint.load_into(model.condition, condition, folder / "stable_diffusion_head.bin", dtype, device)
         queries = own["dream_embedding"].get("dream_queries", torch.empty(0))
         if queries.shape != model.dream_queries.shape or not queries.isfinite().all():
             expected = tuple(model.dream_queries.shape)
@@ -409,7 +416,7 @@ class DreamLLM(nn.Module):
         return model.eval()
 
 
-def joined(stream):
+def merge_texts(stream):
     """A generator of texts and pictures → ([piece, …] with neighbouring texts as one, what it returns)."""
     pieces = []
     while True:
@@ -423,7 +430,7 @@ def joined(stream):
             pieces.append(piece)
 
 
-def taken(tensors, prefix):
+def pop_prefix(tensors, prefix):
     """Moves the entries whose names begin with `prefix` out of `tensors`, into a dict of their own without it."""
     return {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
 

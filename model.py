@@ -363,7 +363,7 @@ class LLaMA(nn.Module):
                     cache.repeat(samples)
             if forbidden is not None:
                 logits = logits.masked_fill(forbidden, float("-inf"))
-            new = draw(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            new = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
             if eos is not None:
                 new = new.masked_fill(done[:, None], eos)
                 done |= new[:, 0] == eos
@@ -380,7 +380,7 @@ class LLaMA(nn.Module):
         dtype: a torch.dtype; None: as stored; "int8": every matrix of the layers and the head in 8 bits, the rest
         as stored (Int8Linear). `path` may also be a weight file in such a folder.
         """
-        path = checkpoint.resolve(path)
+        path = checkpoint.weights_folder(path)
         folder = path if path.is_dir() else path.parent
         if (folder / "params.json").exists() and not (folder / "config.json").exists():
             config, tensors = read_meta(folder)
@@ -401,9 +401,9 @@ class LLaMA(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         if dtype == "int8":
-            checkpoint.check(tensors, model, path)
+            checkpoint.check_tensors(tensors, model, path)
             return fill_int8(model, tensors).to(device).eval()
-        return checkpoint.fill(model, tensors, path, dtype, device).eval()
+        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
         """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them; `tokenizer`, if set."""
@@ -427,7 +427,7 @@ def from_hf_names(tensors):
     return {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
-def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """logits (B, V) → ids (B, 1), sampled after temperature, top-k and nucleus (top-p) filtering."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

@@ -296,8 +296,8 @@ def what_is_wrong(folder, name):
 
 def _check_pictures(path):
     wrong = []
-    say = lambda text: wrong.append(text.removeprefix("skipped "))  # noqa: E731
-    pairs = FilePairs(open_source(path, None, "train", 0, say), "pair")
+    report = lambda text: wrong.append(text.removeprefix("skipped "))  # noqa: E731
+    pairs = FilePairs(open_source(path, None, "train", 0, report), "pair")
     for index in range(len(pairs)):
         try:
             pairs.open(pairs.read(index, None).picture)

@@ -69,7 +69,7 @@ def load_text(run, tokenizer="", device="cpu", dtype=None):
     if data.get("tokenizer") and not tokenizer:
         raise UserError(f"{run} is a run on pictures: use sample.py continue, or its perplexity of a .jsonl")
     folder = Path(run).parent if Path(run).is_file() else run
-    own = any((checkpoint.resolve(folder) / name).exists() for name in FILES)
+    own = any((checkpoint.weights_folder(folder) / name).exists() for name in FILES)
     tokenizer = Tokenizer.from_pretrained(tokenizer or (not own and data.get("text_tokenizer")) or folder)
     llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
     if tokenizer.vocab_size > llama.config.vocab_size:
@@ -83,7 +83,7 @@ def stream_text(llama, tokenizer, ids, max_new_tokens, **sampling):
     device = llama.embed_tokens.weight.device
     prompt = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
     count = min(max_new_tokens, llama.config.max_seq_len - len(ids))
-    allowed = list(tokenizer.pieces)  # a model's vocabulary may be padded beyond its tokenizer's
+    allowed = list(tokenizer.bytes_of)  # a model's vocabulary may be padded beyond its tokenizer's
 
     def drawn():
         for new in llama.stream(prompt, count, allowed=allowed, **sampling):  # (1, 1)
@@ -238,7 +238,7 @@ def load(a, loader):
 
 def is_dream(run):
     """Whether a run or a published folder holds a DreamLLM."""
-    file = checkpoint.resolve(run) / "config.json"
+    file = checkpoint.weights_folder(run) / "config.json"
     config = checkpoint.read_json(file) if file.exists() else {}
     return isinstance(config, dict) and config.get("model_type") == "dreamllm"
 
@@ -366,7 +366,7 @@ def perplexity(a):
     window = min(a.window, llama.config.max_seq_len)
     losses = text_surprise(llama, tokens, window)
     # without a token that begins a text, its first one cannot be foreseen and does not count
-    size = len(text.encode()) - (0 if tokenizer.bos is not None else len(tokenizer.pieces[tokens[0].item()]))
+    size = len(text.encode()) - (0 if tokenizer.bos is not None else len(tokenizer.bytes_of[tokens[0].item()]))
     bits = losses.sum().item() / math.log(2) / max(1, size)
     values = f"perplexity {losses.mean().exp():.4g} a token, {bits:.4f} bits a byte"
     print(f"{a.input}: {values} ({len(losses)} tokens, seen through a window of {window})")

@@ -23,8 +23,8 @@ from diffusion import (
     AutoencoderKL,
     AutoencoderKLConfig,
     AutoencoderLoss,
-    Draws,
     LatentDiffusion,
+    LossNoise,
     NoiseSchedule,
     UNet,
     UNetConfig,
@@ -191,7 +191,7 @@ def read_run(path, overrides=()):
     return s, set(values["model"])
 
 
-def start_model(cls, config_class, section, given, resume):
+def start_model(cls, config_class, section, explicit_keys, resume):
     """A float32 model from `resume` (a step's folder), else section.init, else fresh.
 
     A key of [model] that was written down must agree with what is loaded.
@@ -201,7 +201,7 @@ def start_model(cls, config_class, section, given, resume):
     if not folder:
         return cls(config_class(**{name: getattr(section, name) for name in names}))
     model = cls.from_pretrained(folder, dtype=torch.float32).train()
-    settings.must_agree(given & set(names), section, model.config, folder)
+    settings.must_agree(explicit_keys & set(names), section, model.config, folder)
     return model
 
 
@@ -210,9 +210,9 @@ class VQGANTask:
 
     unit = "images"
 
-    def __init__(self, s, given, ranks, resume):
+    def __init__(self, s, explicit_keys, ranks, resume):
         self.settings, self.ranks = s, ranks
-        self.model = start_model(VQGAN, VQGANConfig, s.model, given, resume)
+        self.model = start_model(VQGAN, VQGANConfig, s.model, explicit_keys, resume)
         self.model.quantize.with_entropy = s.loss.entropy > 0
         self.modules = {"generator": self.model}
         if s.loss.gan:
@@ -220,11 +220,11 @@ class VQGANTask:
         if s.loss.gan and s.loss.adaptive:
             # λ walks part of the graph twice, so a compiled forward must not give its buffers away
             functorch_config.donated_buffer = False
-        self.judge = VQGANLoss(s.loss).to(ranks.device)
+        self.loss_fn = VQGANLoss(s.loss).to(ranks.device)
         self.pictures = PictureRows(s.data, s.train.seed)
-        self.fresh = not (resume or s.model.init)
+        self.from_scratch = not (resume or s.model.init)
         self.counts = torch.zeros(self.model.config.num_embeddings, device=ranks.device)  # since the last redraw
-        self.kept = {}  # reconstructions of this step, judged again by the discriminator's phase
+        self.reconstructions = {}  # reconstructions of this step, judged again by the discriminator's phase
         self.items_per_row = 1
 
     def active(self, phase, step):
@@ -236,18 +236,18 @@ class VQGANTask:
     def loss(self, phase, wrapped, batch, step, microstep):
         images = to_images(batch, self.ranks.device)
         if phase == "discriminator":
-            return self.judge.discriminator(images, self.kept.pop(microstep), wrapped)
+            return self.loss_fn.discriminator_loss(images, self.reconstructions.pop(microstep), wrapped)
         reconstruction, codes, losses = wrapped(images)
         discriminator = self.modules.get("discriminator")
         with frozen(discriminator):
-            loss, values = self.judge.generator(self.model, images, reconstruction, losses, discriminator, step)
+            loss, values = self.loss_fn.generator_loss(self.model, images, reconstruction, losses, discriminator, step)
         counts = torch.bincount(codes.flatten(), minlength=len(self.counts))
         if self.ranks.world > 1:
             dist.all_reduce(counts)
         self.counts += counts
         self.images = images
         if discriminator and self.active("discriminator", step):
-            self.kept[microstep] = reconstruction.detach()
+            self.reconstructions[microstep] = reconstruction.detach()
         return loss, values
 
     @torch.no_grad()
@@ -257,7 +257,7 @@ class VQGANTask:
         From scratch this happens after the first step too: the codebook starts where the encoder's outputs lie.
         """
         every = self.settings.loss.redraw_every
-        if not every or ((step + 1) % every and not (self.fresh and step == 0)):
+        if not every or ((step + 1) % every and not (self.from_scratch and step == 0)):
             return
         latents = self.model.latents(self.images)
         if self.ranks.world > 1:
@@ -265,7 +265,7 @@ class VQGANTask:
             dist.all_gather(gathered, latents.contiguous())
             latents = torch.cat(gathered)  # in the order of the rows, whatever the number of ranks
         draws = torch.Generator().manual_seed(self.settings.train.seed + step)
-        moved = self.model.quantize.redraw(self.counts == 0, latents, draws)
+        moved = self.model.quantize.revive_dead_codes(self.counts == 0, latents, draws)
         self.counts.zero_()
         if ema:  # the average of a dead entry's past is no place for a living one
             place = [p is self.model.quantize.embedding.weight for p in self.model.parameters()].index(True)
@@ -298,7 +298,7 @@ class VQGANTask:
         self.counts.copy_(tensors["counts"])
 
 
-class OnePhase:
+class Task:
     """What every other task says of the questions that only a GAN answers at length."""
 
     def active(self, phase, step):
@@ -314,21 +314,23 @@ class OnePhase:
         pass
 
 
-class LLaMATask(OnePhase):
+class LLaMATask(Task):
     """Rows of tokens → next-token prediction. With data.tokenizer, the samples are pictures."""
 
     unit = "tokens"
 
-    def __init__(self, s, given, ranks, resume):
+    def __init__(self, s, explicit_keys, ranks, resume):
         self.settings, self.ranks = s, ranks
-        self.model = start_model(LLaMA, LLaMAConfig, s.model, given, resume)
+        self.model = start_model(LLaMA, LLaMAConfig, s.model, explicit_keys, resume)
         self.model.activation_checkpointing = s.train.activation_checkpointing
         self.modules = {"model": self.model}
         c = self.model.config
         if not s.data.rows:
             raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
         if s.data.tokenizer:
-            checkpoint.resolve(s.data.tokenizer)  # its pictures are wanted first after many steps: is it there at all?
+            checkpoint.weights_folder(
+                s.data.tokenizer
+            )  # its pictures are wanted first after many steps: is it there at all?
         if s.data.text_tokenizer:
             self.model.tokenizer = Tokenizer.from_pretrained(s.data.text_tokenizer)
             if (words := self.model.tokenizer.vocab_size) > c.vocab_size:
@@ -363,7 +365,7 @@ class LLaMATask(OnePhase):
         return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 50))}
 
     def sample(self, path):
-        """Held-out sentences: every picture but the last is given, then come the true last and the model's."""
+        """Held-out sentences: every picture but the last is explicit_keys, then come the true last and the model's."""
         data = self.settings.data
         if not data.tokenizer or not self.held_out:
             return
@@ -382,14 +384,14 @@ class LLaMATask(OnePhase):
         save_grid([pictures[i : i + count + 1] for i in range(0, len(pictures), count + 1)], path)
 
 
-class CLIPTask(OnePhase):
+class CLIPTask(Task):
     """Pictures and their captions → two towers that put a pair in one place."""
 
     unit = "pairs"
 
-    def __init__(self, s, given, ranks, resume):
+    def __init__(self, s, explicit_keys, ranks, resume):
         self.settings, self.ranks = s, ranks
-        self.model = start_model(CLIP, CLIPConfig, s.model, given, resume)
+        self.model = start_model(CLIP, CLIPConfig, s.model, explicit_keys, resume)
         if not (self.model.config.vision and self.model.config.text):
             raise UserError("to train a CLIP takes both [model.vision] and [model.text]")
         if self.model.tokenizer is None:
@@ -437,14 +439,14 @@ class CLIPTask(OnePhase):
         pass
 
 
-class VAETask(OnePhase):
+class VAETask(Task):
     """Pictures → a normal distribution of latents → pictures."""
 
     unit = "images"
 
-    def __init__(self, s, given, ranks, resume):
+    def __init__(self, s, explicit_keys, ranks, resume):
         self.settings, self.ranks = s, ranks
-        self.model = start_model(AutoencoderKL, AutoencoderKLConfig, s.model, given, resume)
+        self.model = start_model(AutoencoderKL, AutoencoderKLConfig, s.model, explicit_keys, resume)
         self.modules = {"model": self.model}
         self.pictures = PictureRows(s.data, s.train.seed)
         c = self.model.config
@@ -482,7 +484,7 @@ class VAETask(OnePhase):
         save_grid([list(pictures), to_pictures(reconstruction / 2 + 0.5)], path)
 
 
-class UNetTask(OnePhase):
+class UNetTask(Task):
     """Captions and noise → the latents of their pictures. Saved, and sampled from, as a whole pipeline.
 
     The autoencoder and the text tower stay as they are. Every picture is encoded once, at the start.
@@ -490,12 +492,12 @@ class UNetTask(OnePhase):
 
     unit = "images"
 
-    def __init__(self, s, given, ranks, resume):
+    def __init__(self, s, explicit_keys, ranks, resume):
         self.settings, self.ranks = s, ranks
         for key in ("vae", "clip"):
             if not resume and not getattr(s.data, key):
                 raise UserError(f"data.{key} is empty: name the trained {key} to build on")
-        unet = start_model(UNet, UNetConfig, s.model, given, resume)
+        unet = start_model(UNet, UNetConfig, s.model, explicit_keys, resume)
         unet.activation_checkpointing = s.train.activation_checkpointing
         vae = AutoencoderKL.from_pretrained(resume or s.data.vae, dtype=torch.float32)
         text = text_encoders(resume)[0] if resume else CLIP.from_pretrained(s.data.clip).text_encoder()
@@ -516,12 +518,12 @@ class UNetTask(OnePhase):
         self.pairs = {}  # split: (captions, mean and log-variance of their pictures' latents)
         for split in ("train", "held_out"):
             rows = CaptionRows(s.data, s.train.batch_size, s.train.seed, split)
-            items = [source[i] for source, i, _ in rows.places if source.sound(source[i], [("image", None)])]
+            items = [source[i] for source, i, _ in rows.places if source.readable(source[i], [("image", None)])]
             self.pairs[split] = [item.caption for item in items], self.encode(items, split)
         if not (resume or s.model.init):  # means of size 1 are what the noise schedule is made for
             scale = 1 / self.pairs["train"][1][:, 0].std().item()
             vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 5))
-        elif not resume and (saved := checkpoint.resolve(s.model.init) / "vae" / "config.json").exists():
+        elif not resume and (saved := checkpoint.weights_folder(s.model.init) / "vae" / "config.json").exists():
             # a whole pipeline: its U-Net knows latents on the scale that is written there
             vae.config = dataclasses.replace(vae.config, scaling_factor=checkpoint.read_json(saved)["scaling_factor"])
 
@@ -546,9 +548,9 @@ class UNetTask(OnePhase):
         return latents.clone()  # they were made in inference mode: as they are, no gradient could pass
 
     def batch(self, step, microstep, rows):
-        return self.draw("train", step * self.settings.train.accumulate + microstep, rows)
+        return self.make_batch("train", step * self.settings.train.accumulate + microstep, rows)
 
-    def draw(self, split, number, rows):
+    def make_batch(self, split, number, rows):
         """Batch `number` of a split: captions, latents (B, 2, z, h, w), two noises (2, B, z, h, w), offsets, times."""
         captions, latents = self.pairs[split]
         s, drawn = self.settings, []
@@ -578,7 +580,7 @@ class UNetTask(OnePhase):
     def evaluate(self):
         t, unet = self.settings.train, self.model.unet
         batches = min(t.eval_batches, max(1, len(self.pairs["held_out"][0]) // t.batch_size))
-        drawn = [self.draw("held_out", i, self.ranks.rows(t.batch_size)) for i in range(batches)]
+        drawn = [self.make_batch("held_out", i, self.ranks.rows(t.batch_size)) for i in range(batches)]
         return {"held_out_loss": torch.stack([self.loss("model", unet, batch, 0, 0)[0] for batch in drawn]).mean()}
 
     def sample(self, path):
@@ -591,7 +593,7 @@ class UNetTask(OnePhase):
         save_grid([to_pictures(images) for images in (true, *drawn)], path)
 
 
-class DreamLLMTask(OnePhase):
+class DreamLLMTask(Task):
     """Texts and pictures in one sequence → the next token, and the pictures that are to be drawn.
 
     What is trained is a list of names in the configuration; all else is frozen, and lets gradients through.
@@ -599,14 +601,14 @@ class DreamLLMTask(OnePhase):
 
     unit = "samples"
 
-    def __init__(self, s, given, ranks, resume):
+    def __init__(self, s, explicit_keys, ranks, resume):
         self.settings, self.ranks = s, ranks
         if s.train.ema:
             raise UserError("train.ema is not for model.kind dreamllm: set it to 0")
-        self.model = model = self.start(s, given, resume)
+        self.model = model = self.start(s, explicit_keys, resume)
         names = [f.name for f in dataclasses.fields(DreamLLMConfig)]
         model.config = DreamLLMConfig(**{n: getattr(s.model, n) for n in names} | self.shape(model.config))
-        counts = select(model, s.model.trained)
+        counts = freeze_all_but(model, s.model.trained)
         if ranks.rank == 0:
             rest = sum(p.numel() for p in model.parameters() if not p.requires_grad)
             print("trained:", ", ".join(f"{n} {count:,}" for n, count in counts.items()) + f"; frozen: {rest:,}")
@@ -631,11 +633,11 @@ class DreamLLMTask(OnePhase):
         """What must stay as it is in the weights."""
         return {name: getattr(config, name) for name in ("queries", "projector", "condition")}
 
-    def start(self, s, given, resume):
+    def start(self, s, explicit_keys, resume):
         """A DreamLLM from `resume`, else model.init, else from its parts."""
         if folder := resume or s.model.init:
             model = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, torch.float32)
-            settings.must_agree(given & set(self.shape(s.model)), s.model, model.config, folder)
+            settings.must_agree(explicit_keys & set(self.shape(s.model)), s.model, model.config, folder)
             return model
         for key in ("llama", "clip", "diffusion"):
             if not getattr(s.model, key):
@@ -654,9 +656,9 @@ class DreamLLMTask(OnePhase):
         return DocumentRows(s.data, self.writer, side, self.model.side, s.train.batch_size, s.train.seed, split)
 
     def batch(self, step, microstep, rows):
-        return self.draw(self.rows, step * self.settings.train.accumulate + microstep, rows)
+        return self.make_batch(self.rows, step * self.settings.train.accumulate + microstep, rows)
 
-    def draw(self, source, number, rows):
+    def make_batch(self, source, number, rows):
         """Batch `number` of a DocumentRows, and the chance in its pictures' loss, each row's its own."""
         batch = source.batch(number, rows)
         unet, vae = self.model.diffusion.unet.config, self.model.diffusion.vae.config
@@ -667,8 +669,8 @@ class DreamLLMTask(OnePhase):
             sample, noise, perturbation = rng.standard_normal((3, count, *shape), np.float32)
             offset = rng.standard_normal((count, shape[0], 1, 1), np.float32)
             t = rng.integers(self.model.diffusion.schedule.num_train_timesteps, size=count)
-            drawn.append(Draws(sample, noise, offset, perturbation, t, rng.random(count)))
-        return batch | {"draws": Draws(*(np.concatenate(kind) for kind in zip(*drawn, strict=True)))}
+            drawn.append(LossNoise(sample, noise, offset, perturbation, t, rng.random(count)))
+        return batch | {"draws": LossNoise(*(np.concatenate(kind) for kind in zip(*drawn, strict=True)))}
 
     def losses(self, module, batch):
         """→ what to descend; over all ranks the means (lm_loss, vm_loss), and of how many labels and pictures."""
@@ -677,7 +679,7 @@ class DreamLLMTask(OnePhase):
         mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (v.mean, v.std))
         images = (to_images(batch["images"], device) - mean) / std
         images_dm = to_images(batch["images_dm"], device)
-        draws = Draws(*(torch.from_numpy(x).to(device) for x in batch["draws"]))
+        draws = LossNoise(*(torch.from_numpy(x).to(device) for x in batch["draws"]))
         out = module(tokens, labels, images, images_dm, draws)
         loss, means, c = out["loss"], (out["lm_loss"], out["vm_loss"]), self.model.config
         counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=device)))
@@ -699,7 +701,7 @@ class DreamLLMTask(OnePhase):
             return {}
         t, sums, totals = self.settings.train, 0, 0
         for i in range(min(t.eval_batches, max(1, len(self.held_out) // t.batch_size))):
-            batch = self.draw(self.held_out, i, self.ranks.rows(t.batch_size))
+            batch = self.make_batch(self.held_out, i, self.ranks.rows(t.batch_size))
             _, means, counts = self.losses(self.model, batch)
             sums, totals = sums + torch.stack(means) * counts, totals + counts
         lm_loss, vm_loss = sums / totals.clamp(min=1)
@@ -720,7 +722,7 @@ class DreamLLMTask(OnePhase):
             save_grid([true, to_pictures(drawn)], path)
 
 
-def select(model, prefixes):
+def freeze_all_but(model, prefixes):
     """Lets train the weights that `prefixes` name, alone or by the modules they are in, and no others.
 
     → {prefix: how many numbers}.

@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import prefetch
-from support import checkpoint, settings
+from support import checkpoint, runs, settings
 from support.settings import UserError, learning_rate
 from tasks import TASKS, read_run
 
@@ -118,7 +118,7 @@ def load_optimizer(optimizer, module, tensors):
 
 
 @contextlib.contextmanager
-def averaged(model, ema):
+def with_ema_weights(model, ema):
     """Within, the model's weights are the averaged ones (or its own where none are kept)."""
     if not ema:
         yield
@@ -147,23 +147,23 @@ def can_compile(device):
 # ---- the loop --------------------------------------------------------------------------------
 
 
-def train(s, given, device=None):
+def train(s, explicit_keys, device=None):
     """Runs (or resumes) the training that the settings `s` describe. → the run's folder."""
     ranks = start_ranks(device)
     t, run = s.train, Path(s.run.dir)
-    chief = ranks.rank == 0  # the one process that prints and writes
+    is_main = ranks.rank == 0  # the one process that prints and writes
     if t.batch_size % ranks.world:
         raise UserError(f"train.batch_size {t.batch_size} is no multiple of the {ranks.world} processes")
 
     # -- start: resume, init or scratch --
-    resume = checkpoint.latest_step(run)
+    resume = checkpoint.latest_step_folder(run)
     first = checkpoint.read_json(resume / "state.json")["step"] if resume else 0
     if first >= t.steps:
-        if chief:
+        if is_main:
             print(f"{run} is complete: step {first} of {t.steps}")
         return run
     torch.manual_seed(t.seed)
-    task = TASKS[s.model.kind](s, given, ranks, resume)
+    task = TASKS[s.model.kind](s, explicit_keys, ranks, resume)
     model = next(iter(task.modules.values()))  # the one that is averaged; a U-Net is saved as part of a pipeline
     s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(model.config)))
     for module in task.modules.values():
@@ -172,13 +172,13 @@ def train(s, given, device=None):
     ema = [p.detach().clone() for p in model.parameters()] if t.ema else []
     if resume:
         load_training(resume, task, optimizers, ema, ranks)
-    if chief:
+    if is_main:
         count = sum(p.numel() for p in model.parameters())
         parts = [str(getattr(s.model, key, "")) for key in ("llama", "clip", "diffusion")]  # DreamLLM's
         start = s.model.init or ", ".join(filter(None, parts))
         origin = f"resumed from {resume}" if resume else f"from {start}" if start else "from scratch"
         print(f"{s.model.kind}, {count:,} parameters, {origin}, on {ranks.world} × {ranks.device}; run: {run}")
-        checkpoint.start_run(run, s, first)
+        runs.start_run(run, s, first)
 
     if t.compile and can_compile(ranks.device):
         model.compile()
@@ -194,9 +194,9 @@ def train(s, given, device=None):
     batches = prefetch(lambda i: task.batch(*i, rows), order, s.data.workers)
 
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=t.dtype == "bfloat16")
-    bar = tqdm(total=t.steps, initial=first, disable=not chief, unit="step", dynamic_ncols=True)
-    board = tensorboard(run) if chief else None
-    metrics = open(run / "metrics.jsonl", "a") if chief else None
+    bar = tqdm(total=t.steps, initial=first, disable=not is_main, unit="step", dynamic_ncols=True)
+    board = tensorboard(run) if is_main else None
+    metrics = open(run / "metrics.jsonl", "a") if is_main else None
     clock, since = time.perf_counter(), first
     for step in range(first, t.steps):
         lr = learning_rate(s.optim, step, t.steps)
@@ -235,7 +235,7 @@ def train(s, given, device=None):
             entry = {"step": done, **ranks.mean(values), "lr": lr}
             bad = [f"{key} is {value}" for key, value in entry.items() if not math.isfinite(value)]
             if bad:
-                last_good = checkpoint.latest_step(run) or "none was saved"
+                last_good = checkpoint.latest_step_folder(run) or "none was saved"
                 raise UserError(
                     f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {last_good})"
                 )
@@ -244,10 +244,10 @@ def train(s, given, device=None):
             entry[f"{task.unit}_per_second"], since = round(rate, 1), done
             if evaluates:
                 model.eval()
-                with torch.inference_mode(), autocast, averaged(model, ema):
+                with torch.inference_mode(), autocast, with_ema_weights(model, ema):
                     entry |= ranks.mean(task.evaluate())
                 model.train()
-            if chief:
+            if is_main:
                 metrics.write(json.dumps(entry) + "\n")
                 metrics.flush()
                 bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} {task.unit}/s")
@@ -255,13 +255,13 @@ def train(s, given, device=None):
                     bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if k != "step"))
                 for key, value in entry.items() if board else ():
                     board.add_scalar(key, value, done)
-        if chief and t.sample_every and (done % t.sample_every == 0 or done == t.steps):
+        if is_main and t.sample_every and (done % t.sample_every == 0 or done == t.steps):
             model.eval()
-            with torch.inference_mode(), autocast, averaged(model, ema):
+            with torch.inference_mode(), autocast, with_ema_weights(model, ema):
                 task.sample(run / "samples" / f"step_{done:08d}.png")
             model.train()
-        if saves and chief:
-            with checkpoint.new_step(run, done, t.keep) as folder:
+        if saves and is_main:
+            with runs.new_step(run, done, t.keep) as folder:
                 save_training(folder, done, task, optimizers, ema)
         if evaluates or saves or (t.sample_every and done % t.sample_every == 0):
             clock = time.perf_counter()  # the rate is that of training alone
@@ -285,7 +285,7 @@ def save_training(folder, step, task, optimizers, ema):
     task.model.save_pretrained(folder)
     model, *others = task.modules.values()
     if ema:
-        with averaged(model, ema):
+        with with_ema_weights(model, ema):
             task.model.save_pretrained(folder / "ema")
     for phase, module in task.modules.items():
         tensors = optimizer_tensors(optimizers[phase], module)

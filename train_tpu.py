@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from data import DataSettings, TokenRows, prefetch
 from model import SIZES, LLaMAConfig, config_from_hf, config_to_hf
-from support import checkpoint, settings
+from support import checkpoint, runs, settings
 from support.settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError
 from support.tokenizer import Tokenizer
 
@@ -406,14 +406,14 @@ def save(run, step, keep, state, table, c, mesh, words=None):
 
     words: the Tokenizer of a run on text, to be saved beside the weights.
     """
-    chief = jax.process_index() == 0
-    with checkpoint.new_step(run, step, keep) if chief else contextlib.nullcontext() as folder:
-        # the chief's temporary name is everyone's
+    is_main = jax.process_index() == 0
+    with runs.new_step(run, step, keep) if is_main else contextlib.nullcontext() as folder:
+        # the is_main's temporary name is everyone's
         text = np.frombuffer(str(folder).encode().ljust(4096), np.uint8)
         folder = Path(bytes(multihost_utils.broadcast_one_to_all(text)).decode().rstrip())
         for name, tree in {"": state["params"], "ema": state.get("ema")}.items():
             if tree:
-                if chief:
+                if is_main:
                     (folder / name).mkdir(exist_ok=True)
                     config = config_to_hf(c, words) | {"torch_dtype": "float32"}
                     checkpoint.write_text(folder / name / "config.json", json.dumps(config, indent=2) + "\n")
@@ -423,7 +423,7 @@ def save(run, step, keep, state, table, c, mesh, words=None):
         counts = {f"{there}.step": np.array(step, np.float32) for _, _, there, _ in places(table, c)}
         moments = {f".{kind}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
         write(folder / "training" / "optimizer.model", moments, table, c, mesh, counts)
-        if chief:
+        if is_main:
             checkpoint.write_tensors(folder / "training" / "state.safetensors", {})
             checkpoint.write_text(folder / "state.json", json.dumps({"step": step}) + "\n")
         multihost_utils.sync_global_devices(f"written {step}")
@@ -432,7 +432,7 @@ def save(run, step, keep, state, table, c, mesh, words=None):
 def start(s, c, mesh, table, resume):
     """→ (state, step) from `resume` (a step's folder), else model.init, else fresh."""
     shardings = {name: NamedSharding(mesh, w.axes) for name, w in table.items()}
-    folder = resume or (s.model.init and checkpoint.resolve(s.model.init))
+    folder = resume or (s.model.init and checkpoint.weights_folder(s.model.init))
     if folder:
         params = read_weights(folder, table, c, mesh)
     else:
@@ -483,13 +483,13 @@ def read_run(path, overrides=()):
     return settings.build(Run, values), set(values["model"])
 
 
-def model_config(s, given, folder):
+def model_config(s, explicit_keys, folder):
     """The LLaMAConfig of the run: that of `folder`, if it starts from one; the keys written down must agree."""
     names = [f.name for f in dataclasses.fields(LLaMAConfig)]
     c = LLaMAConfig(**{name: getattr(s.model, name) for name in names})
     if folder:
         saved = config_from_hf(checkpoint.read_json(folder / "config.json"), folder / "config.json")
-        settings.must_agree(given & set(names), c, saved, folder)
+        settings.must_agree(explicit_keys & set(names), c, saved, folder)
         c = saved
     return c
 
@@ -506,12 +506,12 @@ def open_batches(rows, sharding):
     return batch
 
 
-def train(s, given, devices=None):
+def train(s, explicit_keys, devices=None):
     """Runs (or resumes) the training that the settings `s` describe, on all devices or these. → the run's folder."""
-    t, run, chief = s.train, Path(s.run.dir), jax.process_index() == 0
+    t, run, is_main = s.train, Path(s.run.dir), jax.process_index() == 0
     mesh = make_mesh(s.mesh, devices or jax.devices())
-    resume = checkpoint.latest_step(run)
-    c = model_config(s, given, resume or (s.model.init and checkpoint.resolve(s.model.init)))
+    resume = checkpoint.latest_step_folder(run)
+    c = model_config(s, explicit_keys, resume or (s.model.init and checkpoint.weights_folder(s.model.init)))
     s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(c)))
     # a TPU multiplies float32 in bfloat16 unless told otherwise
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if t.dtype == "float32" else "default"):
@@ -527,15 +527,15 @@ def train(s, given, devices=None):
         held_out, held_out_batch = open_rows(s.data.held_out) if s.data.held_out else (None, None)
         state, first = start(s, c, mesh, table, resume)
         if first >= t.steps:
-            if chief:
+            if is_main:
                 print(f"{run} is complete: step {first} of {t.steps}")
             return run
-        if chief:
+        if is_main:
             count = sum(math.prod(shape) for *_, shape in places(table, c))
             origin = f"resumed from {resume}" if resume else f"from {s.model.init}" if s.model.init else "from scratch"
             grid = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
             print(f"llama, {count:,} parameters, {origin}, on {mesh.devices.flat[0].platform}, {grid}; run: {run}")
-            checkpoint.start_run(run, s, first)
+            runs.start_run(run, s, first)
 
         def evaluate(params):
             count = min(t.eval_batches, max(1, held_out.tokens // (t.batch_size * c.max_seq_len)))
@@ -547,8 +547,8 @@ def train(s, given, devices=None):
             lambda step: microsteps(range(step * t.accumulate, (step + 1) * t.accumulate)),
             range(first, t.steps), s.data.workers,
         )  # fmt: skip
-        bar = tqdm(total=t.steps, initial=first, disable=not chief, unit="step", dynamic_ncols=True)
-        metrics = open(run / "metrics.jsonl", "a") if chief else None
+        bar = tqdm(total=t.steps, initial=first, disable=not is_main, unit="step", dynamic_ncols=True)
+        metrics = open(run / "metrics.jsonl", "a") if is_main else None
         clock, since = time.perf_counter(), first
         for step, batch in zip(range(first, t.steps), batches, strict=True):
             state, values = update_step(state, batch, rates(s, step))  # returns at once: the devices work behind
@@ -560,7 +560,7 @@ def train(s, given, devices=None):
                 entry = {"step": done, **{name: float(value) for name, value in values.items()}, "lr": lr}
                 bad = [f"{name} is {value}" for name, value in entry.items() if not math.isfinite(value)]
                 if bad:
-                    good = checkpoint.latest_step(run) or "none was saved"
+                    good = checkpoint.latest_step_folder(run) or "none was saved"
                     raise UserError(
                         f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {good})"
                     )
@@ -569,7 +569,7 @@ def train(s, given, devices=None):
                 entry["tokens_per_second"], since = round(rate, 1), done
                 if evaluates and held_out:
                     entry |= evaluate(state.get("ema", state["params"]))
-                if chief:
+                if is_main:
                     metrics.write(json.dumps(entry) + "\n")
                     metrics.flush()
                     bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} tokens/s")
@@ -585,11 +585,11 @@ def train(s, given, devices=None):
     return run
 
 
-def plan(s, given, devices):
+def plan(s, explicit_keys, devices):
     """What a step would need on a mesh of these devices: compiled, not run. → text"""
     from bench.plan import report
 
-    c = model_config(s, given, s.model.init and checkpoint.resolve(s.model.init))
+    c = model_config(s, explicit_keys, s.model.init and checkpoint.weights_folder(s.model.init))
     mesh = make_mesh(s.mesh, devices)
     with jax.set_mesh(mesh):
         _, update_step, _, state, batch = prepare(s, c, mesh)
@@ -610,11 +610,11 @@ def main():
         help="print what a step would need, for mesh.fsdp and the others as given; run nothing",
     )
     arguments = parser.parse_with_overrides()
-    s, given = read_run(arguments.config, arguments.overrides)
+    s, explicit_keys = read_run(arguments.config, arguments.overrides)
     if arguments.plan:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", s.mesh.data * max(1, s.mesh.fsdp) * s.mesh.tensor)
-        print(plan(s, given, jax.devices()))
+        print(plan(s, explicit_keys, jax.devices()))
         return
     if arguments.distributed:
         try:
@@ -625,7 +625,7 @@ def main():
                 jax.distributed.initialize(address, int(processes), int(number))
         except (ValueError, IndexError, RuntimeError) as error:
             parser.error(f"--distributed {arguments.distributed}: {str(error).splitlines()[0]}")
-    train(s, given)
+    train(s, explicit_keys)
 
 
 if __name__ == "__main__":

@@ -97,18 +97,18 @@ class ResBlock(nn.Module):
         bias = layout != "maskgit"
         self.norm1, self.conv1 = group_norm(i), nn.Conv2d(i, o, 3, padding=1, bias=bias)
         self.norm2, self.conv2 = group_norm(o), nn.Conv2d(o, o, 3, padding=1, bias=bias)
-        self.quirk = layout == "maskgit"
+        self.shortcut_from_output = layout == "maskgit"
         if i != o:
             # MaskGIT's published weights were trained with the shortcut applied to the *new* activation:
             # where channels change, nothing of x itself passes by.
-            self.nin_shortcut = nn.Conv2d(o if self.quirk else i, o, 1, bias=bias)
+            self.nin_shortcut = nn.Conv2d(o if self.shortcut_from_output else i, o, 1, bias=bias)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         if not hasattr(self, "nin_shortcut"):
             return x + h
-        return h + self.nin_shortcut(h if self.quirk else x)
+        return h + self.nin_shortcut(h if self.shortcut_from_output else x)
 
 
 class Attention(nn.Module):
@@ -297,7 +297,7 @@ class Quantizer(nn.Module):
         return z + (e - z).detach(), codes, losses
 
     @torch.no_grad()
-    def redraw(self, dead, z, generator=None):
+    def revive_dead_codes(self, dead, z, generator=None):
         """Moves each dead entry (`dead` (K,) bool) onto a random vector of z (B, D, h, w). → which were moved.
 
         An entry nothing is nearest to gets no gradient and would stay dead for good.
@@ -373,7 +373,7 @@ class VQGAN(nn.Module):
         dtype None: as stored. `path` may also be the weight file in such a folder. Of a .ckpt, the entries
         `loss.*` (the discriminator and LPIPS) are left out.
         """
-        path = checkpoint.resolve(path)
+        path = checkpoint.weights_folder(path)
         folder = path if path.is_dir() else path.parent
         ckpts = [path] if path.suffix == ".ckpt" else sorted(folder.glob("*.ckpt"))
         if ckpts:
@@ -386,7 +386,7 @@ class VQGAN(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         tensors = {k: v for k, v in checkpoint.read_tensors(path).items() if not k.startswith("loss.")}
-        return checkpoint.fill(model, tensors, path, dtype, device).eval()
+        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
 
     def save_pretrained(self, path):
         """Writes config.json, model.safetensors and pytorch_model.bin (openMUSE reads the latter)."""
@@ -594,11 +594,11 @@ class VQGANLoss(nn.Module):
         self.config = config
         self.perceptual = LPIPS(config.vgg, config.lpips) if config.perceptual else None
 
-    def listens(self, step):
+    def gan_active(self, step):
         """Whether the generator hears the discriminator at this step."""
         return self.config.gan > 0 and step >= self.config.disc_start + self.config.disc_warmup
 
-    def generator(self, model, images, reconstruction, losses, discriminator, step):
+    def generator_loss(self, model, images, reconstruction, losses, discriminator, step):
         """→ (total, {name: value}). images, reconstruction (B, 3, H, W) in [0, 1]."""
         c = self.config
         x, y = 2 * images - 1, 2 * reconstruction.float() - 1
@@ -609,14 +609,14 @@ class VQGANLoss(nn.Module):
         values = {"nll": nll, **losses}
         if "entropy" in losses:
             total = total + c.entropy * losses["entropy"]
-        if self.listens(step):
+        if self.gan_active(step):
             g = -discriminator(y).mean()
             weight = adaptive_weight(nll, g, model.decoder.conv_out.weight) if c.adaptive else 1.0
             total = total + weight * c.gan * g
             values |= {"g": g, "lambda": torch.as_tensor(weight)}
         return total, values
 
-    def discriminator(self, images, reconstruction, discriminator):
+    def discriminator_loss(self, images, reconstruction, discriminator):
         """→ (hinge loss, {name: value}); the reconstruction comes detached."""
         real, fake = (discriminator(2 * x - 1) for x in (images, reconstruction.detach().float()))
         loss = hinge_loss(real, fake)

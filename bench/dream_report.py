@@ -45,7 +45,7 @@ from lvm_report import mean_and_error
 from clip import CLIP, text_encoders
 from diffusion import LatentDiffusion
 from documents import CATEGORY, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
-from dreamllm import DreamLLM, joined
+from dreamllm import DreamLLM, merge_texts
 from lvm import run_data
 from sample import save_page
 from support import checkpoint, settings
@@ -111,7 +111,7 @@ def answer(model, prompts, max_new_tokens=96):
     together.
     """
     llama, t = model.llama, model.tokenizer
-    forbidden, lengths, said = model.forbidden(), collections.defaultdict(list), [""] * len(prompts)
+    forbidden, lengths, said = model.non_text_mask(), collections.defaultdict(list), [""] * len(prompts)
     for number, prompt in enumerate(prompts):
         ids, pictures = model.prompt(prompt)
         lengths[len(ids)].append((number, ids, pictures))
@@ -121,7 +121,7 @@ def answer(model, prompts, max_new_tokens=96):
             caches, new = llama.caches(len(some), length + count), []
             done = torch.zeros(len(some), dtype=torch.bool)
             pictures = [picture for _, _, pictures in some for picture in pictures]
-            hidden = model.read([ids for _, ids, _ in some], pictures, caches)  # (B, T, D)
+            hidden = model.hidden_states([ids for _, ids, _ in some], pictures, caches)  # (B, T, D)
             while not done.all():
                 logits = llama.logits(hidden[:, -1]).masked_fill(forbidden, float("-inf"))  # (B, V)
                 new.append(logits.argmax(-1))  # (B,)
@@ -183,7 +183,7 @@ def draw(generate, prompts):
     return (torch.cat(images) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def written(text, size=(64, 64)):
+def render_chat(text, size=(64, 64)):
     """A text as a picture, broken into lines, centred on white: for the margins of grids and pages."""
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(10)
     pen, lines = ImageDraw.Draw(sheet), [""]
@@ -218,9 +218,9 @@ def measure_drawings(model, unet, judge, splits, everyone, count, sampling, path
         result[split] = {who: retrieval(judge, list(some), names, others) for who, some in pictures.items()}
         result[split] |= {"names": len(items), "shown": names[:SHOWN]}
         drawings = [pictures[who] for who in ("real", "unet", "dreamllm", "looking")]
-        shown = [[written(name) for name in names], *drawings]
+        shown = [[render_chat(name) for name in names], *drawings]
         titles = (TITLES[split], "real", "U-Net on CLIP's text", "DreamLLM", "DreamLLM, shown the picture")
-        head = [written(title) for title in titles]
+        head = [render_chat(title) for title in titles]
         sheet.append([head, *([column[i] for column in shown] for i in range(min(SHOWN, len(names))))])
     save_grid([[*seen, *unseen] for seen, unseen in zip(*sheet, strict=True)], path)
     return result
@@ -239,9 +239,9 @@ def page(pieces):
             columns[-1].append(np.asarray(piece))
             columns.append([""])
     columns = [column for column in columns if len(column) > 1 or column[0].strip()]
-    blank = written("", (128, 128))
+    blank = render_chat("", (128, 128))
     pictures = [np.asarray(Image.fromarray(c[1]).resize((128, 128))) if c[1:] else blank for c in columns]
-    return [[written(column[0], (128, 64)) for column in columns], pictures]
+    return [[render_chat(column[0], (128, 64)) for column in columns], pictures]
 
 
 def measure_documents(model, prompts, temperature, sampling, out):
@@ -250,7 +250,7 @@ def measure_documents(model, prompts, temperature, sampling, out):
     by_itself, pictures = [], []
     for number, prompt in enumerate(prompts):
         context = model.llama.config.max_seq_len
-        pieces, ended = joined(
+        pieces, ended = merge_texts(
             model.stream_document(prompt, context, temperature=temperature, seed=SEED + number, **sampling)
         )
         first = [] if pieces and isinstance(pieces[0], str) else [""]

@@ -1,4 +1,4 @@
-"""Draws docs/samplers.png: how samplers find their way, and how fast they get better with more steps.
+"""LossNoise docs/samplers.png: how samplers find their way, and how fast they get better with more steps.
 
     python bench/sampler_orders.py
 
@@ -99,7 +99,7 @@ class Panel:
         """At an offset in pixels from the panel's upper left corner."""
         self.draw.text((SCALE * (self.left + offset[0]), SCALE * (GAP + offset[1])), text, colour, self.font)
 
-    def frame(self):
+    def special_ids(self):
         (x0, x1), (y0, y1) = self.x_range, self.y_range
         self.line([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], (40, 40, 40), 1)
 
@@ -133,7 +133,7 @@ def main():
         times = torch.linspace(T - 1, 0, 9).tolist()
         for path in torch.stack(xs).T.tolist():
             paths.line(times, path, COLOURS[name], dots=True)
-    paths.frame()
+    paths.special_ids()
 
     counts = [8, 16, 32, 64, 128, 256, 512]
     x = [math.log2(n) for n in counts]
@@ -149,7 +149,7 @@ def main():
     for power in range(-6, 1):
         _, py = errors.place(0, power)
         errors.text((-46, py / SCALE - GAP - 8), f"1e{power}")
-    errors.frame()
+    errors.special_ids()
     for row, (name, label) in enumerate(
         {"ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM-Solver++(2M)", "exact": "exact, and slopes 1 and 2"}.items()
     ):

@@ -39,7 +39,7 @@ def atomic_file(path):
 
     The data is flushed to disk first. A file that is there is replaced; a folder is not.
     """
-    with _renamed_to(out_file(path)) as beside:
+    with renamed_when_whole(out_file(path)) as beside:
         yield beside
 
 
@@ -47,7 +47,7 @@ def atomic_file(path):
 def atomic_folder(path, ours=None):
     """The same for a folder, which is made already. One that is there is replaced only as `out_folder` says."""
     path = out_folder(path, ours)
-    with _renamed_to(path) as beside:
+    with renamed_when_whole(path) as beside:
         beside.mkdir()
         yield beside
         if path.exists():
@@ -56,7 +56,7 @@ def atomic_folder(path, ours=None):
 
 
 @contextlib.contextmanager
-def _renamed_to(path):
+def renamed_when_whole(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
     _remove(beside)  # left over from a killed process with the same pid
@@ -142,19 +142,23 @@ def write_text(path, text):
         beside.write_text(text)
 
 
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def write_tensors(path, tensors, metadata=None):
     """A safetensors file of `tensors`; shared or strided storage is copied out first."""
     import torch
     from safetensors.torch import save_file
 
-    sharers = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    alone = _alone_in_storage(tensors)
 
-    def plain(tensor):  # safetensors refuses what is strided, and what shares its storage
-        alone = sharers[tensor.untyped_storage().data_ptr()] == 1 and tensor.untyped_storage().nbytes() == tensor.nbytes
+    def plain(name, tensor):  # safetensors refuses what is strided, and what shares its storage
+        whole = alone[name] and tensor.untyped_storage().nbytes() == tensor.nbytes
         tensor = tensor.detach().cpu()
-        return tensor.contiguous() if alone else tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 
-    tensors = {name: plain(tensor) for name, tensor in tensors.items()}
+    tensors = {name: plain(name, tensor) for name, tensor in tensors.items()}
     with atomic_file(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
 
@@ -170,10 +174,8 @@ def write_bin(path, tensors):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+        return json.loads(settings.read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -184,10 +186,8 @@ def read_yaml(path):
     except ImportError:
         raise UserError(f"{path}: to read it, pip install pyyaml") from None
     try:
-        return yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        return yaml.safe_load(settings.read_text(path))
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
 
 
@@ -275,7 +275,7 @@ def _read_shards(index):
     return tensors
 
 
-def check(tensors, model, path):
+def check_tensors(tensors, model, path):
     """Raises a UserError unless `tensors` are exactly what `model` is made of: names, shapes, finite numbers."""
     import torch
 
@@ -295,72 +295,114 @@ def check(tensors, model, path):
             raise UserError(f"{path}: {name} holds NaN or infinity")
 
 
-def fill(model, tensors, path, dtype=None, device="cpu"):
+def load(cls, config, tensors, path, dtype=None, device="cpu"):
+    """A model of the class `cls` with these weights, ready for use; see load_into."""
+    import torch
+
+    with torch.device("meta"):  # no weights of its own
+        model = cls(config)
+    return load_into(model, tensors, path, dtype, device).eval()
+
+
+def load_into(model, tensors, path, dtype=None, device="cpu"):
     """Puts `tensors` into `model` (built on the meta device), every one of them, or says which is wrong.
 
-    dtype None keeps each weight as it is stored and, on the CPU, where it is stored: mapped to the file, which
-    changing the weight does not change. With a dtype, each gets memory of its own.
+    dtype None keeps each weight as it is stored and, on the CPU, where it is stored: memory-mapped, copy-on-write,
+    so that training does not alter the file. With a dtype, each gets memory of its own.
     """
-    check(tensors, model, path)
-    # in a pickle, tensors may overlap in one storage: left there, training one would move the other
-    sharers = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-
-    def place(tensor):
-        alone = sharers[tensor.untyped_storage().data_ptr()] == 1
-        return tensor.to(device, dtype, copy=dtype is not None or not alone)
-
-    model.load_state_dict({name: place(tensor) for name, tensor in tensors.items()}, assign=True)
+    check_tensors(tensors, model, path)
+    alone = _alone_in_storage(tensors)  # pickled tensors may share storage: training one would change the other
+    placed = {k: t.to(device, dtype, copy=dtype is not None or not alone[k]) for k, t in tensors.items()}
+    model.load_state_dict(placed, assign=True)
     return model
 
 
-def resolve(path):
+def renamed(tensors, table):
+    """{name: tensor} under other names: in each, the (regex, replacement) pairs of `table` are applied in order.
+
+    A replacement of None leaves out what its regex finds.
+    """
+    out = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in table:
+            if replacement is not None:
+                name = re.sub(pattern, replacement, name)
+            elif re.search(pattern, name):
+                break
+        else:
+            out[name] = tensor
+    return out
+
+
+def pop_prefix(tensors, prefix):
+    """Moves the entries whose names begin with `prefix` out of `tensors`, into a dict of their own without it."""
+    return {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+
+
+def dtype_name(tensor):
+    """A tensor's dtype as configurations write it, e.g. "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _alone_in_storage(tensors):
+    """{name: whether no other of these tensors lies in the same storage}."""
+    users = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {name: users[tensor.untyped_storage().data_ptr()] == 1 for name, tensor in tensors.items()}
+
+
+def weights_folder(path):
     """The folder of weights that `path` means: of a run, its newest step's, averaged where they are kept."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    newest = latest_step(path)
+    newest = latest_step_folder(path)
     if newest is None:
         return path
     return newest / "ema" if (newest / "ema").is_dir() else newest
 
 
-# ---- the steps of a run ----------------------------------------------------------------------
-
-
-def steps(run):
+def step_folders(run):
     """The complete checkpoints of a run, oldest first."""
     return sorted(p for p in Path(run).glob("step_*") if p.name[5:].isdigit() and p.is_dir())
 
 
-def latest_step(run):
-    return next(reversed(steps(run)), None)
+def latest_step_folder(run):
+    return next(reversed(step_folders(run)), None)
 
 
-def start_run(run, s, first):
-    """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes: step `first`."""
-    run.mkdir(parents=True, exist_ok=True)
-    remove_parts(run)
-    text = settings.dumps(s)
-    if first and (run / "config.toml").exists():
-        before = (run / "config.toml").read_text().splitlines()
-        for line in text.splitlines():
-            if line not in before:
-                print(f"resuming with another setting than before: {line}")
-    write_text(run / "config.toml", text)
-    log = run / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    # a kill may have cut the last line short, and steps after the checkpoint will be run again
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
-    write_text(log, "".join(line + "\n" for line in kept))
+KINDS = {  # what a config.json says of the model whose weights lie beside it: (key, value) → its name
+    ("model_type", "llama"): "a LLaMA",
+    ("model_type", "dreamllm"): "a DreamLLM",
+    ("model_type", "clip"): "a CLIP",
+    ("model_type", "clip_text_model"): "a CLIP text tower",
+    ("model_type", "clip_vision_model"): "a CLIP vision tower",
+    ("_class_name", "VQGANModel"): "a VQGAN",
+    ("_class_name", "MaskGitVQGAN"): "a VQGAN",
+    ("_class_name", "VQModel"): "a VQGAN",
+    ("_class_name", "AutoencoderKL"): "an autoencoder of latent diffusion",
+    ("_class_name", "UNet2DConditionModel"): "a U-Net of latent diffusion",
+}
 
 
-@contextlib.contextmanager
-def new_step(run, step, keep=0):
-    """Gives a folder to fill, which then appears whole as run/step_XXXXXXXX; the `keep` newest stay (0: all)."""
-    folder = Path(run) / f"step_{step:08d}"
-    with atomic_folder(folder) as beside:
-        yield beside
-    with _renamed_to(Path(run) / "latest") as beside:
-        beside.symlink_to(folder.name)
-    for old in steps(run)[:-keep] if keep else []:
-        shutil.rmtree(old)
+def what_is(path):
+    """What the run, folder or file at `path` holds, in words ("a VQGAN"), as its small files say; None: unknown."""
+    folder = weights_folder(path)
+    folder = folder if folder.is_dir() else folder.parent
+    if (folder / "model_index.json").exists() or (folder / "unet").is_dir():
+        return "a latent diffusion pipeline"
+    if (folder / "config.json").exists():
+        saved = read_json(folder / "config.json")
+        saved = saved if isinstance(saved, dict) else {}
+        for (key, value), name in KINDS.items():
+            if saved.get(key) == value:
+                return name
+    if (folder / "params.json").exists():
+        return "a LLaMA"
+    return None
+
+
+def expect(path, *wanted):
+    """Raises a UserError that says what `path` holds, if that is known and none of `wanted` (names in KINDS)."""
+    found = what_is(path)
+    if found and found not in wanted:
+        raise UserError(f"{path}: holds {found}, but {' or '.join(wanted)} is wanted")

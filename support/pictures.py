@@ -150,7 +150,7 @@ def motion_frame(picture, motion, t, background=255):
     return np.array(double.reduce(2))
 
 
-def moved(picture, rng):
+def jitter(picture, rng):
     """A picture (S, S, 3) a little turned, shrunk and shifted, on white: the same thing, in other pixels."""
     x, y = rng.uniform(-0.06, 0.06, size=2)
     pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)

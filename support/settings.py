@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 import tomllib
 import types
@@ -82,8 +83,10 @@ class OptimSettings:
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
 
     def __post_init__(self):
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr {self.min_lr} must lie between 0 and lr {self.lr}")
+        at_least(self, 0, "lr", "min_lr", "warmup_steps", "decay_steps", "eps", "weight_decay", "clip")
+        fraction(self, "beta1", "beta2")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} must be at most lr {self.lr}")
 
 
 def learning_rate(o, step, steps):
@@ -112,18 +115,10 @@ class TrainSettings:
     log_every: int = 10
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'dtype "{self.dtype}" must be "float32" or "bfloat16"')
-        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        for name in ("seed", "keep", "eval_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed {self.seed} must be less than 2³¹")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema {self.ema} must lie in [0, 1)")
+        one_of(self, ("float32", "bfloat16"), "dtype")
+        at_least(self, 1, "steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches")
+        at_least(self, 0, "seed", "keep", "eval_every", "sample_every")
+        fraction(self, "ema")
 
 
 @dataclass(frozen=True)
@@ -137,10 +132,63 @@ class MeshSettings:
     keep: str = "nothing"  # by a recomputed layer: "nothing", or the "products" of its matrices (faster, larger)
 
     def __post_init__(self):
-        if min(self.data, self.tensor) < 1 or self.fsdp < 0:
-            raise ValueError("data and tensor must be at least 1, fsdp at least 0")
-        if self.keep not in ("nothing", "products"):
-            raise ValueError(f'keep "{self.keep}" must be "nothing" or "products"')
+        at_least(self, 1, "data", "tensor")
+        at_least(self, 0, "fsdp")
+        one_of(self, ("nothing", "products"), "keep")
+
+
+# ---- the sections of a run ---------------------------------------------------------------------
+
+
+def run_class(model, data, **others):
+    """The sections that a run of one kind has, as a dataclass: those of every run, and `others` {name: class}.
+
+    model: the dataclass of [model], beside whose fields stand kind, init (a run or a published folder to start
+    from) and size (a published size by name; keys beside it override its numbers).
+    """
+    keys = [("kind", str, ""), ("init", str, ""), ("size", str, "")]
+    section = dataclasses.make_dataclass("ModelSection", keys, bases=(model,), frozen=True)
+    sections = {"run": RunSettings, "model": section, "data": data, "train": TrainSettings, "optim": OptimSettings}
+    return dataclasses.make_dataclass("Run", (sections | others).items(), frozen=True)
+
+
+def read_run(path, overrides, runs, sizes):
+    """The configuration at `path` → (settings, the keys of [model] that are written down in it).
+
+    runs: {model.kind: its run_class}; sizes: {model.kind: {model.size: the keys that this size stands for}}.
+    """
+    values = read(path, overrides)
+    model = values.setdefault("model", {})
+    if not isinstance(model, dict):
+        raise UserError(f"{path}: model: expected a section, got {_short(model)}")
+    kind, size = model.get("kind", ""), model.get("size", "")
+    if kind not in runs:
+        raise UserError(f'{path}: model.kind is "{kind}", must be one of {", ".join(runs)}')
+    if size:
+        named = sizes.get(kind, {})
+        if size not in named:
+            raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(named) or "any, for this kind"}')
+        values["model"] = named[size] | model
+    return build(runs[kind], values), set(values["model"])
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def read_bytes(path):
+    """A file's content, or a UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def read_text(path):
+    """The same as text in UTF-8."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 # ---- TOML → dict -----------------------------------------------------------------------------
@@ -177,28 +225,122 @@ def read(path, overrides=()):
 # ---- dict → dataclass ------------------------------------------------------------------------
 
 
-def build(cls, values, where="", known=()):
-    """`values` (a dict) as an instance of the dataclass `cls`; `where` is its dotted name in errors."""
+class Fields(dict):
+    """A dataclass's fields as a published configuration gives them; errors call them by its file and its own names.
+
+    path: the file (or the part of one); names: {ours: theirs} of those that are called otherwise there.
+    """
+
+    def __init__(self, values, path, names=()):
+        super().__init__(values)
+        self.path, self.names = path, dict(names)
+
+
+def published(saved, path, names, wants=None, fixed=None, required=()):
+    """A published configuration (a JSON file's content) as the Fields of one of our dataclasses.
+
+    names     {our field: their key}; a key that is absent or null keeps our default
+    wants     {key: value, or a tuple of possible ones} that tell what the file is; each must be there
+    fixed     {key: value} of what our code does: a file may leave the key out or say null, but not contradict
+    required  our fields that must be there
+    """
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: expected a table, got {_short(saved)}")
+    for key, value in (wants or {}).items():
+        possible = value if isinstance(value, tuple) else (value,)
+        if saved.get(key) not in possible:
+            raise UserError(f"{path}: {key} is {_short(saved.get(key))}, expected {' or '.join(map(repr, possible))}")
+    for key, value in (fixed or {}).items():
+        # an absent key means the value that is fixed; True is not taken for 1
+        if (found := saved.get(key)) is not None and (
+            found != value or isinstance(found, bool) != isinstance(value, bool)
+        ):
+            raise UserError(f"{path}: {key} is {_short(found)}; only {value!r} is supported")
+    for name in required:
+        if saved.get(names[name]) is None:
+            raise UserError(f"{path}: {names[name]} is missing")
+    return Fields({ours: saved[key] for ours, key in names.items() if saved.get(key) is not None}, path, names)
+
+
+def build(cls, values, where=""):
+    """`values` as an instance of the dataclass `cls`, or a UserError that names the key that is wrong.
+
+    values: a section of a TOML file, whose dotted name is `where`; or a published configuration's Fields.
+    """
+    try:
+        return _build(cls, values, where)
+    except _UnknownKey as error:
+        key, inner, inner_where = error.args
+        near = _nearest_key(key, known_keys(cls, where) + known_keys(inner, inner_where))
+        raise UserError(f"unknown key {key}" + (f"; did you mean {near}?" if near else "")) from None
+
+
+class _UnknownKey(Exception):
+    """(its dotted name, the dataclass that has no such field, that section's dotted name)."""
+
+
+def _build(cls, values, where):
     if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a section, got {values!r}")
+        raise UserError(f"{where}: expected a section, got {_short(values)}")
     hints = typing.get_type_hints(cls)
-    known = known or known_keys(cls, where)
+    theirs = isinstance(values, Fields)
     for name in values:
         if name not in hints:
-            near = _nearest_key(_dotted(where, name), known)
-            raise UserError(f"unknown key {_dotted(where, name)}" + (f"; did you mean {near}?" if near else ""))
+            raise _UnknownKey(_dotted(where, name), cls, where)
     arguments = {}
     for field in dataclasses.fields(cls):
-        if field.name in values:
-            arguments[field.name] = convert(hints[field.name], values[field.name], _dotted(where, field.name), known)
-        elif field.default is field.default_factory is dataclasses.MISSING:
-            if not dataclasses.is_dataclass(hints[field.name]):
-                raise UserError(f"{_dotted(where, field.name)} is missing")
-            arguments[field.name] = build(hints[field.name], {}, _dotted(where, field.name))
+        hint, name = hints[field.name], field.name
+        key = f"{values.path}: {values.names.get(name, name)}" if theirs else _dotted(where, name)
+        if name in values:
+            arguments[name] = convert(hint, values[name], key)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if not dataclasses.is_dataclass(hint):
+                raise UserError(f"{key} is missing")
+            arguments[name] = _build(hint, {}, key)  # a section that is left out
     try:
         return cls(**arguments)
-    except ValueError as error:  # a __post_init__ check across fields
-        raise UserError(f"[{where}] {error}" if where else str(error)) from None
+    except ValueError as error:  # what __post_init__ found: a bound, or fields that do not fit each other
+        message = str(error)
+        if theirs:
+            message = re.sub(r"\w+", lambda word: values.names.get(word[0], word[0]), message)
+            raise UserError(f"{values.path}: {message}") from None
+        raise UserError(f"[{where}] {message}" if where else message) from None
+
+
+def convert(hint, value, where):
+    """`value` as the type `hint`, or a UserError that names the key `where`."""
+    if isinstance(hint, types.UnionType):  # X | None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if isinstance(value, Override):
+        value = _parse(hint, value)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: expected a list, got {_short(value)}")
+        return tuple(convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if type(value) is not hint:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+        raise UserError(f"{where}: expected {names[hint]}, got {_short(value)}")
+    if (hint is int and abs(value) >= 2**63) or (hint is float and not math.isfinite(value)):
+        raise UserError(f"{where}: {_short(value)} is no number to compute with")
+    return value
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _parse(hint, text):
+    """An override's text as a TOML value; what is no TOML value, or is meant as text, stays text."""
+    try:
+        return str(text) if hint is str and text[:1] not in "\"'" else tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return str(text)
 
 
 def must_agree(written, asked, found, folder):
@@ -210,33 +352,49 @@ def must_agree(written, asked, found, folder):
             )
 
 
-def convert(hint, value, where, known=()):
-    """`value` as the type `hint`, or a UserError that names the key `where`."""
-    if isinstance(hint, types.UnionType):  # X | None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if isinstance(value, Override):
-        value = _parse(hint, value)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, where, known)
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where}: expected a list, got {value!r}")
-        return tuple(convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if hint is float and type(value) is int:
-        value = float(value)
-    if type(value) is not hint:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-        raise UserError(f"{where}: expected {names[hint]}, got {value!r}")
-    return value
+# ---- what may stand in a field: for __post_init__, whose ValueErrors `build` turns into one line --
 
 
-def _parse(hint, text):
-    """An override's text as a TOML value; what is no TOML value, or is meant as text, stays text."""
-    try:
-        return str(text) if hint is str and text[:1] not in "\"'" else tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        return str(text)
+def within(config, low, high, *names):
+    """Raises a ValueError unless each field of these names, or each number in it, lies in low..high."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                bound = f"at least {low}" if number < low else f"at most {high}"
+                raise ValueError(f"{name} {_short(value)} must be {bound}")
+
+
+def at_least(config, low, *names):
+    """The same without an upper end, but that of whole numbers: 2³¹ - 1."""
+    for name in names:
+        value = getattr(config, name)
+        first = value[0] if isinstance(value, tuple) and value else value
+        within(config, low, math.inf if isinstance(first, float) else 2**31 - 1, name)
+
+
+def fraction(config, *names):
+    """Raises a ValueError unless each field of these names lies in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)} must lie in [0, 1)")
+
+
+def above(config, low, *names):
+    """Raises a ValueError unless each field of these names is greater than `low`."""
+    for name in names:
+        if not getattr(config, name) > low:
+            raise ValueError(f"{name} {getattr(config, name)} must be greater than {low}")
+
+
+def one_of(config, choices, *names):
+    """Raises a ValueError unless each field of these names, a text, is one of the choices."""
+    for name in names:
+        value = getattr(config, name)
+        if value not in choices:
+            near = _nearest(value, list(choices))
+            hint = f"; did you mean {near}?" if near else ""
+            raise ValueError(f'{name} "{value}" must be one of {", ".join(map(str, choices))}{hint}')
 
 
 def known_keys(cls, where=""):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from support.pictures import ANIMATED, CLIP_FRAMES, COMPUTED, SUFFIXES, fit_square, load_picture, motion_frame, on_white
 from support.settings import UserError
-from support.tokenizer import Special, written
+from support.tokenizer import Special, render_chat
 
 # ---- (from data) ----
 
@@ -69,13 +69,13 @@ class Item:
         return self.source.picture(self, modality, frame, motion)
 
 
-def open_source(path, side, split="train", held_out_fraction=0.02, say=warn):
+def open_source(path, side, split="train", held_out_fraction=0.02, report=warn):
     """The pictures at `path`: "emoji", a folder, a .tar or a shell pattern of .tar files.
 
     A source has a length, gives an `Item` for each index, and `offers` a set of words: the modalities that
     all its items have, and "category", "frames", "views" if there are any. `split` is "train" or "held_out"
     (emoji also have its two halves, "new" and "combo"). `source.skipped` counts what turned out broken.
-    `side` None leaves every picture as large as it is; `say` is told, in one line each, what is left out.
+    `side` None leaves every picture as large as it is; `report` is told, in one line each, what is left out.
     """
     if split not in SPLITS:
         raise UserError(f'unknown split "{split}": one of {", ".join(SPLITS)}')
@@ -84,14 +84,14 @@ def open_source(path, side, split="train", held_out_fraction=0.02, say=warn):
     if split in ("new", "combo"):
         raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
     if os.path.isdir(path):
-        return FileSource(path, folder_files(path), side, split, held_out_fraction, say)
+        return FileSource(path, folder_files(path), side, split, held_out_fraction, report)
     tars = sorted(glob.glob(path)) or [path] * os.path.exists(path)
     if not tars:
         raise UserError(f'{path}: no such folder or .tar file (pictures that need no file: path = "emoji")')
-    return FileSource(path, _tar_files(tars, say), side, split, held_out_fraction, say)
+    return FileSource(path, _tar_files(tars, report), side, split, held_out_fraction, report)
 
 
-def fraction(name):
+def hash_to_unit(name):
     """A fixed number in [0, 1) for a name: how splits are drawn without keeping a list."""
     return zlib.crc32(name.encode()) / 2**32
 
@@ -130,10 +130,10 @@ def emoji_splits(codes):
         groups[emoji_group(code)].append(code)
     splits = {}
     for group, (base, *variants) in groups.items():
-        new = fraction(f"group {group}") < 0.05
+        new = hash_to_unit(f"group {group}") < 0.05
         splits[base] = "new" if new else "train"
         for code in variants:
-            splits[code] = "new" if new else "combo" if fraction(f"variant {code}") < 0.05 else "train"
+            splits[code] = "new" if new else "combo" if hash_to_unit(f"variant {code}") < 0.05 else "train"
     return splits
 
 
@@ -209,7 +209,7 @@ class EmojiSource:
             image = image.convert("RGBA")
         return np.dstack([fit_square(on_white(image), self.side), fit_square(image.getchannel("A"), self.side)])
 
-    def sound(self, item, takes):
+    def readable(self, item, takes):
         return True  # an installed package is not in pieces
 
 
@@ -219,7 +219,7 @@ def folder_files(folder):
     return {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in paths}
 
 
-def _tar_files(tars, say):
+def _tar_files(tars, report):
     """{shard/member: (tar, offset, size)}: headers are read once, the bytes only when they are wanted."""
     files = {}
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in tars])
@@ -241,7 +241,7 @@ def _tar_files(tars, say):
         except (OSError, tarfile.TarError) as error:
             raise UserError(f"{path}: {error} (shards must be plain, uncompressed .tar files)") from None
         if broken or size % 512:  # tarfile ends in silence where a header is cut short
-            say(f"{path}: truncated ({broken or 'its end is missing'}); what comes before the break is used")
+            report(f"{path}: truncated ({broken or 'its end is missing'}); what comes before the break is used")
     return files
 
 
@@ -255,13 +255,13 @@ class FileSource:
     a/e.views/00.png, 00.mask.png …   an object from many sides
     """
 
-    def __init__(self, path, files, side, split, held_out_fraction, say=warn):
-        self.path, self.side, self.files, self.say = str(path), side, files, say
+    def __init__(self, path, files, side, split, held_out_fraction, report=warn):
+        self.path, self.side, self.files, self.report = str(path), side, files, report
         self.skipped, self.reported = 0, set()
         items = self._group()
         if not items:
             raise UserError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
-        self.items = [i for i in items if (fraction(i.name) < held_out_fraction) == (split == "held_out")]
+        self.items = [i for i in items if (hash_to_unit(i.name) < held_out_fraction) == (split == "held_out")]
         if not self.items:
             empty = f"{path}: none of its {len(items)} pictures falls into the {split} split"
             raise UserError(f"{empty}: change data.held_out_fraction")
@@ -352,7 +352,7 @@ class FileSource:
     def _decode(self, name, frame):
         return load_picture(self._read(name), self.side, name=f"{self.path}/{name}", frame=frame)
 
-    def sound(self, item, takes):
+    def readable(self, item, takes):
         """Whether every picture of `takes`, [(modality, frame)], can be made; if not, says so, once."""
         try:
             for modality, frame in takes:
@@ -366,10 +366,10 @@ class FileSource:
         if reason not in self.reported:
             self.reported.add(reason)
             self.skipped += 1
-            self.say(f"skipped {reason}")
+            self.report(f"skipped {reason}")
 
 
-def first_sound(source, pool, start, takes):
+def first_readable(source, pool, start, takes):
     """The first item of `pool` (indices), from `start` on and around, whose pictures can all be made.
 
     takes(item) → [(modality, frame)]; → (item, takes(item)). A broken item is thus replaced by its
@@ -378,7 +378,7 @@ def first_sound(source, pool, start, takes):
     for step in range(len(pool)):
         item = source[pool[(start + step) % len(pool)]]
         taken = takes(item)
-        if source.sound(item, taken):
+        if source.readable(item, taken):
             return item, taken
     raise UserError(f"{source.path}: not one of its {len(pool)} pictures can be read")
 
@@ -403,7 +403,7 @@ def read_texts(path, split="train", held_out_fraction=0.02):
         raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
     for file in files:
         for text in _texts(file):
-            if (fraction(text) < held_out_fraction) == (split == "held_out"):
+            if (hash_to_unit(text) < held_out_fraction) == (split == "held_out"):
                 yield text
 
 
@@ -461,7 +461,7 @@ def frame_messages(messages, template, system):
     if system is not None and messages[:1] and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     parts = []
-    for part in written(messages, template):
+    for part in render_chat(messages, template):
         if isinstance(part, Special):
             parts.append(part)
             continue
@@ -656,7 +656,7 @@ class JsonRows:
             for line, start, raw in json_rows(file):
                 try:
                     names = self._serve(raw).pictures
-                    key = fraction(names[0] if names else raw.decode())
+                    key = hash_to_unit(names[0] if names else raw.decode())
                 except ValueError as error:
                     skip(f"{file}:{line}: {error}")
                     continue

@@ -66,7 +66,7 @@ class Tokenizer:
     inner   the same for a text that follows a special token (SentencePiece alone may tell them apart)
     special {name: id} of the tokens that are seen in a text only when asked
     added   {name: id} of tokens that are no merges either but are always seen: SmolLM2's "<repo_name>", say
-    pieces  {id: bytes} of every token
+    bytes_of  {id: bytes} of every token
     file    the tokenizer.json or tokenizer.model it was read from; None: "bytes"
     files   {name: content} of that file and what else was read beside it: what is saved again
     later   {name: id} of the special tokens that were added since
@@ -74,9 +74,9 @@ class Tokenizer:
 
     def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=(), inner=None):
         self.words, self.inner = words, inner or words
-        self.pieces, self.special, self.added = pieces, special, dict(added)
+        self.bytes_of, self.special, self.added = pieces, special, dict(added)
         self.bos, self.eos = bos, eos
-        self.file, self.files, self.later = None, {}, {}
+        self.file, self.files, self.added_since = None, {}, {}
         turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
         self.stops = {i for i in (eos, *stops, *turns) if i is not None}
         self.vocab_size = max(pieces) + 1
@@ -89,7 +89,7 @@ class Tokenizer:
         """The tokenizer of a folder (a run's too), of a tokenizer.json or tokenizer.model, or "bytes"."""
         if str(path) == "bytes":
             return byte_tokenizer()
-        path = checkpoint.resolve(path)
+        path = checkpoint.weights_folder(path)
         files = [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]
         if not files:
             raise UserError(f"{path}: no tokenizer here (looked for tokenizer.json, tokenizer.model)")
@@ -116,9 +116,9 @@ class Tokenizer:
             if name in self.special or name in self.added:
                 continue
             i = ids[name] if ids else self.vocab_size
-            if type(i) is not int or i < 0 or i in self.pieces:
+            if type(i) is not int or i < 0 or i in self.bytes_of:
                 raise UserError(f"{self.file}: the added token {name} has the id {i!r}, which it cannot have")
-            self.special[name], self.pieces[i], self.later[name] = i, name.encode(), i
+            self.special[name], self.bytes_of[i], self.added_since[name] = i, name.encode(), i
             self.vocab_size = max(self.vocab_size, i + 1)
 
     def save_pretrained(self, folder):
@@ -129,12 +129,12 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.file is None:
-            write_merges(folder, [], self.later)
+            write_merges(folder, [], self.added_since)
             return
         for name, content in self.files.items():
             with checkpoint.atomic_file(folder / name) as beside:
                 beside.write_bytes(content)
-        checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.later, indent=2) + "\n")
+        checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.added_since, indent=2) + "\n")
 
     def encode(self, text, bos=False, eos=False, special=False, follows=False):
         """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens.
@@ -159,9 +159,9 @@ class Tokenizer:
         hidden = set() if special else set(self.special.values())
         characters = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character back
         for i in ids:
-            if i not in self.pieces:
-                raise UserError(f"id {i} stands for nothing in this vocabulary of {len(self.pieces)} tokens")
-            if i not in hidden and (text := characters.decode(self.pieces[i])):
+            if i not in self.bytes_of:
+                raise UserError(f"id {i} stands for nothing in this vocabulary of {len(self.bytes_of)} tokens")
+            if i not in hidden and (text := characters.decode(self.bytes_of[i])):
                 yield text
         if text := characters.decode(b"", final=True):
             yield text
@@ -173,13 +173,13 @@ class Tokenizer:
         take turns; after a last user message the assistant's answer is what the model says next.
         """
         ids, follows = [], False
-        for part in written(messages, template):
+        for part in render_chat(messages, template):
             # whoever writes special tokens into a message gets their letters
-            ids += self.frame(part) if isinstance(part, Special) else self.encode(part, follows=follows)
+            ids += self.special_ids(part) if isinstance(part, Special) else self.encode(part, follows=follows)
             follows = follows or not isinstance(part, Special)
         return ids
 
-    def frame(self, part):
+    def special_ids(self, part):
         """A Special → its id in a list; [] for a BOS or EOS that this vocabulary does without."""
         if part in (BOS, EOS):
             i = self.bos if part == BOS else self.eos
@@ -531,7 +531,7 @@ class Special(str):
 BOS, EOS = Special("<s>"), Special("</s>")  # whatever begins and ends a text in the tokenizer at hand
 
 
-def written(messages, template):
+def render_chat(messages, template):
     """Messages → [text or Special, …], as a template (a key of TEMPLATES) writes them."""
     if template not in TEMPLATES:
         raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from support import checkpoint
+from support import checkpoint, runs
 from support.settings import UserError
 
 WEIGHTS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}
@@ -39,7 +39,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
 
 
 def test_an_error_while_filling_a_folder_leaves_nothing(tmp_path):
-    with pytest.raises(KeyError), checkpoint.new_step(tmp_path, 1) as folder:
+    with pytest.raises(KeyError), runs.new_step(tmp_path, 1) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file").write_text("x")
         raise KeyError
@@ -47,9 +47,9 @@ def test_an_error_while_filling_a_folder_leaves_nothing(tmp_path):
 
 
 def test_nothing_is_seen_under_the_name_until_it_is_whole(tmp_path):
-    with checkpoint.new_step(tmp_path, 1) as folder:
+    with runs.new_step(tmp_path, 1) as folder:
         (folder / "state.json").write_text("{}")
-        assert checkpoint.steps(tmp_path) == []
+        assert checkpoint.step_folders(tmp_path) == []
     assert (tmp_path / "step_00000001" / "state.json").read_text() == "{}"
 
 
@@ -75,7 +75,7 @@ def test_any_tensor_can_be_written(tmp_path):
 
 
 def make_step(run, step, keep=0, ema=False):
-    with checkpoint.new_step(run, step, keep) as folder:
+    with runs.new_step(run, step, keep) as folder:
         (folder / "state.json").write_text("{}")
         if ema:
             (folder / "ema").mkdir()
@@ -84,42 +84,42 @@ def make_step(run, step, keep=0, ema=False):
 def test_the_newest_steps_stay_and_latest_points_at_the_last(tmp_path):
     for step in (1, 2, 10):
         make_step(tmp_path, step, keep=2)
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_00000002", "step_00000010"]
+    assert [p.name for p in checkpoint.step_folders(tmp_path)] == ["step_00000002", "step_00000010"]
     assert os.readlink(tmp_path / "latest") == "step_00000010"
-    assert checkpoint.latest_step(tmp_path) == tmp_path / "step_00000010"
+    assert checkpoint.latest_step_folder(tmp_path) == tmp_path / "step_00000010"
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000002", "step_00000010"]
 
 
 def test_keep_0_keeps_all(tmp_path):
     for step in (1, 2, 3):
         make_step(tmp_path, step)
-    assert len(checkpoint.steps(tmp_path)) == 3
+    assert len(checkpoint.step_folders(tmp_path)) == 3
 
 
 def test_a_folder_left_half_written_by_a_kill_is_ignored(tmp_path):
     make_step(tmp_path, 1)
     (tmp_path / ".step_00000002.123.part").mkdir()
     (tmp_path / "step_00000003.old").mkdir()
-    assert checkpoint.latest_step(tmp_path) == tmp_path / "step_00000001"
+    assert checkpoint.latest_step_folder(tmp_path) == tmp_path / "step_00000001"
 
 
 def test_a_path_means_the_averaged_weights_of_a_runs_newest_step(tmp_path):
     make_step(tmp_path / "run", 1, ema=True)
     make_step(tmp_path / "run", 2, ema=True)
     make_step(tmp_path / "plain", 3)
-    assert checkpoint.resolve(tmp_path / "run") == tmp_path / "run" / "step_00000002" / "ema"
-    assert checkpoint.resolve(tmp_path / "plain") == tmp_path / "plain" / "step_00000003"
-    assert checkpoint.resolve(tmp_path / "run" / "step_00000001") == tmp_path / "run" / "step_00000001"
-    assert refused(checkpoint.resolve, tmp_path / "absent") == f"{tmp_path / 'absent'}: no such file or folder"
+    assert checkpoint.weights_folder(tmp_path / "run") == tmp_path / "run" / "step_00000002" / "ema"
+    assert checkpoint.weights_folder(tmp_path / "plain") == tmp_path / "plain" / "step_00000003"
+    assert checkpoint.weights_folder(tmp_path / "run" / "step_00000001") == tmp_path / "run" / "step_00000001"
+    assert refused(checkpoint.weights_folder, tmp_path / "absent") == f"{tmp_path / 'absent'}: no such file or folder"
 
 
 # ---- filling a model -------------------------------------------------------------------------
 
 
 def test_a_filled_model_holds_the_tensors(tmp_path):
-    model = checkpoint.fill(linear(), WEIGHTS, "file")
+    model = checkpoint.load_into(linear(), WEIGHTS, "file")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in WEIGHTS.items())
-    assert checkpoint.fill(linear(), WEIGHTS, "file", dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+    assert checkpoint.load_into(linear(), WEIGHTS, "file", dtype=torch.bfloat16).weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_filled_model_holds_the_tensors(tmp_path):
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tensors, expected):
-    assert refused(checkpoint.fill, linear(), tensors, "file") == expected
+    assert refused(checkpoint.load_into, linear(), tensors, "file") == expected
 
 
 def test_weights_that_share_memory_in_the_file_do_not_in_the_model(tmp_path):
@@ -146,7 +146,7 @@ def test_weights_that_share_memory_in_the_file_do_not_in_the_model(tmp_path):
     file = tmp_path / "pytorch_model.bin"
     torch.save({"weight": window[:6].view(2, 3), "bias": window[5:7]}, file)
     before = file.read_bytes()
-    model = checkpoint.fill(linear(), checkpoint.read_tensors(tmp_path), tmp_path)
+    model = checkpoint.load_into(linear(), checkpoint.read_tensors(tmp_path), tmp_path)
     with torch.no_grad():
         model.bias.fill_(-1)
     assert model.weight[1, 2] == 5 and file.read_bytes() == before

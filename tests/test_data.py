@@ -710,7 +710,7 @@ def test_a_vocabulary_is_made_of_the_texts_to_train_on(tmp_path, capsys):
     for text in texts:
         assert words.decode(words.encode(text)) == text and len(words.encode(text)) < len(text.encode())
     joins = train_bpe(sources.read_texts(str(tmp_path), "train", 0.3), 32)
-    assert [words.pieces[256 + n] for n in range(32)] == [first + second for first, second in joins]
+    assert [words.bytes_of[256 + n] for n in range(32)] == [first + second for first, second in joins]
     assert joins != train_bpe(texts, 32)
 
 

@@ -22,8 +22,8 @@ from diffusion import (
     NoiseSchedule,
     UNet,
     UNetConfig,
+    classifier_free_guidance,
     diffusion_loss,
-    guide,
     original_config,
 )
 from support.settings import UserError
@@ -220,7 +220,7 @@ def test_diffusers_opens_what_we_save_and_draws_the_same_picture(tmp_path, xl):
     theirs = pipeline(
         **texts, latents=latents, num_inference_steps=4, guidance_scale=3.0, height=16, width=16, output_type="pt"
     ).images
-    ours = model.generate(context, negative, guidance=3.0, steps=4, size=16, draw=lambda: latents)
+    ours = model.generate(context, negative, guidance=3.0, steps=4, size=16, noise=lambda: latents)
     assert (ours - theirs).abs().max() <= 1e-4
 
 
@@ -245,7 +245,7 @@ def test_a_prompt_becomes_the_picture_that_diffusers_draws(tmp_path, xl):
             "a cat", negative_prompt=negative, latents=latents, num_inference_steps=3, guidance_scale=5.0, **size,
             output_type="pt",
         ).images  # fmt: skip
-        ours = model.generate("a cat", negative, guidance=5.0, steps=3, size=16, draw=lambda: latents)
+        ours = model.generate("a cat", negative, guidance=5.0, steps=3, size=16, noise=lambda: latents)
         assert (ours - theirs).abs().max() <= 1e-4
 
 
@@ -629,9 +629,9 @@ def test_image_to_image_keeps_more_of_the_picture_the_lower_its_strength(sampler
 
 def test_guidance():
     with_, without = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
-    torch.testing.assert_close(guide(with_, without, 1.0), with_)
-    torch.testing.assert_close(guide(with_, without, 3.0), 3 * with_ - 2 * without)
-    rescaled = guide(with_, without, 3.0, rescale=1.0)
+    torch.testing.assert_close(classifier_free_guidance(with_, without, 1.0), with_)
+    torch.testing.assert_close(classifier_free_guidance(with_, without, 3.0), 3 * with_ - 2 * without)
+    rescaled = classifier_free_guidance(with_, without, 3.0, rescale=1.0)
     torch.testing.assert_close(rescaled.std((1, 2, 3)), with_.std((1, 2, 3)))
 
 

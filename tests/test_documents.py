@@ -319,7 +319,7 @@ def test_a_prompt_is_what_training_showed_before_the_answer():
     writer, said = byte_writer(), SAID[:1]
     parts = chat_parts(said, ["picture"], system="")
     assert parts == [BOS, "USER: ", "picture", "\nWhat? ASSISTANT:"]
-    ids = [i for part in parts for i in (writer.img if part == "picture" else written(writer, part))]
+    ids = [i for part in parts for i in (writer.img if part == "picture" else render_chat(writer, part))]
     sample = writer.conversation(SAID[:2], ["picture"])
     assert sample.tokens[: len(ids)].tolist() == ids and sample.labels[len(ids)] != IGNORED
     assert set(sample.labels[: len(ids)].tolist()) == {IGNORED}
@@ -329,8 +329,8 @@ def test_a_prompt_is_what_training_showed_before_the_answer():
         chat_parts(said)
 
 
-def written(writer, part):
-    return writer.tokenizer.frame(part) if isinstance(part, Special) else writer.tokenizer.encode(part)
+def render_chat(writer, part):
+    return writer.tokenizer.special_ids(part) if isinstance(part, Special) else writer.tokenizer.encode(part)
 
 
 def test_a_tokenizer_without_the_added_tokens_is_refused():
@@ -539,7 +539,7 @@ def test_a_picture_is_on_one_side_of_the_split_only(folder, file):
         sides.append({rows.sources[0].read(i, None).pictures[0] for i in range(len(rows.sources[0]))})
     train, held_out = sides
     assert train and held_out and not train & held_out and len(train | held_out) == 10
-    assert held_out == {f"{i}.png" for i in range(10) if sources.fraction(f"{i}.png") < 0.5}
+    assert held_out == {f"{i}.png" for i in range(10) if sources.hash_to_unit(f"{i}.png") < 0.5}
     with pytest.raises(UserError, match="none of its 10 rows falls into the held_out split"):
         rows_of(folder / file, kind, "held_out", 0.0, images=images)
 

@@ -22,7 +22,7 @@ def opened(run):
     return DreamLLM.from_pretrained(run, CLIP, LatentDiffusion)
 
 
-def moved(before, after):
+def jitter(before, after):
     """Beginnings of the names of the weights that differ."""
     others = dict(after.named_parameters())
     return {name.split(".")[0] for name, p in before.named_parameters() if not torch.equal(p, others[name])}
@@ -52,7 +52,7 @@ def test_the_four_stages_move_what_they_name(dream_parts, tmp_path, capsys):
         assert shown.startswith("trained: ") and "frozen: " in shown
         after = opened(run)
         if before:
-            assert moved(before, after) == names
+            assert jitter(before, after) == names
         entry = metrics(run)[-1]
         assert (entry["vm_loss"] == 0) == (stage == "understand")
         start, before = [f"model.init={run}"], after
@@ -62,8 +62,8 @@ def test_the_eyes_and_the_hand_can_be_trained_too(dream_run, tmp_path):
     trained = 'model.trained=["clip", "diffusion.unet"]'
     run = run_tiny("dreamllm", tmp_path / "run", f"model.init={dream_run}", trained, *TWO_STEPS)
     before, after = opened(dream_run), opened(run)
-    assert moved(before, after) == {"clip", "diffusion"}
-    assert moved(before.diffusion, after.diffusion) == {"unet"}
+    assert jitter(before, after) == {"clip", "diffusion"}
+    assert jitter(before.diffusion, after.diffusion) == {"unet"}
 
 
 def test_recomputing_activations_changes_rounding_only(dream_run, tmp_path):
@@ -131,7 +131,7 @@ def test_the_published_stages_at_true_size(stage):
     projector, queries, condition = 1024 * 4096 + 4096, 64 * 4096, 4096 * 1024
     expected = {"understand": projector, "create": queries + condition}
     everything = sum(p.numel() for p in llama.parameters()) + projector + queries + condition
-    assert sum(tasks.select(model, s.model.trained).values()) == expected.get(stage, everything)
+    assert sum(tasks.freeze_all_but(model, s.model.trained).values()) == expected.get(stage, everything)
     lr = {"understand": 2e-3, "create": 2e-3, "interleaved": 2e-5, "instruct": 4e-5}[stage]
     weights = {"understand": (1, 0), "create": (0, 1)}.get(stage, (1, 10))
     assert (s.optim.lr, s.optim.weight_decay, (s.model.w_lm, s.model.w_vm)) == (lr, 0, weights)

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clip import CLIP, CLIPConfig
-from diffusion import AutoencoderKL, AutoencoderKLConfig, Draws, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
-from dreamllm import DreamLLM, DreamLLMConfig, Projector, joined
+from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, LossNoise, NoiseSchedule, UNet, UNetConfig
+from dreamllm import DreamLLM, DreamLLMConfig, Projector, merge_texts
 from model import LLaMA, LLaMAConfig
 from support import checkpoint
 from support.settings import UserError
@@ -52,7 +52,9 @@ def recorded(tensors, prefix=""):
     t = next(x for x in drawn if x.dtype == torch.int64)
     zeros = torch.zeros_like(grids[0])
     perturbation = grids[2] if len(grids) > 2 else zeros
-    return Draws(grids[0], grids[1], offset[0] if offset else zeros[..., :1, :1], perturbation, t, torch.ones(len(t)))
+    return LossNoise(
+        grids[0], grids[1], offset[0] if offset else zeros[..., :1, :1], perturbation, t, torch.ones(len(t))
+    )
 
 
 def batch_of(forward):
@@ -75,7 +77,7 @@ def test_logits_and_conditioning(dream, forward):
     real = forward["attention_mask"].bool()
     close(hidden[real], forward["hidden_states"][real])
     close(dream.llama.logits(hidden)[real], forward["logits"][real])
-    rows, places = dream.spans(tokens, "<dream_start>", dream.config.queries)
+    rows, places = dream.span_positions(tokens, "<dream_start>", dream.config.queries)
     close(hidden[rows, places], forward["dream_hidden_states"])
     close(dream.condition(hidden[rows, places]), forward["unet_in_conditioning"])
 
@@ -157,7 +159,7 @@ def test_dropped_conditioning_is_the_one_of_the_empty_prompt(dream, forward):
     seen = []
     dream.diffusion.unet.register_forward_hook(lambda module, inputs, output: seen.append(inputs[2]))
     dream.train()(*batch_of(forward), draws)
-    empty = dream.condition(dream.dream([""]))[0]
+    empty = dream.condition(dream.dream_states([""]))[0]
     close(seen[0][0], empty, 1e-6)
     close(seen[0][2], empty, 1e-6)
     close(seen[0][1], forward["unet_in_conditioning"][1])
@@ -181,11 +183,11 @@ def test_text_to_image(dream, case):
     settings = json.loads((FOLDER / "text_to_image.json").read_text())[case]
     prompts = [settings["prompt"]] if isinstance(settings["prompt"], str) else settings["prompt"]
     negative = settings["negative_prompt"]
-    close(dream.condition(dream.dream(prompts)), golden["conditioning_positive"])
+    close(dream.condition(dream.dream_states(prompts)), golden["conditioning_positive"])
     seen = []
     dream.diffusion.unet.register_forward_hook(lambda module, inputs, output: seen.append(output))
     draws = iter([golden[f"draw.{i}.randn"] for i in range(5)])
-    images = dream.text_to_image(prompts, negative, 3.5, 4, draw=lambda: next(draws))
+    images = dream.text_to_image(prompts, negative, 3.5, 4, noise=lambda: next(draws))
     close(torch.stack(seen), golden["unet_out"])
     close(images, golden["image"])
 
@@ -193,12 +195,12 @@ def test_text_to_image(dream, case):
 def test_padding_changes_nothing(dream):
     """In the original a shorter prompt beside a longer one gets other conditioning than alone (a fault)."""
     short, long = "A dog.", "An astronaut riding a horse by the river at sunrise."
-    close(dream.dream([short, long])[:1], dream.dream([short]), 1e-5)
+    close(dream.dream_states([short, long])[:1], dream.dream_states([short]), 1e-5)
 
 
 def test_a_picture_can_be_part_of_the_prompt(dream):
     picture = Image.new("RGB", (40, 40), "red")
-    with_it, without = dream.dream([[picture, "A dog."], "A dog."])
+    with_it, without = dream.dream_states([[picture, "A dog."], "A dog."])
     assert (with_it - without).abs().max() > 0.01
 
 
@@ -266,10 +268,10 @@ def test_pictures_come_only_after_dream_start_and_are_looked_at(dream):
 
 def test_a_document_ends_at_the_end_token(dream):
     """And says that it ended by itself; cut off by its length, it says that."""
-    assert joined(dream.stream_document("A dog", 3, max_pictures=0, temperature=0))[1] is False
+    assert merge_texts(dream.stream_document("A dog", 3, max_pictures=0, temperature=0))[1] is False
     eager(dream, 2, 100)
     assert document(dream) == []
-    assert joined(dream.stream_document("A dog", 3)) == ([], True)
+    assert merge_texts(dream.stream_document("A dog", 3)) == ([], True)
 
 
 def test_a_document_ends_with_its_context(dream):
@@ -300,7 +302,7 @@ def test_every_projector_reaches_the_llama(dream, forward, kind, places):
     model = DreamLLM(dream.llama, dream.clip, dream.diffusion, config, dream.tokenizer)
     assert model.patches == places
     assert model.projector(dream.clip.patch_features(forward["images"])).shape == (3, places, 64)
-    assert len(model.dream([[Image.new("RGB", (9, 9)), "A dog."]])) == 1
+    assert len(model.dream_states([[Image.new("RGB", (9, 9)), "A dog."]])) == 1
 
 
 def test_a_smaller_grid_rounds_up():

@@ -15,10 +15,10 @@ from model import (
     LLaMAConfig,
     RopeScaling,
     config_from_hf,
-    draw,
     reference_attention,
     rotary_angles,
     rotate,
+    sample_token,
 )
 from support import checkpoint
 from support.settings import UserError
@@ -329,7 +329,7 @@ def test_what_does_not_fit_the_context_is_refused(length, new):
 def frequencies(logits, **options):
     """How often each id is drawn, of 20000."""
     logits = logits.expand(20_000, -1)
-    drawn = draw(logits, generator=torch.Generator().manual_seed(0), **options)
+    drawn = sample_token(logits, generator=torch.Generator().manual_seed(0), **options)
     return torch.bincount(drawn.flatten(), minlength=logits.shape[1]) / 20_000
 
 

@@ -467,7 +467,7 @@ def test_a_run_on_text_from_its_words_to_its_samples(program, tmp_path):
     run = run_tiny("text", tmp_path / "run", "train.steps=30", "train.eval_batches=1", *overrides)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["held_out_perplexity"] < 40  # of 258
-    saved = json.loads((checkpoint.resolve(run) / "config.json").read_text())
+    saved = json.loads((checkpoint.weights_folder(run) / "config.json").read_text())
     assert (saved["bos_token_id"], saved["eos_token_id"]) == (256, 257)
     assert Tokenizer.from_pretrained(run).encode("a") == [97]  # the run is a folder that holds both
     arguments = ["--run", run, "--prompt", "woman ", "--max-new", 5, "--seed", 0, "--device", "cpu"]

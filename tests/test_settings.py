@@ -137,9 +137,9 @@ def test_a_missing_key_or_section_is_named(tmp_path):
     [
         (LLAMA, "model.n_heads=5", "[model] n_heads 5 does not divide dim 32"),
         (VQGAN, "model.hidden_channels=48", "[model] hidden_channels 48 must be a multiple of 32 (GroupNorm)"),
-        (VQGAN, "optim.min_lr=1", "[optim] min_lr 1.0 must lie between 0 and lr 0.001"),
+        (VQGAN, "optim.min_lr=1", "[optim] min_lr 1.0 must be at most lr 0.001"),
         (VQGAN, "train.ema=1", "[train] ema 1.0 must lie in [0, 1)"),
-        (VQGAN, "train.accumulate=0", "[train] accumulate must be at least 1"),
+        (VQGAN, "train.accumulate=0", "[train] accumulate 0 must be at least 1"),
         (VQGAN, "loss.perceptual=1", "[loss] perceptual > 0 needs the paths of two weight files, vgg and lpips"),
     ],
 )

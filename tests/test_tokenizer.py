@@ -87,7 +87,7 @@ def test_what_was_joined_in_training_is_joined_in_encoding(tmp_path):
     words = Tokenizer.from_pretrained(tmp_path)
     assert (words.bos, words.eos, words.vocab_size) == (456, 457, 458)
     for word in {word for text in CORPUS for word in re.findall(" ?[a-z]+", text)}:
-        pieces = [words.pieces[i] for i in words.encode(word)]
+        pieces = [words.bytes_of[i] for i in words.encode(word)]
         assert b"".join(pieces) == word.encode() and not set(itertools.pairwise(pieces)) & set(joins)
     for text in AWKWARD:
         assert words.decode(words.encode(text)) == text
@@ -395,40 +395,42 @@ def messages(*texts, system=None):
     return said + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def written(template, said):
+def render_chat(template, said):
     """The template's text, special tokens by name."""
     return "".join(tokenizer.TEMPLATES[template](*tokenizer._turns(said)))
 
 
 def test_plain_is_the_texts_alone():
-    assert written("plain", messages("A list:", "one", "two", system="Be brief.")) == "<s>Be brief.\nA list:\none\ntwo"
+    assert (
+        render_chat("plain", messages("A list:", "one", "two", system="Be brief.")) == "<s>Be brief.\nA list:\none\ntwo"
+    )
 
 
 def test_vicunas_template():
-    assert written("vicuna", messages(" Hi ", "Hello!", "Why?")) == (
+    assert render_chat("vicuna", messages(" Hi ", "Hello!", "Why?")) == (
         "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: Hi ASSISTANT: Hello!</s>USER: Why? ASSISTANT:"
     )
-    assert written("vicuna", messages("Hi", "Hello!", system="Be kind.")) == (
+    assert render_chat("vicuna", messages("Hi", "Hello!", system="Be kind.")) == (
         "<s>Be kind. USER: Hi ASSISTANT: Hello!</s>"
     )
 
 
 def test_llama_2s_template():
-    assert written("llama2", messages("Hi", "Hello!", "Why?", system="Be kind.")) == (
+    assert render_chat("llama2", messages("Hi", "Hello!", "Why?", system="Be kind.")) == (
         "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST] Hello! </s><s>[INST] Why? [/INST]"
     )
 
 
 def test_llama_3s_template():
-    assert written("llama3", messages("Hi", "Hello!", "Why?", system="Be kind.")) == (
+    assert render_chat("llama3", messages("Hi", "Hello!", "Why?", system="Be kind.")) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert written("llama3", messages("Hi", "Hello!")).endswith("Hello!<|eot_id|>")
+    assert render_chat("llama3", messages("Hi", "Hello!")).endswith("Hello!<|eot_id|>")
 
 
 JINJA = {  # the same in the language of Hugging Face's templates
@@ -509,7 +511,7 @@ def test_added_tokens_stand_at_the_end_and_survive_saving(tmp_path):
     assert tokenizer.vocab_size == 266
     tokenizer.save_pretrained(tmp_path)
     again = Tokenizer.from_pretrained(tmp_path)
-    assert again.special == tokenizer.special and again.pieces == tokenizer.pieces
+    assert again.special == tokenizer.special and again.bytes_of == tokenizer.bytes_of
     text = "café <dream_start> 🌮"
     assert again.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
     assert again.encode(text, special=True).count(264) == 1

@@ -211,7 +211,7 @@ def test_a_run_on_text_keeps_its_tokenizer(rows, tmp_path):
     sizes = ["model.vocab_size=258", "data.text_tokenizer=bytes", "train.steps=1", "train.eval_every=0"]
     run = run_tpu(tmp_path / "run", (1, 1, 1), *rows, *sizes)
     assert Tokenizer.from_pretrained(run).encode("a", eos=True) == [97, 257]
-    assert json.loads((checkpoint.resolve(run) / "config.json").read_text())["eos_token_id"] == 257
+    assert json.loads((checkpoint.weights_folder(run) / "config.json").read_text())["eos_token_id"] == 257
 
 
 def test_a_run_begun_in_one_is_finished_in_the_other(both, tmp_path):
@@ -278,10 +278,10 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(eight_devices, rows, t
     command = [sys.executable, ROOT / "train_tpu.py", "--config", CONFIG, f"run.dir={run}", *overrides]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*command, "train.save_every=1"], env=environment, **pipes)
-    while not checkpoint.steps(run) and process.poll() is None:
+    while not checkpoint.step_folders(run) and process.poll() is None:
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and len(checkpoint.steps(run)) < 10
+    assert process.wait() == -signal.SIGKILL and len(checkpoint.step_folders(run)) < 10
     again = subprocess.run([*command, "train.save_every=5"], env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert f"resumed from {run}/step_" in again.stdout

@@ -64,7 +64,7 @@ def refused(call, *arguments):
 def copy_up_to(run, step, to):
     """The run as it was after `step`, had it been broken off just before the next checkpoint."""
     shutil.copytree(run, to, symlinks=True)
-    for folder in checkpoint.steps(to):
+    for folder in checkpoint.step_folders(to):
         if int(folder.name[5:]) > step:
             shutil.rmtree(folder)
     return to
@@ -91,7 +91,7 @@ def test_the_learning_rate_decays_over_the_whole_run_by_default():
 
 def test_a_run_leaves_checkpoints_samples_and_one_line_a_step(tokenizer_run, lvm_run):
     for run, weights in ((tokenizer_run, VQGAN), (lvm_run, LLaMA)):
-        assert [int(p.name[5:]) for p in checkpoint.steps(run)] == [4, 8, 12]
+        assert [int(p.name[5:]) for p in checkpoint.step_folders(run)] == [4, 8, 12]
         assert os.readlink(run / "latest") == "step_00000012"
         assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_00000006.png", "step_00000012.png"]
         assert [entry["step"] for entry in metrics(run)] == list(range(1, 13))
@@ -127,10 +127,10 @@ def test_each_part_of_the_gan_starts_when_it_is_told(tokenizer_run):
 
 def test_averaged_weights_are_the_average(lvm_run, row_overrides, tmp_path):
     """decay = min(ema, (1 + step) / (10 + step)): 1/10 after the first step, 2/11 after the second."""
-    start = checkpoint.latest_step(lvm_run)
+    start = checkpoint.latest_step_folder(lvm_run)
     overrides = [f"model.init={start}", "train.steps=2", "train.save_every=1", "train.ema=0.9", "train.keep=0"]
     run = run_tiny("llama", tmp_path / "run", *overrides, *QUIET, *row_overrides)
-    first, one, two = (load_file(f / "model.safetensors") for f in (start, *checkpoint.steps(run)))
+    first, one, two = (load_file(f / "model.safetensors") for f in (start, *checkpoint.step_folders(run)))
     saved = load_file(run / "step_00000002" / "ema" / "model.safetensors")
     for name in first:
         average = 2 / 11 * (0.1 * first[name] + 0.9 * one[name]) + 9 / 11 * two[name]
@@ -144,7 +144,7 @@ def test_a_vqgan_run_in_two_parts_ends_in_the_same_bits(tokenizer_run, tmp_path)
     """5 is before a redraw of dead codes and after the discriminator's start: nothing may be forgotten."""
     run = tmp_path / "run"
     run_tiny("vqgan", run, *TOKENIZER, "train.steps=5", "optim.decay_steps=12")
-    assert [p.name for p in checkpoint.steps(run)] == ["step_00000004", "step_00000005"]
+    assert [p.name for p in checkpoint.step_folders(run)] == ["step_00000004", "step_00000005"]
     run_tiny("vqgan", run, *TOKENIZER, "optim.decay_steps=12")
     assert_same_bits(run / "step_00000012", tokenizer_run / "step_00000012")
 
@@ -202,10 +202,10 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tokenizer_run, tmp_pat
     config = ROOT / "configs" / "tiny_vqgan.toml"
     command = [sys.executable, ROOT / "train.py", "--config", config, "--device", "cpu", f"run.dir={run}", *TOKENIZER]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not checkpoint.steps(run) and process.poll() is None:
+    while not checkpoint.step_folders(run) and process.poll() is None:
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and len(checkpoint.steps(run)) < 3
+    assert process.wait() == -signal.SIGKILL and len(checkpoint.step_folders(run)) < 3
     again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert f"resumed from {run}/step_" in again.stdout
@@ -315,7 +315,7 @@ def test_a_loss_that_is_no_number_stops_the_run(lvm_run, row_overrides, tmp_path
     absurd = ["optim.lr=1e30", "train.save_every=8", "train.ema=0.9", "train.keep=0", *QUIET]
     message = refused(run_tiny, "llama", run, *absurd, *row_overrides)
     assert message.startswith("step 10: ") and "nan" in message and str(run / "step_00000008") in message
-    assert [p.name for p in checkpoint.steps(run)] == ["step_00000004", "step_00000008"]
+    assert [p.name for p in checkpoint.step_folders(run)] == ["step_00000004", "step_00000008"]
     assert_same_bits(run / "step_00000008", lvm_run / "step_00000008")
     assert [entry["step"] for entry in metrics(run)] == list(range(1, 10))
 
@@ -331,7 +331,7 @@ def test_a_discriminator_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "Discriminator", Broken)
     run = tmp_path / "run"
     message = refused(run_tiny, "vqgan", run, "loss.disc_start=0", "train.steps=2", "train.save_every=1", *QUIET)
-    assert message.startswith("step 1: ") and checkpoint.steps(run) == []
+    assert message.startswith("step 1: ") and checkpoint.step_folders(run) == []
 
 
 def test_sentences_too_short_to_sample_do_not_end_a_run_half_way(row_overrides, tmp_path):
@@ -342,7 +342,7 @@ def test_sentences_too_short_to_sample_do_not_end_a_run_half_way(row_overrides, 
     except UserError:
         assert not run.exists()
     else:
-        assert checkpoint.latest_step(run).name == "step_00000002"
+        assert checkpoint.latest_step_folder(run).name == "step_00000002"
 
 
 def test_rows_are_asked_for(tmp_path):

@@ -252,13 +252,13 @@ def test_dead_entries_move_onto_vectors_of_the_batch():
     for _ in range(2):
         quantize = tiny().quantize
         before = quantize.embedding.weight.detach().clone()
-        quantize.redraw(dead, z, seeded(3))
+        quantize.revive_dead_codes(dead, z, seeded(3))
         weights.append(quantize.embedding.weight.detach())
     assert torch.equal(weights[0][~dead], before[~dead])
     moved = {tuple(v.tolist()) for v in weights[0][dead]}
     assert len(moved) == 3 and moved <= vectors
     assert torch.equal(*weights)  # the generator alone decides
-    quantize.redraw(torch.ones(16, dtype=torch.bool), z, seeded())
+    quantize.revive_dead_codes(torch.ones(16, dtype=torch.bool), z, seeded())
     assert (quantize.embedding.weight[8:] == before[8:])[~dead[8:]].all()  # 8 vectors cannot serve 16
 
 
@@ -328,10 +328,10 @@ def test_the_generator_listens_only_after_the_warm_up():
     difference = 2 * (x - reconstruction)  # in [-1, 1]
     quiet = 0.5 * difference.abs().mean() + 2 * difference.square().mean() + losses["codebook"] + losses["commitment"]
     for step in (0, 3, 4):
-        total, values = judge.generator(model, x, reconstruction, losses, discriminator, step)
+        total, values = judge.generator_loss(model, x, reconstruction, losses, discriminator, step)
         torch.testing.assert_close(total, quiet)
         assert "g" not in values
-    total, values = judge.generator(model, x, reconstruction, losses, discriminator, 5)
+    total, values = judge.generator_loss(model, x, reconstruction, losses, discriminator, 5)
     assert values["g"] != 0 and values["lambda"] > 0
     torch.testing.assert_close(total, quiet + values["lambda"] * 0.8 * values["g"])
 
@@ -340,7 +340,7 @@ def test_without_adaptive_the_weight_is_one():
     judge, model, discriminator = VQGANLoss(VQGANLossConfig(gan=0.1, adaptive=False)), tiny(), Discriminator()
     x = images(2, 32)
     reconstruction, _, losses = model(x)
-    total, values = judge.generator(model, x, reconstruction, losses, discriminator, 0)
+    total, values = judge.generator_loss(model, x, reconstruction, losses, discriminator, 0)
     expected = values["nll"] + losses["codebook"] + losses["commitment"] + 0.1 * values["g"]
     torch.testing.assert_close(total, expected)
 
@@ -349,7 +349,7 @@ def test_the_discriminator_learns_from_pictures_not_through_them():
     """Its loss reaches its own weights, never the reconstruction."""
     judge, discriminator = VQGANLoss(VQGANLossConfig(gan=1)), Discriminator()
     reconstruction = images(2, 32, seed=1).requires_grad_()
-    loss, values = judge.discriminator(images(2, 32), reconstruction, discriminator)
+    loss, values = judge.discriminator_loss(images(2, 32), reconstruction, discriminator)
     loss.backward()
     assert reconstruction.grad is None and all(p.grad is not None for p in discriminator.parameters())
     assert loss == values["disc"]
@@ -409,7 +409,7 @@ def test_perceptual_loss_is_part_of_the_reconstruction_loss(perceptual_files):
     judge = VQGANLoss(VQGANLossConfig(l1=0, perceptual=0.5, vgg=vgg, lpips=heads))
     x, y = images(1, 32), images(1, 32, seed=1)
     zero = {"codebook": torch.zeros(()), "commitment": torch.zeros(())}
-    total, _ = judge.generator(tiny(), x, y, zero, None, 0)
+    total, _ = judge.generator_loss(tiny(), x, y, zero, None, 0)
     torch.testing.assert_close(total, 0.5 * judge.perceptual(2 * x - 1, 2 * y - 1))
 
 
