@@ -154,17 +154,29 @@ class Tokenizer:
         text = "".join(self.stream(ids, special))
         return text[1:] if self.adds_space and text.startswith(" ") else text
 
-    def stream(self, ids, special=False):
-        """Yields text while `ids` (any iterable) come in, only whole characters; a text's first space stays."""
+    def decoder(self, special=False):
+        """A function for decoding as ids come in: id → the text that it completes, None → what is left at the end.
+
+        The text is "" while a character lacks bytes, and for a special token unless `special` asks for its name.
+        """
         hidden = set() if special else set(self.special.values())
-        characters = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character back
-        for i in ids:
+        characters = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an unfinished character
+
+        def decode(i):
+            if i is None:
+                return characters.decode(b"", final=True)
             if i not in self.bytes_of:
                 raise UserError(f"id {i} stands for nothing in this vocabulary of {len(self.bytes_of)} tokens")
-            if i not in hidden and (text := characters.decode(self.bytes_of[i])):
+            return "" if i in hidden else characters.decode(self.bytes_of[i])
+
+        return decode
+
+    def stream(self, ids, special=False):
+        """Yields text while `ids` (any iterable) come in, only whole characters; a text's first space stays."""
+        decode = self.decoder(special)
+        for i in itertools.chain(ids, [None]):
+            if text := decode(i):
                 yield text
-        if text := characters.decode(b"", final=True):
-            yield text
 
     def encode_chat(self, messages, template):
         """[{"role": "system" | "user" | "assistant", "content": text}, …] → ids.

@@ -68,6 +68,16 @@ def test_half_a_character_is_kept_back():
         words.decode([65, 258])
 
 
+def test_a_decoder_takes_one_id_at_a_time():
+    """For whoever does not know the next id yet: "" while a character lacks bytes, None for what is left."""
+    words = Tokenizer.from_pretrained("bytes")
+    decode = words.decoder()
+    assert [decode(i) for i in words.encode("é!", eos=True)] == ["", "é", "!", ""]
+    assert decode(0xC3) == "" and decode(None) == "�"
+    assert decode(65) == "A" and decode(None) == ""  # and it can go on
+    assert words.decoder(special=True)(257) == "<|end_of_text|>"
+
+
 # ---- a vocabulary of one's own -----------------------------------------------------------------
 
 
