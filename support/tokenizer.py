@@ -184,11 +184,20 @@ class Tokenizer:
         `template` is a key of TEMPLATES. The system message comes first or not at all, then user and assistant
         take turns; after a last user message the assistant's answer is what the model says next.
         """
+        return self.encode_parts(render_chat(messages, template))
+
+    def encode_parts(self, parts):
+        """[text, Special or [id, …], …] → ids of one conversation. A list of ids (a picture's span) is kept as it is.
+
+        Texts are never searched for special tokens: whoever writes "</s>" into a message gets its letters.
+        """
         ids, follows = [], False
-        for part in render_chat(messages, template):
-            # whoever writes special tokens into a message gets their letters
-            ids += self.special_ids(part) if isinstance(part, Special) else self.encode(part, follows=follows)
-            follows = follows or not isinstance(part, Special)
+        for part in parts:
+            if isinstance(part, Special):
+                ids += self.special_ids(part)
+            else:
+                ids += self.encode(part, follows=follows) if isinstance(part, str) else part
+                follows = True
         return ids
 
     def special_ids(self, part):
