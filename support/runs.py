@@ -1,40 +1,218 @@
-"""A run's folder: its configuration, its metrics, its checkpoints.
+"""A run's folder: its configuration, its metrics, its checkpoints. Both trainers write it, and write it alike.
 
-out/NAME/                     a run
-  config.toml                 as resolved
-  metrics.jsonl               a line every few steps
-  step_00001000/              one checkpoint: the weights in their published layout …
-    ema/                      … the same again for the averaged weights, preferred for sampling
-    training/                 … and what only a resumed training needs (optimizer, discriminator)
-    state.json
-  latest -> step_00001000     the newest complete step
+    out/NAME/                     a run
+      config.toml                 as resolved: every default that was used
+      metrics.jsonl               a line every few steps
+      samples/                    pictures
+      step_00001000/              one checkpoint: the weights in their published layout …
+        ema/                      … the same again for the averaged weights, preferred for sampling
+        training/                 … and what only a resumed training needs (optimizer, discriminator)
+        state.json                {"step": 1000, …}
+      latest -> step_00001000     the newest complete step
+
+No torch here: train_tpu.py has none either.
 """
 
 import contextlib
 import json
+import math
 import shutil
+import time
+import tomllib
 from pathlib import Path
 
-from support import settings
+from tqdm import tqdm
+
+from support import checkpoint, settings
 from support.checkpoint import atomic_folder, remove_parts, renamed_when_whole, step_folders, write_text
+from support.settings import UserError
+
+# ---- start -------------------------------------------------------------------------------------
+
+
+def newest_step(run, kind):
+    """→ (folder of the newest checkpoint, the content of its state.json), or (None, {"step": 0}) of a new run.
+
+    A UserError if the folder holds a run of another model.kind, or its state.json is damaged.
+    """
+    run = Path(run)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"run.dir {run} is a file: name a folder")
+    if (run / "config.toml").exists():
+        model = settings.read(run / "config.toml").get("model")
+        found = model.get("kind") if isinstance(model, dict) else None
+        if found != kind:
+            raise UserError(f'{run} holds a run of model.kind "{found}", not "{kind}": name another folder as run.dir')
+    folder = checkpoint.latest_step_folder(run)
+    if folder is None:
+        return None, {"step": 0}
+    state = checkpoint.read_json(folder / "state.json")
+    step = state.get("step") if isinstance(state, dict) else None
+    if type(step) is not int or step < 0:
+        raise UserError(f"{folder / 'state.json'}: step is {step!r}, expected the number of steps that were made")
+    return folder, state
 
 
 def start_run(run, s, first):
     """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes: step `first`."""
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir {run}: cannot be made ({error.strerror})") from None
     remove_parts(run)
-    text = settings.dumps(s)
-    if first and (run / "config.toml").exists():
-        before = (run / "config.toml").read_text().splitlines()
-        for line in text.splitlines():
-            if line not in before:
-                print(f"resuming with another setting than before: {line}")
-    write_text(run / "config.toml", text)
+    for change in changes(run, s) if first else ():
+        print(f"resuming with another setting than before: {change}")
+    write_text(run / "config.toml", settings.dumps(s))
     log = run / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    # a kill may have cut the last line short, and steps after the checkpoint will be run again
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first]
+    lines = settings.read_text(log).splitlines() if log.exists() else []
+    # steps after the checkpoint will be run again
+    kept = [line for line in lines if _step_of(line) <= first]
     write_text(log, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line):
+    """The step that a line of metrics.jsonl is about; infinity if a kill has cut the line short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def changes(run, s, explicit_keys=None):
+    """["optim.lr = 0.0001 (was 0.001)", …]: where the settings `s` differ from the run's config.toml.
+
+    explicit_keys: the keys of [model] that are compared, where the others follow from the weights; None: all.
+    """
+    if not (run / "config.toml").exists():
+        return []
+    before = _flat(settings.read(run / "config.toml"))
+    found = []
+    for key, value in _flat(tomllib.loads(settings.dumps(s))).items():
+        section, _, name = key.partition(".")
+        follows = section == "model" and explicit_keys is not None and name.split(".")[0] not in explicit_keys
+        # a key that the old file lacks is one that the program did not have yet
+        if section != "run" and not follows and key in before and before[key] != value:
+            found.append(f"{key} = {json.dumps(value)} (was {json.dumps(before[key])})")
+    return found
+
+
+def _flat(table, prefix=""):
+    """{"a": {"b": 1}} → {"a.b": 1}; lists stay values."""
+    flat = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def already_complete(run, s, explicit_keys, first):
+    """The line that a trainer prints when the run has made its train.steps already."""
+    changed = changes(run, s, explicit_keys)
+    hint = f"; the configuration now says otherwise, without effect: {', '.join(changed)}" if changed else ""
+    return f"{run} is complete: step {first} of {s.train.steps}{hint}"
+
+
+# ---- on the way --------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl, TensorBoard (if it is installed), the progress bar; and which steps are logged, evaluated, saved.
+
+    Steps are counted when they are done, 1 … train.steps; after the last one everything happens once more.
+
+        log = Log(run, train, first, unit="tokens", items=tokens_per_step)
+        for step in …:
+            …
+            if log.due(done):
+                entry = log.entry(done, values)
+                if log.evaluates(done):
+                    with log.paused():
+                        entry |= …
+                log.write(entry)
+            log.advance()
+        log.close()
+
+    first: the step at which the run begins; items: how many `unit` a step works through; is_main: only the main
+    process writes and prints.
+    """
+
+    def __init__(self, run, train, first, unit, items, is_main=True):
+        self.run, self.train, self.unit, self.items = run, train, unit, items
+        self.file = open(run / "metrics.jsonl", "a") if is_main else None
+        self.board = _tensorboard(run) if is_main else None
+        self.bar = tqdm(total=train.steps, initial=first, disable=not is_main, unit="step", dynamic_ncols=True)
+        self.clock, self.since = time.perf_counter(), first  # when the rate was last measured, and after which step
+
+    def evaluates(self, done):
+        return self._every(self.train.eval_every, done)
+
+    def saves(self, done):
+        return self._every(self.train.save_every, done)
+
+    def samples(self, done):
+        return self._every(self.train.sample_every, done)
+
+    def due(self, done):
+        """Whether step `done` gets a line: every log_every steps, and wherever it is evaluated or saved."""
+        return self._every(self.train.log_every, done) or self.evaluates(done) or self.saves(done)
+
+    def _every(self, interval, done):
+        return bool(interval) and (done % interval == 0 or done == self.train.steps)
+
+    def entry(self, done, values):
+        """{"step": done, **values, "…_per_second": …}; a UserError that stops the run if a value is not finite."""
+        entry = {"step": done, **values}
+        bad = [f"{name} is {value}" for name, value in entry.items() if not math.isfinite(value)]
+        if bad:
+            good = checkpoint.latest_step_folder(self.run) or "none was saved"
+            raise UserError(
+                f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {good})"
+            )
+        now = time.perf_counter()
+        rate = (done - self.since) * self.items / (now - self.clock)
+        self.clock, self.since = now, done
+        return entry | {f"{self.unit}_per_second": round(rate, 1)}
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The time spent within does not count: the rate is that of training alone."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def write(self, entry):
+        """A line of metrics.jsonl, and the same on the terminal."""
+        if not self.file:
+            return
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        done, rate = entry["step"], entry[f"{self.unit}_per_second"]
+        self.bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} {self.unit}/s")
+        values = {name: value for name, value in entry.items() if name != "step"}
+        if self.evaluates(done):
+            self.bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, done)
+
+    def advance(self):
+        """The progress bar, by one step."""
+        self.bar.update()
+
+    def close(self):
+        self.bar.close()
+        for writer in (self.file, self.board):
+            if writer:
+                writer.close()
+
+
+def _tensorboard(run):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(run / "tensorboard")
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
