@@ -46,7 +46,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from support.pictures import jitter, punch_hole, random_motion
+from support.pictures import jitter, random_motion
 from support.settings import UserError
 from support.sources import first_readable, open_source, warn
 
@@ -141,6 +141,28 @@ def _check_weights(weights, rows):
 
 
 # ---- visual sentences --------------------------------------------------------------------------
+
+
+def punch_hole(picture, rng):
+    """The picture with black holes to fill in, (S, S, 3) → (S, S, 3); sizes are LVM's for 256 pixels, scaled.
+
+    With probability 0.3 one square of side 25..128 is missing; otherwise the picture is cut into patches of
+    32 and each is kept with one probability, itself uniform in (0, 1).
+    """
+    side = len(picture)
+    masked = picture.copy()
+    if rng.random() < 0.3:
+        low, high = max(1, round(25 * side / 256)), max(1, round(128 * side / 256))
+        size = rng.integers(low, high + 1)
+        top, left = rng.integers(0, side - size + 1, size=2)
+        masked[top : top + size, left : left + size] = 0
+    else:
+        patch = max(1, round(32 * side / 256))
+        count = -(-side // patch)  # the last patch may stick out
+        kept = rng.random((count, count)) < rng.random()
+        kept = kept.repeat(patch, axis=0).repeat(patch, axis=1)[:side, :side]  # (S, S)
+        masked[~kept] = 0
+    return masked
 
 
 class Sentences:

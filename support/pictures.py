@@ -1,20 +1,28 @@
-"""Pictures: files ⇄ arrays."""
+"""One picture: opened, cropped, moved, written; and batches of them as tensors.
+
+    file, bytes ──load_picture──▶ (H, W, 3) uint8 ──stack──▶ (B, H, W, 3) uint8 ──to_float──▶ (B, 3, H, W) in [0, 1]
+         ▲                            │   ▲                                                       │
+         └── save_grid, save_animation┘   └────────────────────── to_uint8, to_pil ───────────────┘
+
+An array is always RGB, with white where the file is transparent. torch is imported by `to_float` only, so
+that the data code and the JAX trainer do without.
+"""
 
 import io
+import math
 import os
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from support import checkpoint
 from support.checkpoint import atomic_file, out_file
 from support.settings import UserError
 
-# ---- (from data) ----
+# ---- files -----------------------------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".tif", ".tiff", ".ppm")
 
-ANIMATED = (".gif", ".webp", ".apng")  # these alone are opened to see whether they hold a clip
+ANIMATED = (".gif", ".webp", ".apng")  # only these are opened to see whether they hold a clip
 
 
 def load_picture(source, side=None, resize="crop", name=None, frame=0):
@@ -49,14 +57,37 @@ def on_white(image):
     return image.convert("RGB")
 
 
+# ---- squares: two ways to cut the middle out ---------------------------------------------------
+
+
 def fit_square(image, side, resize="crop"):
+    """A Pillow image as side × side pixels: the middle square is cut out, then resized (bicubic, antialiased).
+
+    resize="stretch" squeezes the whole image instead; side None leaves it as it is.
+    """
     if side is None or image.size == (side, side):
         return image
     width, height = image.size
     edge = min(width, height)
     left, top = (width - edge) // 2, (height - edge) // 2
     box = (left, top, left + edge, top + edge) if resize == "crop" else None
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)  # antialiased when it shrinks
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+
+def square(image, side, resample=Image.Resampling.BICUBIC, rounding=math.floor):
+    """A Pillow image as side × side pixels: its shorter side becomes `side`, then the middle is cut out.
+
+    So do CLIP (bicubic, floor) and torchvision's Resize with CenterCrop (bilinear, round): `rounding` says which
+    pixel comes first where the middle lies half a pixel off.
+    """
+    width, height = image.size
+    edge = min(width, height)
+    image = image.resize((side * width // edge, side * height // edge), resample)
+    left, top = rounding((image.width - side) / 2), rounding((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+# ---- what any picture has: grey, edges -----------------------------------------------------------
 
 
 def grey(picture):
@@ -75,41 +106,7 @@ def edges(picture):
 COMPUTED = {"grey": grey, "edges": edges}  # modalities that any picture has
 
 
-def punch_hole(picture, rng):
-    """The picture with black holes to fill in, (S, S, 3) → (S, S, 3); sizes are LVM's for 256 pixels, scaled.
-
-    With probability 0.3 one square of side 25..128 is missing; otherwise the picture is cut into patches of
-    32 and each is kept with one probability, itself uniform in (0, 1).
-    """
-    side = len(picture)
-    masked = picture.copy()
-    if rng.random() < 0.3:
-        low, high = max(1, round(25 * side / 256)), max(1, round(128 * side / 256))
-        size = rng.integers(low, high + 1)
-        top, left = rng.integers(0, side - size + 1, size=2)
-        masked[top : top + size, left : left + size] = 0
-    else:
-        patch = max(1, round(32 * side / 256))
-        count = -(-side // patch)  # the last patch may stick out
-        kept = rng.random((count, count)) < rng.random()
-        kept = kept.repeat(patch, axis=0).repeat(patch, axis=1)[:side, :side]  # (S, S)
-        masked[~kept] = 0
-    return masked
-
-
-def save_grid(rows, path, pad=2):
-    """Rows of (H, W, 3) uint8 pictures as one picture file on white; rows may differ in length."""
-    height = max(picture.shape[0] for row in rows for picture in row) + pad
-    width = max(picture.shape[1] for row in rows for picture in row) + pad
-    columns = max(map(len, rows))
-    sheet = np.full((len(rows) * height + pad, columns * width + pad, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            top, left = pad + i * height, pad + j * width
-            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    with atomic_file(out_file(path, SUFFIXES)) as beside:
-        Image.fromarray(sheet).save(beside)
-
+# ---- motion: clips made of one still picture ---------------------------------------------------
 
 CLIP_FRAMES = 128  # 16 frames, 8 apart, and a little room for the start
 
@@ -134,7 +131,7 @@ def random_motion(rng):
 def motion_frame(picture, motion, t, background=255):
     """Frame t of the clip in which `picture` (S, S, 3) moves: (S, S, 3) uint8.
 
-    Where it meets the edge (of the frame, or of the sizes 0.4..1) it bounces: two frames tell the third.
+    At the edge (of the frame, or of the sizes 0.4..1) it bounces, so any two frames determine the next.
     """
     side = len(picture)
     scale, angle, x, y = motion[0] + t * motion[1]
@@ -151,7 +148,7 @@ def motion_frame(picture, motion, t, background=255):
 
 
 def jitter(picture, rng):
-    """A picture (S, S, 3) a little turned, shrunk and shifted, on white: the same thing, in other pixels."""
+    """A picture (S, S, 3) uint8, turned by up to 12°, shrunk to 0.8 at most and shifted a little, on white."""
     x, y = rng.uniform(-0.06, 0.06, size=2)
     pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
     return motion_frame(picture, np.array([pose, (0, 0, 0, 0)]), 0)
@@ -163,18 +160,60 @@ def _bounce(value, low, high):
     return high - abs((value - low) % (2 * width) - width)
 
 
-# ---- (from sample) ----
+# ---- batches as tensors --------------------------------------------------------------------------
+
+
+def to_float(pictures, device="cpu"):
+    """(B, H, W, 3) uint8, as an array or a list of pictures of one size → tensor (B, 3, H, W) float32 in [0, 1]."""
+    import torch
+
+    return torch.from_numpy(np.asarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def to_uint8(images):
+    """Tensor (B, 3, H, W) around [0, 1] → array (B, H, W, 3) uint8; what lies outside is clipped."""
+    return (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images):
+    """Tensor (B, 3, H, W) around [0, 1] → a list of B Pillow images."""
+    return [Image.fromarray(picture) for picture in to_uint8(images)]
+
+
+def psnr(images, truth):
+    """Peak signal-to-noise ratio of each picture in dB, (B,): tensors (B, 3, H, W), `truth` in [0, 1].
+
+    -10 log₁₀ of the mean squared error, `images` clipped to [0, 1].
+    """
+    return -10 * (images.float().clamp(0, 1) - truth).pow(2).mean((1, 2, 3)).log10()
+
+
+# ---- written -----------------------------------------------------------------------------------
 
 
 def resized(pictures, size):
-    """pictures as they are, or each (H, W, 3) at size (W, H)."""
+    """A list of the pictures (H, W, 3) as they are (size None), or each at size (W, H), bicubic."""
     if size is None:
         return list(pictures)
     return [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BICUBIC)) for p in pictures]
 
 
+def save_grid(rows, path, pad=2):
+    """Rows of (H, W, 3) uint8 pictures as one picture file on white; rows may differ in length."""
+    height = max(picture.shape[0] for row in rows for picture in row) + pad
+    width = max(picture.shape[1] for row in rows for picture in row) + pad
+    columns = max(map(len, rows))
+    sheet = np.full((len(rows) * height + pad, columns * width + pad, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = pad + i * height, pad + j * width
+            sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    with atomic_file(out_file(path, SUFFIXES)) as beside:
+        Image.fromarray(sheet).save(beside)
+
+
 def save_animation(pictures, path, seconds_per_frame=0.15):
     """Pictures as an animated GIF that repeats."""
     first, *rest = (Image.fromarray(p) for p in pictures)
-    with checkpoint.atomic_file(path) as beside:
+    with atomic_file(path) as beside:
         first.save(beside, "GIF", save_all=True, append_images=rest, duration=int(1000 * seconds_per_frame), loop=0)

@@ -258,7 +258,7 @@ def test_hole_sizes_scale_with_the_picture(side):
     white, squares = np.full((side, side, 3), 255, np.uint8), []
     patch = 32 * side // 256
     for seed in range(300):
-        hole = pictures.punch_hole(white, np.random.default_rng(seed))[..., 0] == 0
+        hole = data.punch_hole(white, np.random.default_rng(seed))[..., 0] == 0
         patches = hole.reshape(side // patch, patch, side // patch, patch)
         if (patches.any((1, 3)) == patches.all((1, 3))).all():
             continue  # whole patches only
