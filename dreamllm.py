@@ -12,7 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
-from model import LLaMA, config_from_hf, config_to_hf, from_hf_names, rotary_frequencies, sample_token, to_hf_names
+from model import LLaMA, LLaMAConfig, rotary_frequencies, sample_token
+from published.llama import config_from_hf, config_to_hf, from_hf_names, to_hf_names
 from support import checkpoint, settings
 from support.settings import UserError
 from support.tokenizer import ADDED, Special, Tokenizer
@@ -398,7 +399,7 @@ class DreamLLM(nn.Module):
         if own["clip_vision_embedding"]:
             raise UserError(f"{folder}: {next(iter(own['clip_vision_embedding']))} belongs to no part of DreamLLM")
 
-        llama_config = config_from_hf(saved | {"model_type": "llama"}, file)
+        llama_config = settings.build(LLaMAConfig, config_from_hf(saved | {"model_type": "llama"}, file))
         llama = LLaMA.from_tensors(whole, folder, dtype, device, llama_config)
         clip = clip.from_tensors(vision, find_part(clip_name, folder, parts), dtype, device)
         head = own["stable_diffusion_head"]

@@ -1,46 +1,39 @@
-"""LLaMA: a decoder-only transformer, which for LVM continues sentences of image codes. And DreamLLM on top of it.
+"""LLaMA: a decoder-only transformer. In LVM it continues sentences of image codes.
 
     tokens (B, T) ─ embed_tokens ─▶ (B, T, D)
       n_layers × [ x + attention(norm(x)) ;  x + mlp(norm(x)) ]          residual stream (B, T, D)
     ─ norm ─ lm_head ─▶ logits (B, T, V): at each position, a score for every possible next token
 
-Differences from the 2017 transformer: RMSNorm before each part (Zhang & Sennrich 2019), rotary position
-embedding of queries and keys (Su et al. 2021, eq. 34), a gated MLP, SwiGLU (Shazeer 2020), no biases,
-and optionally fewer key/value heads than query heads (Ainslie et al. 2023). LLaMA: Touvron et al. 2023.
-LVM (Bai et al. 2023) is this model unchanged, over 8192 image codes + 100 spare ids.
+Differences from the 2017 transformer: RMSNorm before each part (Zhang & Sennrich 2019), rotary position embedding of
+queries and keys (Su et al. 2021, eq. 34), a gated MLP, SwiGLU (Shazeer 2020), no biases, and optionally fewer
+key/value heads than query heads (Ainslie et al. 2023). LLaMA: Touvron et al. 2023. LVM (Bai et al. 2023) is this model
+unchanged, over 8192 image codes + 100 spare ids.
 
-Modules bear the names of the Hugging Face files, so a checkpoint's keys can be read beside the code.
+Generation repeats one step: the logits of the last position, divided by a temperature and cut to the likeliest ids
+(top-k; or top-p, the nucleus of Holtzman et al. 2020), give the probabilities from which the next id is sampled. The
+keys and values of earlier tokens stay in a cache, so that each token passes through the model once:
 
-DreamLLM (Dong et al. 2023, arXiv 2309.11499) puts pictures into that stream on both sides. A picture to be read comes
-in as CLIP's patches; a picture to be drawn starts from learned queries, and what the LLaMA makes of them steers a
-U-Net in place of a text encoder:
+    prompt (B, T) ─▶ hidden ─▶ logits (B, V) ─ sample_token ─▶ id (B, 1) ─┐
+                       ▲ caches: keys and values (B, K, S, E) a layer     │
+                       └──────────────────────────────────────────────────┘
 
-    <s> a taco <dream_start> q q … q <dream_end> <im_start> p p … p <im_end> , a burrito … </s>
-                             │ Q dream queries (Q, D)        ▲ CLIP's patches (N, D)
-                  one causal pass, as above                  └── projector ── clip.patch_features(picture)
-                             ▼
-             hidden (Q, D) ── condition ──▶ context (Q, C) ── diffusion: its loss, or a picture
+    symbol  B batch   T tokens   S tokens so far   D dim   V vocab_size
+            H n_heads   K n_kv_heads   E head_dim   F hidden_dim
 
-    symbol  B batch   T tokens   D dim   V vocab_size   H n_heads   K n_kv_heads   E head_dim   F hidden_dim
-            S side of the pictures that CLIP sees   N places of each   M pictures drawn   Q queries of each
-            C width of the U-Net's context
-
-Read before: vqgan.py; for DreamLLM, clip.py, diffusion.py and documents.py. Read next: train.py, then sample.py.
+The modules have the names of the Hugging Face files, so a checkpoint's keys can be read beside the code.
 """
 
 import dataclasses
-import json
-import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import EinopsError, rearrange
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from published import llama
 from support import checkpoint, settings
 from support.settings import UserError
 
@@ -55,9 +48,14 @@ class RopeScaling:
     """
 
     factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: float = 1.0  # wavelengths that fit the original context fewer times are stretched whole …
+    high_freq_factor: float = 4.0  # … those that fit it more often are left as they are
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        settings.above(self, 0, "factor")
+        settings.at_least(self, 0, "low_freq_factor", "original_max_position_embeddings")
+        settings.above(self, self.low_freq_factor, "high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -78,18 +76,19 @@ class LLaMAConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1 and less than 2³¹")
-        for name in ("norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be greater than 0")
+        settings.within(self, 1, 1000, "n_layers")
+        settings.within(self, 1, 2**20, "dim", "n_heads", "hidden_dim")
+        settings.within(self, 0, 2**20, "n_kv_heads", "head_dim")
+        settings.within(self, 1, 2**24, "vocab_size")
+        settings.at_least(self, 1, "max_seq_len")
+        settings.above(self, 0, "norm_eps", "rope_theta")
+        settings.within(self, 0, 1e12, "norm_eps", "rope_theta")
         if not self.head_dim and self.dim % self.n_heads:
             raise ValueError(f"n_heads {self.n_heads} does not divide dim {self.dim}")
         # frozen, but the zeros stand for values that follow from the others
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.dim // self.n_heads)
-        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even (rotary pairs)")
@@ -99,7 +98,7 @@ class LLaMAConfig:
         """A published size, e.g. "lvm_7b", "llama2_13b", "llama3_8b"."""
         if name not in SIZES:
             raise UserError(f'no LLaMA size "{name}"; there are {", ".join(SIZES)}')
-        return cls(**SIZES[name])
+        return settings.build(cls, SIZES[name])
 
 
 def _lvm(dim, n_layers, n_heads, hidden_dim):
@@ -122,7 +121,7 @@ SIZES = {
     "llama2_13b": _lvm(5120, 40, 40, 13824) | _LLAMA2,
     "llama2_70b": _lvm(8192, 80, 64, 28672) | _LLAMA2 | {"n_kv_heads": 8},
     "llama3_8b": _lvm(4096, 32, 32, 14336) | _LLAMA3,
-    "llama31_8b": _lvm(4096, 32, 32, 14336) | _LLAMA3 | {"max_seq_len": 131072, "rope_scaling": RopeScaling()},
+    "llama31_8b": _lvm(4096, 32, 32, 14336) | _LLAMA3 | {"max_seq_len": 131072, "rope_scaling": {"factor": 8.0}},
     "smollm2_135m": _lvm(576, 30, 9, 1536)
     | {"vocab_size": 49152, "max_seq_len": 8192, "norm_eps": 1e-5, "rope_theta": 1e5, "n_kv_heads": 3}
     | {"tie_embeddings": True},
@@ -176,12 +175,6 @@ def rotate(x, angles):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-def reference_attention(q, k, v, visible):
-    """softmax(q·kᵀ/√E)·v, the slow and obvious twin of the fused one. visible (T, S): who sees whom."""
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
-
-
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -191,17 +184,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x, angles, cache=None):
-        """x (B, T, D) → (B, T, D); with a cache, the tokens before x are attended to as well."""
+    def forward(self, x, angles, cache=None, visible=None):
+        """x (B, T, D) → (B, T, D). With a cache, x also attends to the tokens before it: visible (T, S) bool."""
         split = "b t (h e) -> b h t e"
         q = rotate(rearrange(self.q_proj(x), split, e=self.config.head_dim), angles)  # (B, H, T, E)
         k = rotate(rearrange(self.k_proj(x), split, e=self.config.head_dim), angles)  # (B, K, T, E)
         v = rearrange(self.v_proj(x), split, e=self.config.head_dim)  # (B, K, T, E)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, E)
         gqa = self.config.n_kv_heads != self.config.n_heads  # each key/value head serves H/K query heads
-        if cache is None:
+        if visible is None:
             h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         else:
-            k, v, visible = cache.append(k, v)  # (B, K, S, E), (T, S)
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
         return self.o_proj(rearrange(h, "b h t e -> b t (h e)"))
 
@@ -227,8 +221,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.dim, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, angles, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), angles, cache)
+    def forward(self, x, angles, cache=None, visible=None):
+        x = x + self.self_attn(self.input_layernorm(x), angles, cache, visible)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -237,20 +231,21 @@ class LayerCache:
 
     def __init__(self, batch, max_tokens, config, like):
         shape = (batch, config.n_kv_heads, max_tokens, config.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
         self.length = 0
 
     def repeat(self, times):
         """Each row of the batch becomes `times` rows."""
-        self.k, self.v = (x.repeat_interleave(times, dim=0) for x in (self.k, self.v))
+        self.k = self.k.repeat_interleave(times, dim=0)
+        self.v = self.v.repeat_interleave(times, dim=0)
 
     def append(self, k, v):
-        """New keys and values (B, K, T, E) → all so far (B, K, S, E), and which of them each new one sees."""
+        """New keys and values (B, K, T, E) → all so far (B, K, S, E)."""
         start, end = self.length, self.length + k.shape[2]
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v
         self.length = end
-        new, all = (torch.arange(n, device=k.device) for n in (k.shape[2], end))
-        return self.k[:, :, :end], self.v[:, :, :end], all <= new[:, None] + start
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 # ---- the model -------------------------------------------------------------------------------
@@ -277,18 +272,23 @@ class LLaMA(nn.Module):
         return self.logits(self.hidden(self.embed_tokens(tokens)))
 
     def hidden(self, embeddings, caches=None):
-        """embeddings (B, T, D) → what the last layer says of each, after the final norm (B, T, D).
+        """embeddings (B, T, D) → the final hidden states, after the last norm (B, T, D).
 
         With `caches` (one LayerCache a layer), `embeddings` continue what the caches hold.
         """
         x, start = embeddings, caches[0].length if caches else 0
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        end = start + x.shape[1]
+        positions = torch.arange(start, end, device=x.device)
         angles = rotary_angles(positions, self.config)
+        if caches:  # (T, S): which of the tokens so far each new one attends to
+            visible = torch.arange(end, device=x.device) <= positions[:, None]
         for n, layer in enumerate(self.layers):
-            if self.activation_checkpointing and self.training:
+            if caches:
+                x = layer(x, angles, caches[n], visible)
+            elif self.activation_checkpointing and self.training:
                 x = recompute(layer, x, angles, use_reentrant=False)
             else:
-                x = layer(x, angles, caches[n] if caches else None)
+                x = layer(x, angles)
         return self.norm(x)
 
     def logits(self, hidden):
@@ -299,7 +299,8 @@ class LLaMA(nn.Module):
     def resize(self, vocab_size):
         """Grows the vocabulary: the new rows of embedding and head start as N(0, 0.02)."""
         new = max(0, vocab_size - self.config.vocab_size)
-        for layer in (self.embed_tokens, self.lm_head) if hasattr(self, "lm_head") else (self.embed_tokens,):
+        tied = self.config.tie_embeddings
+        for layer in (self.embed_tokens,) if tied else (self.embed_tokens, self.lm_head):
             rows = torch.randn(new, self.config.dim).to(layer.weight) * 0.02
             layer.weight = nn.Parameter(torch.cat((layer.weight, rows)))
         self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + new)
@@ -307,20 +308,9 @@ class LLaMA(nn.Module):
     def caches(self, batch, max_tokens):
         return [LayerCache(batch, max_tokens, self.config, self.embed_tokens.weight) for _ in self.layers]
 
-    def generate(
-        self,
-        tokens,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        allowed=None,
-        eos=None,
-        generator=None,
-        samples=1,
-    ):
-        """tokens (B, T) → (B·samples, T + new): the prompts, and what `stream` draws after them."""
-        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, allowed, eos, generator, samples)
+    def generate(self, tokens, max_new_tokens, temperature=1.0, samples=1, **options):
+        """tokens (B, T) → (B·samples, T + new): each prompt, and what `stream` samples after it with these options."""
+        new = self.stream(tokens, max_new_tokens, temperature, samples=samples, **options)
         return torch.cat((tokens.repeat_interleave(samples, dim=0), *new), dim=1)
 
     @torch.inference_mode()
@@ -336,11 +326,11 @@ class LLaMA(nn.Module):
         generator=None,
         samples=1,
     ):
-        """tokens (B, T) → yields (B·samples, 1) at a time: each drawn from the model's own prediction.
+        """tokens (B, T) → yields (B·samples, 1) at a time: ids sampled from the model's predictions.
 
-        temperature 0 takes the likeliest; `allowed` (a list or tensor of ids) forbids all others; a row
-        that drew `eos` repeats it, and generation ends early when every row has. The `samples` of a prompt
-        stand together and share one pass over it.
+        temperature 0 takes the likeliest id; `top_k` and `top_p`: see sample_token. `allowed` (a list or tensor of ids)
+        forbids all others. A row that has sampled `eos` repeats it, and generation ends early when every row has.
+        The `samples` of one prompt are adjacent rows; the prompt is read once.
         """
         length = tokens.shape[1] + max_new_tokens
         if tokens.shape[1] < 1 or length > self.config.max_seq_len:
@@ -357,7 +347,7 @@ class LLaMA(nn.Module):
         new = tokens
         for i in range(max_new_tokens):
             logits = self.logits(self.hidden(self.embed_tokens(new), caches)[:, -1]).float()  # (B, V)
-            if i == 0 and samples > 1:  # the prompt has been read: from here on, every sample goes its own way
+            if i == 0 and samples > 1:  # the prompt has been read: from here on, the samples differ
                 logits = logits.repeat_interleave(samples, dim=0)
                 for cache in caches:
                     cache.repeat(samples)
@@ -380,51 +370,33 @@ class LLaMA(nn.Module):
         dtype: a torch.dtype; None: as stored; "int8": every matrix of the layers and the head in 8 bits, the rest
         as stored (Int8Linear). `path` may also be a weight file in such a folder.
         """
+        checkpoint.expect(path, "a LLaMA")
         path = checkpoint.weights_folder(path)
-        folder = path if path.is_dir() else path.parent
-        if (folder / "params.json").exists() and not (folder / "config.json").exists():
-            config, tensors = read_meta(folder)
-        else:
-            config = config_from_hf(checkpoint.read_json(folder / "config.json"), folder / "config.json")
-            tensors = from_hf_names(checkpoint.read_tensors(path))
-        return cls.from_tensors(tensors, path, dtype, device, config)
+        fields, tensors = llama.read(path)
+        return cls.from_tensors(tensors, path, dtype, device, settings.build(LLaMAConfig, fields))
 
     @classmethod
     def from_tensors(cls, tensors, path, dtype, device, config):
-        """The same from tensors at hand, under our names; `path` is where they are from."""
+        """The same from {our name: tensor}; errors say that the tensors are from `path`."""
         if config.tie_embeddings:
-            tensors.pop("lm_head.weight", None)
-        if config.n_layers > len(tensors):
-            raise UserError(
-                f"{path}: {len(tensors)} tensors cannot be the {config.n_layers} layers of its configuration"
-            )
+            tensors.pop("lm_head.weight", None)  # some files hold the tied weight twice
+        if dtype != "int8":
+            return checkpoint.load(cls, config, tensors, path, dtype, device)
         with torch.device("meta"):
             model = cls(config)
-        if dtype == "int8":
-            checkpoint.check_tensors(tensors, model, path)
-            return fill_int8(model, tensors).to(device).eval()
-        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
+        checkpoint.check_tensors(tensors, model, path)
+        return fill_int8(model, tensors).to(device).eval()
 
     def save_pretrained(self, path):
         """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them; `tokenizer`, if set."""
         if any(isinstance(module, Int8Linear) for module in self.modules()):
             raise UserError("a model in int8 is for inference: its rounded weights are not saved")
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        config = config_to_hf(self.config, self.tokenizer) | {"torch_dtype": dtype}
-        checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-        checkpoint.write_tensors(path / "model.safetensors", to_hf_names(self.state_dict()))
+        dtype = checkpoint.dtype_name(self.embed_tokens.weight)
+        config = llama.config_to_hf(self.config, self.tokenizer) | {"torch_dtype": dtype}
+        checkpoint.write_json(Path(path) / "config.json", config)
+        checkpoint.write_tensors(Path(path) / "model.safetensors", llama.to_hf_names(self.state_dict()))
         if self.tokenizer:
             self.tokenizer.save_pretrained(path)
-
-
-def to_hf_names(tensors):
-    return {(k if k.startswith("lm_head") else f"model.{k}"): v for k, v in tensors.items()}
-
-
-def from_hf_names(tensors):
-    return {k.removeprefix("model."): v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -477,152 +449,3 @@ def fill_int8(model, tensors):
     rest = {name: tensor.clone() for name, tensor in tensors.items()}
     model.load_state_dict(rest, strict=False, assign=True)  # not strict: the Int8Linears have theirs
     return model
-
-
-# ---- published configurations ----------------------------------------------------------------
-
-HF_NAMES = {  # ours: theirs
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "hidden_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_embeddings": "tie_word_embeddings",
-}
-
-
-def config_from_hf(saved, path="config.json"):
-    """A Hugging Face `config.json` (a dict, of transformers 4.28 to 5) as a LLaMAConfig."""
-    if not isinstance(saved, dict):
-        raise UserError(f"{path}: expected a table, got {saved!r}")
-    if saved.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is {saved.get('model_type')!r}, expected 'llama'")
-    if saved.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {saved['hidden_act']!r}, expected 'silu'")
-    # transformers 5 moved what concerns rotary embedding into one table
-    rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_scaling: expected a table, got {rope!r}")
-    saved = {"max_position_embeddings": 2048} | saved | {k: rope[k] for k in ("rope_theta",) if k in rope}
-    fields = _fields(saved, HF_NAMES, path)
-    match rope.get("rope_type", rope.get("type", "default")):
-        case "default":
-            pass
-        case "llama3":
-            names = [f.name for f in dataclasses.fields(RopeScaling)]
-            scaling = {name: rope[name] for name in names if name in rope}
-            fields["rope_scaling"] = settings.build(RopeScaling, scaling, f"{path}: rope_scaling")
-        case "linear":
-            scaling = {"factor": rope.get("factor"), "original_max_position_embeddings": 0}
-            fields["rope_scaling"] = settings.build(RopeScaling, scaling, f"{path}: rope_scaling")
-        case kind:
-            raise UserError(f"{path}: rope type {kind!r} is not supported (default, llama3 and linear are)")
-    return _config(fields, path)
-
-
-def _fields(saved, names, path):
-    """The entries of `saved` under our names, each of the right type; the sizes must be there."""
-    hints = typing.get_type_hints(LLaMAConfig)
-    for ours, theirs in names.items():
-        if saved.get(theirs) is None and ours in ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim"):
-            raise UserError(f"{path}: {theirs} is missing")
-    given = {ours: theirs for ours, theirs in names.items() if saved.get(theirs) is not None}
-    return {ours: settings.convert(hints[ours], saved[theirs], f"{path}: {theirs}") for ours, theirs in given.items()}
-
-
-def _config(fields, path):
-    try:
-        return LLaMAConfig(**fields)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def config_to_hf(config, tokenizer=None):
-    saved = {theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}
-    if (scaling := config.rope_scaling) and scaling.original_max_position_embeddings:
-        saved["rope_scaling"] = {"rope_type": "llama3"} | dataclasses.asdict(scaling)
-    elif scaling:
-        saved["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
-    fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02}
-    ends = {"bos_token_id": tokenizer and tokenizer.bos, "eos_token_id": tokenizer and tokenizer.eos}  # an LVM: none
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | saved | fixed | ends
-
-
-META_PARTS = {  # Meta's name: ours, and the axis along which its pieces are cut
-    "tok_embeddings": ("embed_tokens", None),  # the width in Llama 1 and 2, the vocabulary in 3
-    "attention.wq": ("self_attn.q_proj", 0),
-    "attention.wk": ("self_attn.k_proj", 0),
-    "attention.wv": ("self_attn.v_proj", 0),
-    "attention.wo": ("self_attn.o_proj", 1),
-    "feed_forward.w1": ("mlp.gate_proj", 0),
-    "feed_forward.w2": ("mlp.down_proj", 1),
-    "feed_forward.w3": ("mlp.up_proj", 0),
-    "attention_norm": ("input_layernorm", None),  # norms are whole in every piece
-    "ffn_norm": ("post_attention_layernorm", None),
-    "norm": ("norm", None),
-    "output": ("lm_head", 0),
-}
-
-
-def read_meta(folder):
-    """Meta's params.json and consolidated.NN.pth → (config, tensors under our names).
-
-    Each file is one piece of a model cut for tensor parallelism. Meta's rotary embedding turns neighbours
-    (x_0, x_1), (x_2, x_3), …; ours, as Hugging Face's, (x_i, x_{i+E/2}): so the rows of q and k move.
-    """
-    files = sorted(folder.glob("consolidated.*.pth"))
-    if [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))] or not files:
-        raise UserError(f"{folder}: expected consolidated.00.pth, 01, …; found {[f.name for f in files]}")
-    pieces = [checkpoint.read_tensors(file) for file in files]
-    for file, piece in zip(files, pieces, strict=True):
-        if differing := sorted(piece.keys() ^ pieces[0].keys()):
-            raise UserError(f"{file}: {differing[0]} is not in every piece")
-    path = folder / "params.json"
-    params = checkpoint.read_json(path)
-    if not isinstance(params, dict):
-        raise UserError(f"{path}: expected a table, got {params!r}")
-
-    def rows(name):  # of a matrix that is cut along them
-        return sum(piece[name].shape[:1].numel() for piece in pieces if name in piece)
-
-    tied = "output.weight" not in pieces[0]
-    sizes = {
-        "vocab_size": rows("tok_embeddings.weight" if tied else "output.weight"),  # params.json may say -1
-        "hidden_dim": rows("layers.0.feed_forward.w1.weight"),  # it says only how this was rounded
-        "tie_embeddings": tied,
-    }
-    names = ("vocab_size", "hidden_dim", "tie_embeddings", "dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps")
-    fields = {"norm_eps": 1e-5} | _fields(params | sizes, {n: n for n in (*names, "rope_theta")}, path)
-    # the context is nowhere stated; the generation tells it
-    if params.get("use_scaled_rope"):  # Llama 3.1
-        scaling = {"factor": params.get("rope_scaling_factor", 8.0)}
-        fields |= {"max_seq_len": 131072, "rope_scaling": settings.build(RopeScaling, scaling, f"{path}: rope_scaling")}
-    else:
-        fields["max_seq_len"] = 8192 if fields.get("rope_theta", 0) >= 500000 else 4096
-    config = _config(fields, path)
-
-    tensors = {}
-    for name in pieces[0]:
-        if name == "rope.freqs":  # computed, not learned
-            continue
-        layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
-        ours, axis = META_PARTS.get(part, (part, None))
-        parts = [piece[name] for piece in pieces]
-        if part == "tok_embeddings":
-            axis = 0 if parts[0].shape[-1] == config.dim else 1
-        try:
-            whole = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
-            if ours in ("self_attn.q_proj", "self_attn.k_proj"):
-                whole = rearrange(whole, "(h i pair) d -> (h pair i) d", i=config.head_dim // 2, pair=2)
-        except (RuntimeError, IndexError, EinopsError) as error:
-            raise UserError(f"{folder}: the pieces of {name} do not fit ({str(error).splitlines()[0]})") from None
-        tensors[f"{layer}{ours}.weight"] = whole
-    return config, tensors
-
-
-# ---- DreamLLM --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -14,13 +15,12 @@ from model import (
     LLaMA,
     LLaMAConfig,
     RopeScaling,
-    config_from_hf,
-    reference_attention,
     rotary_angles,
     rotate,
     sample_token,
 )
-from support import checkpoint
+from published.llama import HF_NAMES, config_from_hf
+from support import checkpoint, settings
 from support.settings import UserError
 
 TINY = LLaMAConfig(vocab_size=20, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=24, max_seq_len=32)
@@ -36,6 +36,11 @@ def tiny(seed=0, **changes):
             if weight.ndim == 2:
                 weight.mul_(15)
     return model
+
+
+def config_of(saved):
+    """What a config.json means."""
+    return settings.build(LLaMAConfig, config_from_hf(saved))
 
 
 def prompt(batch=2, length=5, seed=0):
@@ -113,7 +118,7 @@ def test_a_hugging_face_folder_is_saved_with_the_same_keys_and_bits(name, tmp_pa
 def test_old_and_new_configurations_of_one_model_mean_the_same(name):
     """config.json of the 4.2x years, and as transformers 5 writes it."""
     old, new = (json.loads((GOLDEN / name / f"config{era}.json").read_text()) for era in ("", ".transformers5"))
-    assert config_from_hf(old) == config_from_hf(new)
+    assert config_of(old) == config_of(new)
 
 
 def test_a_file_says_what_wrote_it(tmp_path):
@@ -157,7 +162,7 @@ def test_a_new_model_starts_as_published():
 
 def test_a_config_of_2023_lacks_what_later_ones_say():
     """No num_key_value_heads, no rope_theta: as many as query heads, 10000."""
-    config = config_from_hf(json.loads((GOLDEN / "llama_hf_lvm" / "config.json").read_text()))
+    config = config_of(json.loads((GOLDEN / "llama_hf_lvm" / "config.json").read_text()))
     assert (config.n_kv_heads, config.rope_theta, config.head_dim, config.rope_scaling) == (4, 10000.0, 8, None)
 
 
@@ -165,26 +170,72 @@ def test_transformers_5_keeps_rotary_settings_in_one_table():
     old = json.loads((GOLDEN / "llama_hf_31" / "config.json").read_text())
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
     new |= {"dtype": "float32", "rope_parameters": old["rope_scaling"] | {"rope_theta": old["rope_theta"]}}
-    assert config_from_hf(new) == config_from_hf(old)
-    assert config_from_hf(old).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert config_of(new) == config_of(old)
+    assert config_of(old).rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
     plain = {k: v for k, v in new.items() if k != "rope_parameters"}
     plain["rope_parameters"] = {"rope_type": "default", "rope_theta": 7.0}
-    assert config_from_hf(plain).rope_theta == 7.0 and config_from_hf(plain).rope_scaling is None
+    assert config_of(plain).rope_theta == 7.0 and config_of(plain).rope_scaling is None
+
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model_type": "mistral"}, "config.json: model_type is 'mistral', expected 'llama'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "config.json: rope type 'dynamic' is not supported"),
-        ({"num_attention_heads": 5}, "config.json: n_heads 5 does not divide dim 32"),
+        ({"model_type": "mistral"}, "model_type is 'mistral', expected 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is supported"),
+        ({"attention_bias": True}, "attention_bias is True; only False is supported"),
+        ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 is supported"),
+        ({"rope_interleaved": True}, "rope_interleaved is True; only False is supported"),
+        ({"sliding_window": 4096}, "sliding_window is 4096; only None is supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}; only None is supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling: rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": [1]}}, "rope_scaling: rope type [1] is not supported"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: factor does not belong to rope type"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "rope_scaling: factor 0.0 must be greater than 0"),
+        ({"rope_scaling": ROPE | {"low_freq_factor": None}}, "rope_scaling: low_freq_factor is missing"),
+        ({"rope_scaling": ROPE | {"high_freq_factor": 1.0}}, "rope_scaling: high_freq_factor 1.0 must be greater than"),
+        ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "rope_parameters: partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta: expected a number, got '1e4'"),
+        ({"num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 32"),
     ],
 )
 def test_a_config_we_do_not_implement_is_refused(change, expected):
     saved = json.loads((GOLDEN / "llama_hf_lvm" / "config.json").read_text())
     with pytest.raises(UserError) as error:
-        config_from_hf(saved | change)
-    assert str(error.value).startswith(expected)
+        config_of(saved | change)
+    assert str(error.value).startswith(f"config.json: {expected}")
+
+
+WRONG = (0, -1, 10**12, 10**30, 1.5, math.nan, math.inf, "8", True, [8], {"a": 1})
+ACCEPTED = {  # of these, where they mean something
+    "n_kv_heads": (0,),
+    "head_dim": (0,),
+    "norm_eps": (10**12, 1.5),
+    "rope_theta": (10**12, 1.5),
+    "tie_embeddings": (True,),
+}
+
+
+@pytest.mark.parametrize("name", [*HF_NAMES, "rope_scaling"])
+def test_a_wrong_number_is_one_line_in_toml_and_in_json_alike(name):
+    toml = {"vocab_size": 20, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24}
+    theirs = HF_NAMES.get(name, name)
+    saved = json.loads((GOLDEN / "llama_hf_lvm" / "config.json").read_text())
+    for value in WRONG:
+        if (type(value), value) in [(type(good), good) for good in ACCEPTED.get(name, ())]:
+            config_of(saved | {theirs: value})
+            continue
+        with pytest.raises(UserError) as in_toml:
+            settings.build(LLaMAConfig, toml | {name: value}, "model")
+        with pytest.raises(UserError) as in_json:
+            config_of(saved | {theirs: value})
+        assert name in str(in_toml.value) and theirs in str(in_json.value)
+        assert "\n" not in str(in_toml.value) + str(in_json.value)
 
 
 # ---- rotary embedding ------------------------------------------------------------------------
@@ -228,6 +279,12 @@ def test_llama_3_scaling_stretches_long_wavelengths_only():
 
 
 # ---- attention -------------------------------------------------------------------------------
+
+
+def reference_attention(q, k, v, visible):
+    """softmax(q·kᵀ/√E)·v, the slow and obvious twin of the fused one. visible (T, S): who sees whom."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 
-from model import LLaMA, LLaMAConfig, RopeScaling, config_from_hf, config_to_hf
-from support import checkpoint
+from model import LLaMA, LLaMAConfig, RopeScaling
+from published.llama import config_from_hf, config_to_hf
+from support import checkpoint, settings
 from support.settings import UserError
 from vqgan import VQGAN, VQGANConfig
 
@@ -51,6 +52,11 @@ def their_llama(shape):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | shape)).eval()
+
+
+def config_of(saved):
+    """What a config.json means."""
+    return settings.build(LLaMAConfig, config_from_hf(saved))
 
 
 def tokens(batch=2, length=40, vocab=96):
@@ -141,8 +147,8 @@ OLD = {  # as transformers 4.28 wrote LLaMA's
 def test_every_dialect_of_config_json_is_understood(dialect, meaning):
     vicuna = vars(LLaMAConfig.named("vicuna_7b"))
     expected = LLaMAConfig(**vicuna | meaning)
-    assert config_from_hf(OLD | dialect) == expected
-    assert config_from_hf(config_to_hf(expected)) == expected  # and as we write it
+    assert config_of(OLD | dialect) == expected
+    assert config_of(config_to_hf(expected)) == expected  # and as we write it
 
 
 # ---- true sizes, on the meta device ----------------------------------------------------------
@@ -182,7 +188,7 @@ TRUE_SIZES = {
 @pytest.mark.parametrize("name", TRUE_SIZES)
 def test_keys_and_shapes_at_true_size_are_those_of_transformers(name):
     transformers = pytest.importorskip("transformers")
-    ours = config_from_hf(TRUE_SIZES[name] | {"model_type": "llama"})
+    ours = config_of(TRUE_SIZES[name] | {"model_type": "llama"})
     assert ours == LLaMAConfig.named(name)
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TRUE_SIZES[name])).state_dict()
@@ -483,7 +489,7 @@ DAMAGES = [  # the folder, what happens to it, what the one line names
     ("llama_hf_lvm", config(hidden_size="32"), "hidden_size: expected a whole number"),
     ("llama_hf_lvm", config(hidden_size=...), "hidden_size is missing"),
     ("llama_hf_lvm", config(hidden_size=64), "lm_head.weight is (212, 32), expected (212, 64)"),
-    ("llama_hf_lvm", config(num_attention_heads=0), "n_heads 0"),
+    ("llama_hf_lvm", config(num_attention_heads=0), "num_attention_heads 0"),
     ("llama_hf_lvm", config(num_hidden_layers=5), "layers.2."),
     ("llama_hf_lvm", config(rope_scaling=[1]), "rope_scaling"),
     ("llama_hf_lvm", config(rope_scaling={"type": "yarn"}), "yarn"),

@@ -1,0 +1,244 @@
+"""Others' LLaMA files ⇄ ours: Hugging Face's folders, both ways, and Meta's.
+
+    config.json   model.safetensors (or in shards, or .bin)   ┐
+    params.json   consolidated.00.pth, 01, …                  ├─ read ─▶ fields of a LLaMAConfig, {name: tensor}
+                                                              ┘
+    LLaMAConfig ─ config_to_hf ─▶ config.json      {name: tensor} ─ to_hf_names ─▶ model.safetensors
+
+A Hugging Face checkpoint has our names, behind a `model.`. Its configuration comes in the dialects of transformers
+4.28 to 5. What it says is used, or refused where model.py does something else; left unread are entries that change no
+prediction (dropout, pretraining_tp, use_cache, ids of special tokens).
+
+Fields that somebody adds to LLaMAConfig are unknown to transformers. They are written as a table `picturebook` as soon
+as one of them differs from its default, and then the file says that it is no LlamaForCausalLM.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import torch
+from einops import EinopsError, rearrange
+
+from support import checkpoint, settings
+from support.settings import UserError
+
+
+def read(path):
+    """The LLaMA at `path`, a folder or a weight file in one → (settings.Fields of a LLaMAConfig, {name: tensor})."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "params.json").exists() and not (folder / "config.json").exists():
+        return read_meta(folder)
+    file = folder / "config.json"
+    return config_from_hf(checkpoint.read_json(file), file), from_hf_names(checkpoint.read_tensors(path))
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------
+
+
+def from_hf_names(tensors):
+    return checkpoint.renamed(tensors, [(r"rotary_emb\.inv_freq$", None), (r"^model\.", "")])
+
+
+def to_hf_names(tensors):
+    return checkpoint.renamed(tensors, [(r"^(?!lm_head)", "model.")])
+
+
+HF_NAMES = {  # ours: theirs
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_embeddings": "tie_word_embeddings",
+}
+REQUIRED = ("vocab_size", "dim", "n_layers", "n_heads", "hidden_dim")
+HF_FIXED = {  # what model.py does
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,  # the share of a head's entries that turn
+    "rope_interleaved": False,
+    "sliding_window": None,
+    "quantization_config": None,
+}
+ROPE_FIELDS = {  # of each kind of rotary embedding: what its table must hold
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+OWN = "picturebook_llama"  # model_type of a LLaMA with fields that transformers does not know
+
+
+def config_from_hf(saved, path="config.json"):
+    """A Hugging Face config.json (its content, as a dict) → settings.Fields of a LLaMAConfig."""
+    wants = {"model_type": ("llama", OWN)}
+    fields = settings.published(saved, path, HF_NAMES, wants, HF_FIXED, REQUIRED)
+    fields.setdefault("max_seq_len", 2048)  # transformers' default
+    # transformers 5 has one table for all that concerns rotary embedding; before, rope_theta stood outside
+    key = "rope_scaling" if saved.get("rope_parameters") is None else "rope_parameters"
+    if saved.get(key) is not None:
+        fields |= rope_from_hf(saved[key], f"{path}: {key}")
+    if saved.get("picturebook") is not None:
+        settings.published(saved["picturebook"], f"{path}: picturebook", {})  # is it a table?
+        fields |= saved["picturebook"]
+    return fields
+
+
+def rope_from_hf(saved, path):
+    """The table of rotary settings → {"rope_theta", "rope_scaling"}: those of the two that it sets."""
+    fields = settings.published(saved, path, {"rope_theta": "rope_theta"}, fixed={"partial_rotary_factor": 1.0})
+    kind = saved.get("rope_type") or saved.get("type") or "default"
+    if kind not in list(ROPE_FIELDS):
+        raise UserError(f"{path}: rope type {kind!r} is not supported (default, llama3 and linear are)")
+    if kind == "default":
+        # a factor would belong to a kind that is not named, a table to some of the layers only
+        if unknown := saved.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
+            raise UserError(f"{path}: {min(unknown)} does not belong to rope type 'default'")
+        return fields
+    names = {name: name for name in ROPE_FIELDS[kind]}
+    scaling = settings.published(saved, path, names, required=names)
+    if kind == "linear":
+        scaling["original_max_position_embeddings"] = 0
+    return fields | {"rope_scaling": scaling}
+
+
+def config_to_hf(config, tokenizer=None):
+    """A LLaMAConfig, and the Tokenizer of a model of text → what config.json holds, but for the dtype."""
+    scaling, own = config.rope_scaling, own_fields(config)
+    saved = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if own:
+        saved = {"architectures": ["PicturebookLlamaForCausalLM"], "model_type": OWN, "picturebook": own}
+    saved |= {theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}
+    if scaling and scaling.original_max_position_embeddings:
+        saved["rope_scaling"] = {"rope_type": "llama3"} | dataclasses.asdict(scaling)
+    elif scaling:
+        saved["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+    saved |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02}
+    # an LVM has no ends: its rows are pictures
+    return saved | {"bos_token_id": tokenizer and tokenizer.bos, "eos_token_id": tokenizer and tokenizer.eos}
+
+
+def own_fields(config):
+    """{name: value} of a LLaMAConfig's fields that transformers does not know and that differ from their defaults."""
+    values = dataclasses.asdict(config)
+    known = {*HF_NAMES, "rope_scaling"}
+    unknown = [field for field in dataclasses.fields(config) if field.name not in known]
+    return {field.name: values[field.name] for field in unknown if getattr(config, field.name) != field.default}
+
+
+# ---- Meta ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MetaParams:
+    """What params.json says. Vocabulary and hidden width are taken from the weights: it says -1, or a multiplier."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int = 0
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    use_scaled_rope: bool = False  # from Llama 3.1 on
+    rope_scaling_factor: float = 8.0
+    rope_high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        settings.at_least(self, 1, "dim", "n_heads")
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"n_heads {self.n_heads} does not divide dim {self.dim} into heads of an even width")
+
+
+META_PARTS = {  # Meta's name: ours, and the axis along which its pieces are cut
+    "tok_embeddings": ("embed_tokens", None),  # the width in Llama 1 and 2, the vocabulary in 3
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "attention_norm": ("input_layernorm", None),  # norms are whole in every piece
+    "ffn_norm": ("post_attention_layernorm", None),
+    "norm": ("norm", None),
+    "output": ("lm_head", 0),
+}
+
+
+def read_meta(folder):
+    """Meta's params.json and consolidated.NN.pth → the same as `read`."""
+    file = folder / "params.json"
+    names = {field.name: field.name for field in dataclasses.fields(MetaParams)}
+    params = settings.build(MetaParams, settings.published(checkpoint.read_json(file), file, names))
+    pieces = read_pieces(folder)
+    tensors = {}
+    for name in pieces[0]:
+        if name != "rope.freqs":  # computed, not learned
+            ours, axis = meta_name(name)
+            try:
+                tensors[ours] = join_pieces(ours, [piece[name] for piece in pieces], axis, params)
+            except (RuntimeError, IndexError, EinopsError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{folder}: the pieces of {name} do not fit ({reason})") from None
+    return settings.Fields(meta_config(params, tensors), file, {"factor": "rope_scaling_factor"}), tensors
+
+
+def read_pieces(folder):
+    """The tables of tensors in consolidated.00.pth, 01, …: a model that was cut for tensor parallelism."""
+    files = sorted(folder.glob("consolidated.*.pth"))
+    found, expected = [file.name for file in files], [f"consolidated.{i:02d}.pth" for i in range(len(files))]
+    if found != expected or not files:
+        raise UserError(f"{folder}: expected consolidated.00.pth, 01, …; found {found}")
+    pieces = [checkpoint.read_tensors(file) for file in files]
+    for file, piece in zip(files, pieces, strict=True):
+        if differing := sorted(piece.keys() ^ pieces[0].keys()):
+            raise UserError(f"{file}: {differing[0]} is not in every piece")
+    return pieces
+
+
+def meta_name(name):
+    """Meta's name of a tensor → (ours, the axis along which its pieces are cut, if any)."""
+    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups(default="")
+    ours, axis = META_PARTS.get(part, (part, None))
+    return f"{layer}{ours}.weight", axis
+
+
+def join_pieces(name, pieces, axis, params):
+    """The pieces of the tensor that we call `name` → the whole, in our order.
+
+    Meta's rotary embedding turns neighbours (x_0, x_1), (x_2, x_3), …; ours, as Hugging Face's, (x_i, x_{i+E/2}):
+    so the rows of q and k move.
+    """
+    if name == "embed_tokens.weight":
+        axis = 0 if pieces[0].shape[-1] == params.dim else 1
+    whole = pieces[0] if axis is None or len(pieces) == 1 else torch.cat(pieces, axis)
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        half = params.dim // params.n_heads // 2
+        whole = rearrange(whole, "(h i pair) d -> (h pair i) d", i=half, pair=2)
+    return whole
+
+
+def meta_config(params, tensors):
+    """MetaParams and the joined weights → {field of a LLaMAConfig: value}."""
+
+    def rows(name):
+        return tensors[name].shape[:1].numel() if name in tensors else 0
+
+    fields = {name: getattr(params, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads")}
+    fields |= {"norm_eps": params.norm_eps, "rope_theta": params.rope_theta}
+    fields |= {"vocab_size": rows("embed_tokens.weight"), "hidden_dim": rows("layers.0.mlp.gate_proj.weight")}
+    fields["tie_embeddings"] = "lm_head.weight" not in tensors
+    # params.json has no context length: it follows from the generation
+    if params.use_scaled_rope:
+        fields["max_seq_len"] = 131072
+        scaling = {"factor": params.rope_scaling_factor, "high_freq_factor": params.rope_high_freq_factor}
+        fields["rope_scaling"] = scaling
+    else:
+        fields["max_seq_len"] = 8192 if params.rope_theta >= 500000 else 4096
+    return fields
