@@ -22,6 +22,7 @@ import collections
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import zipfile
@@ -220,6 +221,8 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if is_torchscript(path):
+            return _read_torchscript(path)
         with _inert_classes(path) if path.suffix == ".ckpt" else contextlib.nullcontext():
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
@@ -241,26 +244,86 @@ def _first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+class _Inert(dict):
+    """Stands for a class that a pickle names: takes what the pickle gives it and does nothing."""
+
+    def __new__(cls, *arguments):
+        self = super().__new__(cls)
+        self.state = {}
+        return self
+
+    def __init__(self, *arguments):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.state = state
+
+
 def _inert_classes(path):
-    """While this lasts, torch.load puts an empty object where `path` names a class it does not know.
+    """Inside this context, torch.load puts an empty object where `path` names a class it does not know.
 
     A Lightning `.ckpt` keeps callbacks and settings beside the weights. None of their code is imported or
     run; what torch blocks outright (os.system and the like) stays refused.
     """
     import torch
 
-    class Inert(dict):
-        def __new__(cls, *arguments):
-            return super().__new__(cls)
-
-        def __init__(self, *arguments):
-            super().__init__()
-
-        def __setstate__(self, state):
-            pass
-
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return torch.serialization.safe_globals([(Inert, name) for name in unknown])
+    return torch.serialization.safe_globals([(_Inert, name) for name in unknown])
+
+
+def is_torchscript(path):
+    """Whether the file at `path` is a TorchScript archive: those alone keep their constants apart."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+STORAGES = {  # their names in a pickle, torch's dtypes
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+}
+
+
+def _read_torchscript(path):
+    """The tensors of a TorchScript archive, {dotted name: tensor}. Its code is not read, and its pickle runs none.
+
+    Such an archive (OpenAI's CLIP, LPIPS) is a zip: code/, constants.pkl, and data.pkl, a pickle of modules whose
+    tensors lie in data/0, data/1, …
+    """
+    import torch
+
+    def strided(storage, offset, shape, strides, *_):
+        return storage.as_strided(shape, strides, offset)
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module == "torch" and name in STORAGES:
+                return getattr(torch, STORAGES[name])
+            return strided if (module, name) == ("torch._utils", "_rebuild_tensor_v2") else _Inert
+
+        def persistent_load(self, key):
+            _, dtype, number, *_ = key  # ("storage", type, name in the archive, device, elements)
+            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{number}")), dtype=dtype)
+
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        module = Unpickler(archive.open(f"{root}/data.pkl")).load()
+    tensors, seen, todo = {}, set(), [("", module)]
+    while todo:
+        prefix, module = todo.pop()
+        seen.add(id(module))
+        for name, value in module.state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[prefix + name] = value
+            elif isinstance(value, _Inert) and id(value) not in seen:  # a pickle can hold circles
+                todo.append((f"{prefix}{name}.", value))
+    return tensors
 
 
 def _read_shards(index):
@@ -293,6 +356,19 @@ def check_tensors(tensors, model, path):
         # least and greatest tell of NaN (it is either) and infinity, and need no memory, as isfinite would
         if not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{path}: {name} holds NaN or infinity")
+
+
+def check_same(tensors, like, path):
+    """Raises a UserError unless `tensors` have exactly the names, shapes and dtypes of the tensors `like`."""
+    for name in like:
+        if name not in tensors:
+            raise UserError(f"{path}: {name} is missing")
+    for name, tensor in tensors.items():
+        if name not in like:
+            raise UserError(f"{path}: {name} belongs to nothing in this run")
+        found, expected = (f"{dtype_name(t)} {tuple(t.shape)}" for t in (tensor, like[name]))
+        if found != expected:
+            raise UserError(f"{path}: {name} is {found}, expected {expected}")
 
 
 def load(cls, config, tensors, path, dtype=None, device="cpu"):
@@ -372,6 +448,7 @@ def latest_step_folder(run):
 
 KINDS = {  # what a config.json says of the model whose weights lie beside it: (key, value) → its name
     ("model_type", "llama"): "a LLaMA",
+    ("model_type", "picturebook_llama"): "a LLaMA",
     ("model_type", "dreamllm"): "a DreamLLM",
     ("model_type", "clip"): "a CLIP",
     ("model_type", "clip_text_model"): "a CLIP text tower",
@@ -379,6 +456,7 @@ KINDS = {  # what a config.json says of the model whose weights lie beside it: (
     ("_class_name", "VQGANModel"): "a VQGAN",
     ("_class_name", "MaskGitVQGAN"): "a VQGAN",
     ("_class_name", "VQModel"): "a VQGAN",
+    ("_class_name", "PicturebookVQGAN"): "a VQGAN",
     ("_class_name", "AutoencoderKL"): "an autoencoder of latent diffusion",
     ("_class_name", "UNet2DConditionModel"): "a U-Net of latent diffusion",
 }

@@ -184,9 +184,9 @@ def read_bytes(path):
 
 
 def read_text(path):
-    """The same as text in UTF-8."""
+    """The same as text in UTF-8, whose lines end in \\n, however they end in the file."""
     try:
-        return read_bytes(path).decode()
+        return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -234,6 +234,16 @@ class Fields(dict):
     def __init__(self, values, path, names=()):
         super().__init__(values)
         self.path, self.names = path, dict(names)
+        self.paths = {}  # {ours: file} of the fields that come from another one
+
+    def add(self, other):
+        """Takes over the fields of `other`, whose own file errors go on to name."""
+        self.update(other)
+        self.names |= other.names
+        self.paths |= dict.fromkeys(other, other.path)
+
+    def path_of(self, name):
+        return self.paths.get(name, self.path)
 
 
 def published(saved, path, names, wants=None, fixed=None, required=()):
@@ -272,7 +282,8 @@ def build(cls, values, where=""):
     except _UnknownKey as error:
         key, inner, inner_where = error.args
         near = _nearest_key(key, known_keys(cls, where) + known_keys(inner, inner_where))
-        raise UserError(f"unknown key {key}" + (f"; did you mean {near}?" if near else "")) from None
+        file = f"{values.path}: " if isinstance(values, Fields) else ""
+        raise UserError(f"{file}unknown key {key}" + (f"; did you mean {near}?" if near else "")) from None
 
 
 class _UnknownKey(Exception):
@@ -290,7 +301,7 @@ def _build(cls, values, where):
     arguments = {}
     for field in dataclasses.fields(cls):
         hint, name = hints[field.name], field.name
-        key = f"{values.path}: {values.names.get(name, name)}" if theirs else _dotted(where, name)
+        key = f"{values.path_of(name)}: {values.names.get(name, name)}" if theirs else _dotted(where, name)
         if name in values:
             arguments[name] = convert(hint, values[name], key)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -302,14 +313,17 @@ def _build(cls, values, where):
     except ValueError as error:  # what __post_init__ found: a bound, or fields that do not fit each other
         message = str(error)
         if theirs:
+            path = values.path_of(message.split()[0])  # messages begin with the field that they are about
             message = re.sub(r"\w+", lambda word: values.names.get(word[0], word[0]), message)
-            raise UserError(f"{values.path}: {message}") from None
+            raise UserError(f"{path}: {message}") from None
         raise UserError(f"[{where}] {message}" if where else message) from None
 
 
 def convert(hint, value, where):
     """`value` as the type `hint`, or a UserError that names the key `where`."""
     if isinstance(hint, types.UnionType):  # X | None
+        if value is None:
+            return None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if isinstance(value, Override):
         value = _parse(hint, value)
@@ -381,10 +395,12 @@ def fraction(config, *names):
 
 
 def above(config, low, *names):
-    """Raises a ValueError unless each field of these names is greater than `low`."""
+    """Raises a ValueError unless each field of these names, or each number in it, is greater than `low`."""
     for name in names:
-        if not getattr(config, name) > low:
-            raise ValueError(f"{name} {getattr(config, name)} must be greater than {low}")
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not number > low:
+                raise ValueError(f"{name} {_short(value)} must be greater than {low}")
 
 
 def one_of(config, choices, *names):
