@@ -20,6 +20,7 @@ from clip import CLIP
 from diffusion import LatentDiffusion
 from documents import chat_parts
 from dreamllm import DreamLLM
+from support.pages import save_page
 from support.pictures import load_picture
 from support.settings import UserError
 from support.tokenizer import BOS
@@ -71,7 +72,7 @@ class Reader(html.parser.HTMLParser):
 def test_a_page_in_html_holds_its_texts_and_pictures_and_needs_nothing_else(tmp_path):
     """Whatever the text says, it stays text; pictures are data: URIs of the PNGs beside it, pixel for pixel."""
     pieces = [*NASTY, picture(1), "between", picture(2, (30, 20))]
-    sample.save_page(pieces, tmp_path / "page", title="<b>food & drink</b>")
+    save_page(pieces, tmp_path / "page", title="<b>food & drink</b>")
     files = sorted(file.name for file in (tmp_path / "page").iterdir())
     assert files == ["page.html", "page.md", "picture_01.png", "picture_02.png"]
     page = Reader((tmp_path / "page" / "page.html").read_text(encoding="utf-8"))
@@ -87,7 +88,7 @@ def test_a_page_in_html_holds_its_texts_and_pictures_and_needs_nothing_else(tmp_
 def test_a_page_in_markdown_shows_the_same_letters(tmp_path):
     """Read by a Markdown library: paragraphs, line ends and our pictures, no other mark-up."""
     markdown = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
-    sample.save_page([*NASTY, picture()], tmp_path / "page", title="")
+    save_page([*NASTY, picture()], tmp_path / "page", title="")
     page = Reader(markdown.render((tmp_path / "page" / "page.md").read_text(encoding="utf-8")))
     assert set(page.tags) == {"p", "br", "img"} and page.sources == ["picture_01.png"]
     lines = [line.strip() for text in NASTY for line in text.splitlines() if line.strip()]
@@ -95,7 +96,7 @@ def test_a_page_in_markdown_shows_the_same_letters(tmp_path):
 
 
 def test_bytes_that_no_page_can_hold_are_marked(tmp_path):
-    sample.save_page(["a\x00\x1b[31mb\tc\r\n"], tmp_path / "page", title="\x07")
+    save_page(["a\x00\x1b[31mb\tc\r\n"], tmp_path / "page", title="\x07")
     for name in ("page.html", "page.md"):
         text = (tmp_path / "page" / name).read_text(encoding="utf-8")
         assert "a��" in text and not any(c in text for c in "\x00\x1b\x07\r")
@@ -105,28 +106,28 @@ def test_bytes_that_no_page_can_hold_are_marked(tmp_path):
 def test_a_page_that_is_cut_short_leaves_nothing(tmp_path, older):
     """The older page, if there is one, stays as it was."""
     if older:
-        sample.save_page(["old"], tmp_path / "page", title="")
+        save_page(["old"], tmp_path / "page", title="")
 
     def pieces():
         yield from ("a", picture())
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample.save_page(pieces(), tmp_path / "page", title="")
+        save_page(pieces(), tmp_path / "page", title="")
     assert [file.name for file in tmp_path.iterdir()] == (["page"] if older else [])
     assert not older or (tmp_path / "page" / "page.md").read_text() == "old\n"
 
 
 def test_only_a_page_is_replaced(tmp_path):
     """Of the older page nothing is left; a folder with anything else in it, or a file, is not touched."""
-    sample.save_page(["a", picture(), picture()], tmp_path / "page", title="")
-    sample.save_page(["b"], tmp_path / "page", title="")
+    save_page(["a", picture(), picture()], tmp_path / "page", title="")
+    save_page(["b"], tmp_path / "page", title="")
     assert sorted(file.name for file in (tmp_path / "page").iterdir()) == ["page.html", "page.md"]
     (tmp_path / "page" / "diary.txt").touch()
     (tmp_path / "file").touch()
     for name in ("page", "file"):
         with pytest.raises(UserError, match=f"{name}: (holds diary.txt|is a file)"):
-            sample.save_page(["c"], tmp_path / name, title="")
+            save_page(["c"], tmp_path / name, title="")
     assert (tmp_path / "page" / "diary.txt").exists() and "b" in (tmp_path / "page" / "page.md").read_text()
 
 
@@ -139,13 +140,13 @@ def test_what_comes_is_printed_as_it_comes(capsys):
             yield piece
 
     first, second = picture(1), picture(2)
-    assert sample.tell(stream(), lambda _, number: f"picture {number}") == ["a b", first, "c", second]
+    assert sample.print_stream(stream(), lambda _, number: f"picture {number}") == ["a b", first, "c", second]
     assert capsys.readouterr().out == "\n[picture 2]\n"
 
 
 def test_an_answer_is_shown_without_the_space_that_begins_it(capsys):
-    assert sample.tell([" ", " a", " b"], answer=True) == ["a b"]
-    assert sample.tell([" a"]) == [" a"] and sample.tell([]) == []
+    assert sample.print_stream([" ", " a", " b"], answer=True) == ["a b"]
+    assert sample.print_stream([" a"]) == [" a"] and sample.print_stream([]) == []
     assert capsys.readouterr().out == "a b\n a\n\n"
 
 
@@ -247,7 +248,7 @@ def test_a_chat_prints_the_answer_and_saves_its_pictures(dream, shown, program, 
 
 def asked(run, prompt, pictures=(), template=None, system=None):
     """What the model reads of a question."""
-    return sample.question(argparse.Namespace(run=run, prompt=prompt, template=template, system=system), pictures)
+    return sample.chat_prompt(argparse.Namespace(run=run, prompt=prompt, template=template, system=system), pictures)
 
 
 def test_a_run_knows_its_form_of_conversation(tmp_path):
@@ -322,11 +323,13 @@ def test_a_mistake_is_one_line(dream, program, tmp_path, monkeypatch, command, o
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and expected in err
 
 
-@pytest.mark.parametrize("command", ["chat", "document"])
-def test_another_model_is_no_dreamllm(program, tmp_path, command):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    arguments = ["--run", tmp_path, "--prompt", "a", "--out", tmp_path / "x.png", "--device", "cpu"]
-    code, _, err = program(sample.main, command, *arguments)
-    assert code == 2 and f"{tmp_path}: no DreamLLM" in err
-    code, _, err = program(sample.main, "image", "--run", tmp_path, "--prompt", "a", "--subject", "x.png")
-    assert code == 2 and f"--subject does not apply: {tmp_path} is no DreamLLM" in err
+def test_what_only_a_dreamllm_reads_is_refused_by_latent_diffusion(dream_parts, program, tmp_path):
+    run = dict(part.split("=") for part in dream_parts)["model.diffusion"]
+    code, _, err = program(sample.main, "image", "--run", run, "--prompt", "a", "--subject", "x.png")
+    assert code == 2 and f"--subject does not apply: {run} is no DreamLLM" in err
+
+
+def test_a_size_can_only_be_the_start_s_own_where_there_is_one(dream_parts, program):
+    run = dict(part.split("=") for part in dream_parts)["model.diffusion"]
+    code, _, err = program(sample.main, "image", "--run", run, "--prompt", "a", "--size", "original")
+    assert (code, err) == (2, "error: --size original needs an --image\n")

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import sample
 from lvm import LVM
 from model import LLaMA, LLaMAConfig
 from support import checkpoint, pictures
+from support.pages import plain
 from support.pictures import load_picture
 from support.settings import UserError
 from support.tokenizer import Tokenizer
@@ -154,7 +156,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(lvm):
     with pytest.raises(UserError, match=r"two pictures of 4 codes do not fit .* context of 7"):
         toy(max_seq_len=7)
     small = LLaMA(LLaMAConfig(CODES - 1, 16, 1, 2, hidden_dim=32, max_seq_len=16))
-    with pytest.raises(UserError, match="16 codes, the LLaMA only 15 words"):
+    with pytest.raises(UserError, match="16 codes, the LLaMA only 15 tokens"):
         LVM(small, lvm.tokenizer)
 
 
@@ -264,9 +266,9 @@ def test_a_run_that_is_not_there_is_not_said_to_lack_a_tokenizer(prompt, program
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--resize", "big"], '--resize "big" must be original or W,H, as in 128,128'),
-        (["--resize", "0,5"], '--resize "0,5" must be original or W,H, as in 128,128'),
-        (["--resize", "1,2,3"], '--resize "1,2,3" must be original or W,H, as in 128,128'),
+        (["--resize", "big"], "argument --resize: 'big' is not original or W,H, as in 128,128"),
+        (["--resize", "0,5"], "argument --resize: '0,5' is not original or W,H, as in 128,128"),
+        (["--resize", "1,2,3"], "argument --resize: '1,2,3' is not original or W,H, as in 128,128"),
         (["--frames", "0"], "argument --frames: '0' is not a whole number above 0"),
         (["--candidates", "two"], "argument --candidates: 'two' is not a whole number above 0"),
         (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
@@ -277,17 +279,59 @@ def test_a_wrong_option_is_one_line(folders, prompt, program, options, expected)
     assert expected in one_line(program(sample.main, "continue", *folders, "--prompt", *prompt, *options))
 
 
-def test_a_tokenizer_given_as_the_run_is_one_line(folders, prompt, program):
-    arguments = ["--run", folders[3], "--tokenizer", folders[3]]
-    assert "model_type" in one_line(program(sample.main, "continue", *arguments, "--prompt", *prompt))
+def test_a_llama_given_as_the_tokenizer_is_one_line(folders, prompt, program):
     arguments = ["--run", folders[1], "--tokenizer", folders[1]]
-    assert "_class_name" in one_line(program(sample.main, "continue", *arguments, "--prompt", *prompt))
+    message = one_line(program(sample.main, "continue", *arguments, "--prompt", *prompt))
+    assert f"{folders[1]}: holds a LLaMA, but a VQGAN is wanted" in message
 
 
-COMMANDS = ("continue", "batch", "reconstruct", "text", "perplexity", "image", "chat", "document")
+@pytest.fixture(scope="session")
+def one_of_each(tokenizer_run, lvm_run, dream_run, dream_parts):
+    """Runs and published folders: what a folder holds → the folder."""
+    parts = {name: Path(path) for name, path in (part.split("=") for part in dream_parts)}
+    return {
+        "a VQGAN": tokenizer_run,
+        "a LLaMA": lvm_run,
+        "a DreamLLM": dream_run,
+        "a CLIP vision tower": parts["model.clip"],
+        "a latent diffusion pipeline": parts["model.diffusion"],
+        "a U-Net of latent diffusion": parts["model.diffusion"] / "unet",
+        "an autoencoder of latent diffusion": parts["model.diffusion"] / "vae",
+    }
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+TAKES = {  # arguments of a command: what it can be given as --run
+    "continue --prompt x.png": ["a LLaMA"],
+    "batch --input rows.jsonl": ["a LLaMA"],
+    "reconstruct --images x.png": ["a VQGAN"],
+    "text": ["a LLaMA"],
+    "image --prompt x": ["a latent diffusion pipeline", "a DreamLLM"],
+    "chat --prompt x": ["a DreamLLM"],
+    "document": ["a DreamLLM"],
+    "perplexity --input rows.jsonl": ["a LLaMA"],
+    "perplexity --input x.txt": ["a LLaMA"],
+}
+
+
+@pytest.mark.parametrize("command", TAKES)
+def test_a_model_of_another_kind_is_refused_by_name(command, one_of_each, tmp_path, monkeypatch, program):
+    """One line says what --run holds and what the command wants, whether it is a run or a published folder."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"input": ["x.png"], "target": ["x.png"], "output": "y.png"}])
+    (tmp_path / "x.txt").write_text("abc")
+    Image.new("RGB", (8, 8)).save("x.png")
+    for held, folder in one_of_each.items():
+        if held not in TAKES[command]:
+            message = one_line(program(sample.main, *command.split(), "--run", folder, "--device", "cpu"))
+            assert f"{folder}: holds {held}, but {' or '.join(TAKES[command])} is wanted" in message
+
+
+def test_a_run_on_pictures_has_no_text(lvm_run, program):
+    message = one_line(program(sample.main, "text", "--run", lvm_run, "--device", "cpu"))
+    assert f"{lvm_run} is a run on pictures: use sample.py continue" in message
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in sample.COMMANDS)])
 def test_help_is_help(program, command):
     """Each says what it does and gives an example."""
     code, out, err = program(sample.main, *command, "--help")
@@ -344,6 +388,27 @@ def test_a_line_that_is_no_prompt_is_named_before_anything_is_drawn(folders, pro
     (tmp_path / "rows.jsonl").write_text(f"{row}\n\n{line}\n")
     message = one_line(program(sample.main, "batch", *folders, "--input", tmp_path / "rows.jsonl"))
     assert message.startswith(f"error: {tmp_path / 'rows.jsonl'}:3: expected") and not (tmp_path / "x.png").exists()
+
+
+def test_outputs_that_cannot_be_written_are_named_before_the_model_is_opened(tmp_path, program, folders, prompt):
+    """The other rows are done all the same."""
+    (tmp_path / "folder.png").mkdir()
+    names = ("x.txt", "folder.png", "good.png")
+    rows = [{"input": [str(prompt[0])], "output": str(tmp_path / name)} for name in names]
+    file = write_rows(tmp_path / "bad.jsonl", rows[:2])
+    code, out, err = program(sample.main, "batch", "--run", tmp_path / "absent", "--input", file)
+    assert (code, out) == (2, "0 of 2 prompts done\n") and "absent" not in err
+    assert "bad.jsonl:1: " in err and "must end in one of" in err and "bad.jsonl:2: " in err and "is a folder" in err
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    code, out, err = program(sample.main, "batch", *folders, "--input", file)
+    assert (code, out) == (2, "1 of 3 prompts done\n") and (tmp_path / "good.png").exists(), err
+
+
+def test_a_line_of_rows_ends_at_a_line_feed_only(tmp_path):
+    """A path may hold what Python's splitlines takes for an end, as JSON may."""
+    row = {"input": ["a\u2028b.png"], "output": "x\x85.png"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row, ensure_ascii=False)}\r\n", encoding="utf-8")
+    assert sample.read_rows(tmp_path / "rows.jsonl", "output", many=False) == [(1, row)]
 
 
 # ---- python sample.py reconstruct ------------------------------------------------------------
@@ -422,7 +487,7 @@ def test_a_text_is_its_prompt_and_what_the_model_says(writer, program):
     assert first == again != other
     prompt = torch.tensor([LETTERS.encode("ab", bos=True)])
     drawn = llama.generate(prompt, 9, allowed=range(LETTERS.vocab_size), generator=seeded(1))[0].tolist()
-    assert first == sample.plain(LETTERS.decode(drawn)) + "\n"  # what would steer a terminal is not printed
+    assert first == plain(LETTERS.decode(drawn)) + "\n"  # what would steer a terminal is not printed
 
 
 def test_a_text_ends_where_the_model_says_so_or_its_context(writer, program, tmp_path):
@@ -492,7 +557,7 @@ def test_every_token_of_a_long_text_counts_once(writer, length):
     """A window of 32: 32 tokens at once, then 16 by 16. The slow twin asks for each token by itself."""
     llama, _ = writer
     tokens = torch.randint(0, 256, (length,), generator=seeded(length))
-    losses = sample.text_surprise(llama, tokens, 32)
+    losses = sample.text_negative_log_likelihood(llama, tokens, 32)
     ends = [min(33 + 16 * i, length) for i in range(9)]  # where windows end
     starts = [max(0, end - 33) for end in ends]
     window = [next(i for i, end in enumerate(ends) if place < end) for place in range(length)]

@@ -1,0 +1,37 @@
+"""Values on a command line: the types that argparse calls. What is wrong becomes one line that says what is wanted."""
+
+import argparse
+import math
+import re
+
+
+def number(kind, low, high, what):
+    """A function for argparse that reads a number of `kind` (int or float) in [low, high]."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return read
+
+
+positive_int = number(int, 1, 2**31, "a whole number above 0")
+natural = number(int, 0, 2**31, "a whole number from 0 on")
+seed_number = number(int, 0, 2**63 - 1, "a whole number from 0 on")
+fraction = number(float, 1e-9, 1, "a number above 0 and at most 1")
+non_negative = number(float, 0, 1e9, "a number from 0 on")
+
+
+def picture_size(text):
+    """A function for argparse: "W,H" → (W, H); "original" stays; "" → None."""
+    if text in ("", "original"):
+        return text or None
+    if not re.fullmatch(r" *0*[1-9][0-9]{0,8} *, *0*[1-9][0-9]{0,8} *", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not original or W,H, as in 128,128")
+    width, height = text.split(",")
+    return int(width), int(height)

@@ -1,0 +1,75 @@
+"""Pages: texts and pictures in reading order, as a folder that anyone can open.
+
+    [text, Pillow picture, …] ─ save_page ─▶ FOLDER/page.md          Markdown, links to …
+                                                    picture_01.png   … these
+                                                    page.html        the same in one file, pictures inside
+
+A model writes the texts, so nothing in them is trusted to be text: mark-up is escaped, control characters are
+replaced.
+"""
+
+import base64
+import html
+import re
+from pathlib import Path
+
+from support import checkpoint
+
+PAGE_FILE = r"page\.(md|html)|picture_\d+\.png"  # what a page's folder holds, and nothing else
+STYLE = """
+:root { color-scheme: light dark }
+body { max-width: 40rem; margin: 2rem auto; padding: 0 1rem; font: 1.1rem/1.6 Georgia, serif }
+p { white-space: pre-wrap; overflow-wrap: anywhere }
+img { display: block; width: min(100%, 24rem); margin: 1.5rem auto }
+"""
+
+
+def save_page(pieces, folder, title):
+    """Writes texts and Pillow pictures, in reading order, as a page: a folder, which appears when it is complete.
+
+    It holds page.md, the picture_01.png, … that page.md links to, and page.html, which needs no other file. Texts
+    stay text: no mark-up in them takes effect. An earlier page in the folder is replaced; a folder with any other
+    file is a UserError.
+    """
+    markdown, body, number = [], [], 0
+    with checkpoint.atomic_folder(Path(folder).resolve(), PAGE_FILE) as beside:
+        for piece in pieces:
+            if isinstance(piece, str):
+                text = plain(piece).strip()
+                markdown.append(as_markdown(text))
+                body.append(f"<p>{html.escape(text)}</p>")
+            else:
+                number += 1
+                file = beside / picture_name(number)
+                piece.save(file)
+                data = base64.b64encode(file.read_bytes()).decode()
+                markdown.append(f"![picture {number}]({file.name})")
+                body.append(f'<img alt="picture {number}" src="data:image/png;base64,{data}">')
+        head = [
+            "<!doctype html>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',  # fits a phone's screen
+            f"<title>{html.escape(plain(title).strip())}</title>",
+            f"<style>{STYLE}</style>",
+        ]
+        (beside / "page.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+        (beside / "page.html").write_text("\n".join([*head, *body]) + "\n", encoding="utf-8")
+
+
+def plain(text):
+    """The text with its control characters replaced: models that sample bytes can produce any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text.replace("\r\n", "\n"))
+
+
+def as_markdown(text):
+    """Markdown that shows the characters of `text`, line by line, whatever they mean in Markdown."""
+    text = re.sub(r"[\\`*_~|<>\[\]#]|&(?=#?\w+;)", r"\\\g<0>", text)
+    lines = []
+    for line in text.splitlines():
+        lines.append(re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", line.strip()))  # no lists, no rules
+    return "  \n".join(lines)  # two spaces make a line break
+
+
+def picture_name(number):
+    """The file of a page's picture, counted from 1."""
+    return f"picture_{number:02d}.png"
