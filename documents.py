@@ -1,12 +1,12 @@
 """Documents: texts and pictures in one sequence, and which of its tokens are to be learned.
 
-DreamLLM reads one row of tokens in which pictures have their places. A picture to *look at* is a span of as many
-<im_patch> as CLIP has patches; a picture to *draw* is a span of as many as there are dream queries. The model
-overwrites the embeddings of both: with CLIP's features, with its queries. What is trained where is said by two
-things alone: the labels (a token to predict, or -100), and which pictures come along to be drawn.
+DreamLLM reads one row of tokens in which each picture is a span of placeholders. A picture to *understand* is a span
+of as many <im_patch> as CLIP has patches; a picture to *create* is a span of as many as there are dream queries. The
+model replaces the embeddings of both: by CLIP's features, by its queries. Two things decide what is trained: the
+labels (a token to predict, or -100), and which pictures the U-Net is to create.
 
-    IMG   = <im_start> <im_patch> × patches <im_end>              the picture goes into `images`, for CLIP
-    DREAM = <dream_start> <im_patch> × queries <dream_end>        … into `images_dm`, for the U-Net to draw
+    IMG   = <im_start> <im_patch> × patches <im_end>              its picture goes into `images`, for CLIP
+    DREAM = <dream_start> <im_patch> × queries <dream_end>        its picture goes into `images_dm`, for the U-Net
 
     sample                  sequence                                  labels
     pair, to understand     <s> IMG caption </s>                      <s>, caption, </s>
@@ -16,40 +16,36 @@ things alone: the labels (a token to predict, or -100), and which pictures come 
     conversation            <image> → IMG, <dream> → DREAM IMG        answers and their </s>, spans left out
     image → image           <s> IMG DREAM </s>                        none
 
-Only documents have <dream_start> among their labels: they alone teach *when* to draw. A picture drawn is then
-looked at (DREAM IMG): in training the true one, in sample.py the model's own. (The paper's <dream> is <dream_start>
-here, as in the published code; there <dream> and <image> only mark places in raw texts.)
+Only documents have <dream_start> among their labels: only they teach *when* to create a picture. A created picture is
+then read (DREAM IMG): in training the true one, in sample.py the model's own. (The paper's <dream> is <dream_start>
+here, as in the published code; there <dream> and <image> only mark the places of pictures in raw texts.)
 
-    emoji | folder | tar | rows.jsonl ──▶ source ──▶ Pair | Document | Conversation      texts, names of pictures
-                                                        │ Writer
+    emoji | folder | tar | rows.jsonl ──▶ source ──▶ Picture | Pair | Document | Conversation     (support/rows.py)
+                                                        │ Writer.write
                                                         ▼
                                           Sample: tokens, labels (T,), the pictures of its spans in reading order
                                                         │ DocumentRows.batch
                                                         ▼
          tokens, labels (B, T) int64    images (N, side, side, 3), images_dm (M, side, side, 3) uint8
 
+B rows in a batch, T tokens in the longest of them, N pictures to understand and M to create in all of them.
 As in data.py, nothing keeps a state: a batch is a pure function of (seed, number, row). numpy and Pillow only.
+
 Paper: Dong et al. 2023 (arXiv 2309.11499), section 3.2 (interleaved sequences), 4.1 and appendix (its data).
-Row formats: MMC4 (Zhu et al. 2023, arXiv 2304.06939), OBELICS (Laurençon et al. 2023, arXiv 2306.16527),
-LLaVA (Liu et al. 2023, arXiv 2304.08485).
-
-    python prepare.py check rows.jsonl --images FOLDER       names every row that cannot be used
-
-To see the idea first, read `Writer`. Read next: model.py, where `DreamLLM` fills the spans.
 """
 
 import collections
 import copy
 import functools
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from support.pictures import jitter
-from support.settings import UserError
-from support.sources import (
+from support.chance import shuffled
+from support.pictures import jitter, square
+from support.rows import (
     DREAM,
     IMAGE,
     Conversation,
@@ -57,78 +53,22 @@ from support.sources import (
     FilePairs,
     JsonRows,
     Pair,
+    Picture,
     check_count,
     frame_messages,
     is_placeholder,
-    open_source,
-    warn,
 )
-from support.tokenizer import TEMPLATES, Special
+from support.settings import UserError, fraction, one_of, within
+from support.sources import open_source, warn
+from support.tokenizer import TEMPLATES
 
 IGNORED = -100  # the label of a token that is not to be predicted
-
-KINDS = {
-    "pair": "picture and caption: to understand or to create it, by a coin",
-    "document": "texts with pictures between them",
-    "instructed": "the same, in answer to an instruction",
-    "conversation": "questions and answers, with pictures",
-    "image": "a picture, to be drawn again",
-}
-
-
-@dataclass(frozen=True)
-class DocumentSource:
-    """One [[data.sources]] table of a DreamLLM's configuration."""
-
-    path: str = "emoji"  # "emoji", a folder, WebDataset .tar, or rows in .jsonl or .json (a shell pattern names many)
-    kind: str = "pair"  # which sample: a key of KINDS
-    weight: float = 1.0  # share of the samples that are drawn from it
-    images: str = ""  # the folder of the pictures that rows name; empty: the one that the rows lie in
-    understand: bool = True  # whether its pictures are looked at …
-    create: bool = True  # … and drawn
-    move: bool = False  # of emoji: those looked at are each time a little turned, shrunk and shifted, on white
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f'source {self.path}: unknown kind "{self.kind}": one of {", ".join(KINDS)}')
-        if self.weight < 0:
-            raise ValueError(f"source {self.path}: weight must be at least 0")
-        if self.move and self.path != "emoji":
-            raise ValueError(f"source {self.path}: move is for emoji only")
-        if not (self.understand or self.create):
-            raise ValueError(f"source {self.path}: pictures neither to understand nor to create teach nothing")
-
-
-@dataclass(frozen=True)
-class DocumentSettings:
-    """The [data] section of a DreamLLM's configuration."""
-
-    sources: tuple[DocumentSource, ...] = ()
-    text_tokenizer: str = ""  # "bytes", or a folder with a tokenizer's files; empty: the language model's, or init's
-    template: str = "vicuna"  # how questions and answers are framed: a key of tokenizer.TEMPLATES
-    system: str | None = None  # what the template says before the first question; absent: its usual words
-    held_out_fraction: float = 0.02  # of files, by hash of a picture's name; emoji have their own split
-    workers: int = 2  # threads that prepare batches
-
-    def __post_init__(self):
-        if self.workers < 1:
-            raise ValueError("workers must be at least 1")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction {self.held_out_fraction} must lie in [0, 1)")
-        if self.sources and not any(source.weight for source in self.sources):
-            raise ValueError("every source has weight 0: no sample could be drawn")
-        if self.template not in TEMPLATES:
-            raise ValueError(f'unknown template "{self.template}": one of {", ".join(TEMPLATES)}')
-
-
-# ---- what a source says, and what becomes of it ------------------------------------------------
-# A picture is whatever its source can open: a name, an Item, a Pillow image. Only what is written gets opened.
 
 
 @dataclass(frozen=True)
 class Sample:
     tokens: np.ndarray  # (T,) int64
-    labels: np.ndarray  # (T,) int64: the token itself, or -100; the model shifts them
+    labels: np.ndarray  # (T,) int64: the token itself, or IGNORED; the model shifts them
     images: list  # a picture for each IMG, in reading order
     images_dm: list  # a picture for each DREAM
 
@@ -143,39 +83,42 @@ def chat_parts(messages, pictures=(), template="vicuna", system=None):
     """
     parts = frame_messages(messages, template, system)
     check_count(parts, pictures)
-    left = iter(pictures)
-    return [next(left) if is_placeholder(part) else part for part in parts]
+    remaining = iter(pictures)
+    return [next(remaining) if is_placeholder(part) else part for part in parts]
 
 
 class Writer:
     """Writes the six sequences above, none longer than `context` tokens.
 
-    patches, queries   tokens of a picture looked at, and of one drawn
+    patches, queries   tokens of a picture to understand, and of one to create
     understand, create which of the two is trained: documents keep one span of each picture where one is off
-    template, system   how prompts and conversations are framed (system None: the template's usual words)
+    template, system   how prompts and conversations are framed (system None: the template's usual text)
 
     A span is never cut. What does not fit is left out from the end: the rest of a caption; of a document whole
-    texts and pictures; of a conversation whole turns. ValueError where nothing is left to learn from.
+    texts and pictures; of a conversation whole turns. ValueError if nothing is left to learn from.
     """
 
     def __init__(
         self, tokenizer, patches, queries, context, understand=True, create=True, template="vicuna", system=None
     ):
-        self.tokenizer, self.context, self.template, self.system = tokenizer, context, template, system
+        self.tokenizer, self.context = tokenizer, context
         self.understand, self.create = understand, create
+        self.template, self.system = template, system
         names = ("[PAD]", "<im_start>", "<im_patch>", "<im_end>", "<dream_start>", "<dream_end>")
-        if absent := [name for name in names if name not in tokenizer.special]:
-            raise UserError(f"the tokenizer has no {absent[0]}: DreamLLM's tokens must be added to it")
+        for name in names:
+            if name not in tokenizer.special:
+                raise UserError(f"the tokenizer has no {name}: DreamLLM's tokens must be added to it")
         self.pad, im_start, im_patch, im_end, dream_start, dream_end = (tokenizer.special[name] for name in names)
-        self.bos, self.eos = ([] if i is None else [i] for i in (tokenizer.bos, tokenizer.eos))
+        self.bos = [] if tokenizer.bos is None else [tokenizer.bos]
+        self.eos = [] if tokenizer.eos is None else [tokenizer.eos]
         self.img = [im_start, *[im_patch] * patches, im_end]
         self.dream = [dream_start, *[im_patch] * queries, dream_end]
         if context < (least := 2 + len(self.img) + len(self.dream)):
             raise UserError(f"a context of {context} tokens is too short: one picture alone takes {least}")
-        self._ids(self._prompt("?"))  # a template whose tokens are absent shall be found here
+        self._prompt("?")  # fails now, not at the first sample, if the tokenizer lacks a token of the template
 
-    def only(self, understand, create):
-        """This writer, or one that leaves out what is not wanted of a source."""
+    def restricted_to(self, understand, create):
+        """This writer, or one that trains only what is also wanted of a source."""
         understand, create = understand and self.understand, create and self.create
         if (understand, create) == (self.understand, self.create):
             return self
@@ -185,128 +128,173 @@ class Writer:
         writer.understand, writer.create = understand, create
         return writer
 
-    def pair(self, caption, picture, coin):
-        """A captioned picture; with both directions on, a coin in [0, 1) below 0.5 asks to create."""
-        if self.create and (coin < 0.5 or not self.understand):
-            text = self._text(caption, len(self.dream))
-            return _sample([(self.bos + text + self.dream + self.eos, False)], images_dm=[picture])
-        text = self._text(caption, len(self.img))
-        return _sample([(self.bos, True), (self.img, False), (text + self.eos, True)], images=[picture])
+    def write(self, row, uniform):
+        """Picture | Pair | Document | Conversation → Sample; `uniform` in [0, 1) decides which way a pair goes."""
+        match row:
+            case Pair():
+                return self.pair(row.caption, row.picture, uniform)
+            case Picture():
+                return self.image_to_image(row.picture, row.picture)
+            case Document():
+                return self.document(row.pieces, row.prompt)
+            case Conversation():
+                return self.conversation(row.messages, row.pictures)
+
+    def pair(self, caption, picture, uniform):
+        """A captioned picture: with both directions on, to create if `uniform` < 0.5, else to understand."""
+        caption = self.tokenizer.encode(caption.strip())
+        if self.create and (uniform < 0.5 or not self.understand):
+            caption = caption[: self._room_beside(self.dream)]
+            return make_sample([(self.bos + caption + self.dream + self.eos, False)], images_dm=[picture])
+        caption = caption[: self._room_beside(self.img)]
+        return make_sample([(self.bos, True), (self.img, False), (caption + self.eos, True)], images=[picture])
+
+    def _room_beside(self, span):
+        """How many tokens of a text fit into a sequence with one span."""
+        return self.context - len(span) - len(self.bos) - len(self.eos)
 
     def document(self, pieces, prompt=None):
         """[(text, picture or None), …] in reading order; with a prompt, as the answer to that instruction.
 
         It ends before the first text or picture that would not fit.
         """
-        parts = [(self.bos, True)] if prompt is None else [(self._ids(self._prompt(prompt)), False)]
-        begin = length = len(parts[0][0])
-        shown = []
-        for unit, picture in self._units(pieces):
-            size = sum(len(ids) for ids, _ in unit)
-            if length + size + len(self.eos) > self.context:
+        start = (self.bos, True) if prompt is None else (self._prompt(prompt), False)
+        room = self.context - len(start[0]) - len(self.eos)
+        parts, pictures = [], []
+        for unit, picture in self._indivisible_units(pieces):
+            room -= sum(len(ids) for ids, _ in unit)
+            if room < 0:
                 break
-            parts, length = parts + unit, length + size
-            shown += [] if picture is None else [picture]
-        if length == begin:
-            raise ValueError(f"nothing of it fits into {self.context} tokens")
-        parts.append((self.eos, True))
-        return _sample(parts, shown if self.understand else [], shown if self.create else [])
-
-    def _units(self, pieces):
-        """The indivisible parts of a document: ([(ids, whether they are learned), …], picture or None)."""
-        for text, picture in pieces:
-            yield [(self._text(text), True)], None
+            parts += unit
             if picture is not None:
-                draw = [(self.dream[:1], True), (self.dream[1:], False)] if self.create else []
-                yield draw + ([(self.img, False)] if self.understand else []), picture
+                pictures.append(picture)
+        if not any(ids for ids, _ in parts):
+            raise ValueError(f"nothing of it fits into {self.context} tokens")
+        images = pictures if self.understand else []
+        images_dm = pictures if self.create else []
+        return make_sample([start, *parts, (self.eos, True)], images, images_dm)
+
+    def _indivisible_units(self, pieces):
+        """Yields a document's texts and pictures: ([(ids, whether they are learned), …], picture or None)."""
+        for text, picture in pieces:
+            yield [(self.tokenizer.encode(text.strip()), True)], None
+            if picture is None:
+                continue
+            spans = []
+            if self.create:
+                spans += [(self.dream[:1], True), (self.dream[1:], False)]
+            if self.understand:
+                spans.append((self.img, False))
+            yield spans, picture
 
     def conversation(self, messages, pictures):
-        """Questions and answers; only answers are learned, and no part of a picture.
+        """Questions and answers; only answers are learned, and no token of a picture.
 
-        What an answer adds to the prompt before it is what the model is to say: so the labels are found in
-        any template, and text is tokenized as one piece, as it will be when the model is asked.
+        Every template frames answers in its own way, and a tokenizer may join letters over the border of an answer.
+        So an answer is found by comparing tokens: the conversation before it, with it, and with the later turns.
         """
         check_count(frame_messages(messages, self.template, self.system), pictures)
-        tokens, answers, parts = [], [], []
-        for end, message in enumerate(messages, 1):
+        whole, answers = None, []
+        for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._ids(frame_messages(messages[: end - 1], self.template, self.system))
-            longer = frame_messages(messages[:end], self.template, self.system)
-            if len(ids := self._ids(longer)) > self.context:
+            before, _, _ = self._encode_chat(messages[:i], pictures)
+            longer = self._encode_chat(messages[: i + 1], pictures)
+            if len(longer[0]) > self.context:
                 break
-            parts, tokens = longer, ids
-            answers.append((_common(prompt, tokens), tokens))
-        if not answers:
+            whole = longer
+            answers.append((before, whole[0]))
+        if whole is None:
             raise ValueError(f"its first question and answer do not fit into {self.context} tokens")
-        tokens = np.array(tokens, np.int64)
+        tokens, images, images_dm = whole
         labels = np.full(len(tokens), IGNORED)
-        for start, said in answers:  # what followed may have replaced its end: "plain" has one </s> only, the last
-            end = _common(said, tokens.tolist())
+        for before, after in answers:
+            start, end = answer_span(before, after, tokens)
             labels[start:end] = tokens[start:end]
         labels[np.isin(tokens, self.img + self.dream)] = IGNORED
-        shown = list(zip(filter(is_placeholder, parts), pictures, strict=False))  # fewer, if turns were left out
-        images = [picture for place, picture in shown if place == IMAGE or self.understand]
-        return Sample(tokens, labels, images, [picture for place, picture in shown if place == DREAM and self.create])
+        return Sample(np.array(tokens, np.int64), labels, images, images_dm)
+
+    def _encode_chat(self, messages, pictures):
+        """Messages and the pictures of their placeholders → (ids, pictures to understand, pictures to create).
+
+        `pictures` may be more than the messages have: those of later turns.
+        """
+        parts, images, images_dm = [], [], []
+        remaining = iter(pictures)
+        for part in frame_messages(messages, self.template, self.system):
+            if is_placeholder(part):
+                picture, placeholder, part = next(remaining), part, []
+                if placeholder == DREAM and self.create:
+                    part += self.dream
+                    images_dm.append(picture)
+                if placeholder == IMAGE or self.understand:
+                    part += self.img
+                    images.append(picture)
+            parts.append(part)
+        return self.tokenizer.encode_parts(parts), images, images_dm
+
+    def _prompt(self, text):
+        """The ids of an instruction, up to where its answer begins."""
+        messages = [{"role": "user", "content": text}]
+        check_count(frame_messages(messages, self.template, self.system), ())
+        return self._encode_chat(messages, ())[0]
 
     def image_to_image(self, source, target):
-        """A picture to look at, and one to draw from it."""
-        return _sample([(self.bos + self.img + self.dream + self.eos, False)], [source], [target])
-
-    def _text(self, text, span=0):
-        """Ids of a text, stripped; if it stands beside a span, no more of them than fit."""
-        ids = self.tokenizer.encode(text.strip())
-        return ids[: self.context - span - len(self.bos + self.eos)] if span else ids
-
-    def _prompt(self, prompt):
-        return frame_messages([{"role": "user", "content": prompt}], self.template, self.system)
-
-    def _ids(self, parts):
-        """What `frame_messages` gives → ids, spans in the places of pictures."""
-        ids, follows = [], False
-        for part in parts:
-            if is_placeholder(part):
-                ids += self.dream if part == DREAM and self.create else []
-                ids += self.img if part == IMAGE or self.understand else []
-            elif isinstance(part, Special):
-                ids += self.tokenizer.special_ids(part)
-                continue
-            else:
-                ids += self.tokenizer.encode(part, follows=follows)
-            follows = True
-        return ids
+        """A picture to understand, and one to create from it."""
+        return make_sample([(self.bos + self.img + self.dream + self.eos, False)], [source], [target])
 
 
-def _sample(parts, images=(), images_dm=()):
-    """[(ids, whether they are learned), …] and the pictures of their spans as a Sample."""
-    tokens = np.array([i for ids, _ in parts for i in ids], np.int64)
-    labels = np.array([i if learned else IGNORED for ids, learned in parts for i in ids], np.int64)
-    return Sample(tokens, labels, list(images), list(images_dm))
+def make_sample(parts, images=(), images_dm=()):
+    """[(ids, whether they are learned), …] and the pictures of their spans → Sample."""
+    tokens, labels = [], []
+    for ids, learned in parts:
+        tokens += ids
+        labels += ids if learned else [IGNORED] * len(ids)
+    return Sample(np.array(tokens, np.int64), np.array(labels, np.int64), list(images), list(images_dm))
 
 
-def _common(a, b):
+def answer_span(before, after, whole):
+    """Where an answer stands among a conversation's ids `whole`: (start, end).
+
+    before, after: the ids of the conversation up to the answer, without and with it. They agree up to where the
+    answer starts; `after` and `whole` agree up to where it ends, as later turns may replace its end. With the
+    template "plain", which writes one </s> only, in words instead of tokens:
+
+        before   <s> Hi
+        after    <s> Hi \\n Yes? </s>
+        whole    <s> Hi \\n Yes? \\n Bye \\n So long </s>        → (2, 4): "\\n Yes?"
+    """
+    return common_prefix_length(before, after), common_prefix_length(after, whole)
+
+
+def common_prefix_length(a, b):
     """How many items two lists share at their beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
-# ---- emoji: what their names and categories say ----------------------------------------------------
+# ---- rows of emoji: what their names and categories say --------------------------------------------
 
 WHAT, CATEGORY, IS_IT = "What is this?", "Which category is it?", "Is it a {name}?"
 DRAW, SHOW = "Draw {name}.", "Show {category}."
 
 
 class EmojiTexts:
-    """Samples of one kind from emoji, with no labelling: they have a name, a category, and neighbours in order."""
+    """A source of rows of any kind, made from emoji: each has a name, a category, and neighbours in order."""
 
     path = "emoji"
 
     def __init__(self, emoji, kind):
-        self.emoji, self.kind = emoji, kind
-        self.shelves = collections.defaultdict(list)  # category → its items in order
+        self.emoji, self.kind = emoji, KINDS[kind]
+        self.by_category = collections.defaultdict(list)  # category → indices of its items, in order
+        self.index_in_category = []  # of each item
+        self.captions = collections.defaultdict(dict)  # category → its captions, each once, as keys
         for index, item in enumerate(emoji):
-            self.shelves[item.category].append(index)
-        self.places = {index: place for shelf in self.shelves.values() for place, index in enumerate(shelf)}
-        self.names = {c: list(dict.fromkeys(emoji[i].caption for i in s)) for c, s in self.shelves.items()}
+            self.index_in_category.append(len(self.by_category[item.category]))
+            self.by_category[item.category].append(index)
+            self.captions[item.category][item.caption] = None
 
     def __len__(self):
         return len(self.emoji)
@@ -318,28 +306,30 @@ class EmojiTexts:
         return Image.fromarray(item.image)
 
     def read(self, index, rng):
+        """The row of the item at `index`, what is random in it taken from `rng`."""
+        return self.kind.emoji(self, index, rng)
+
+    def pair(self, index, rng):
         item = self.emoji[index]
-        match self.kind:
-            case "document":
-                first, *rest = self.neighbours(index, rng)
-                pieces = [(f"{first.category.lower()}: {first.caption}", first)]
-                return Document(pieces + [(other.caption, other) for other in rest])
-            case "instructed":
-                pieces = [(other.caption, other) for other in self.neighbours(index, rng)]
-                return Document(pieces, SHOW.format(category=item.category.lower()))
-            case "conversation":
-                return self.exchange(index, rng)
-        return Pair(item.caption, item)
+        return Pair(item, item.caption)
 
-    def neighbours(self, index, rng):
-        """2 to 4 items in a row that stand in the same category, this one among them."""
-        shelf = self.shelves[self.emoji[index].category]
-        count = min(int(rng.integers(2, 5)), len(shelf))
-        start = min(self.places[index], len(shelf) - count)
-        return [self.emoji[i] for i in shelf[start : start + count]]
+    def picture(self, index, rng):
+        return Picture(self.emoji[index])
 
-    def exchange(self, index, rng):
-        """One question about this emoji, or the wish to have it drawn, and the answer."""
+    def document(self, index, rng):
+        """Neighbours and their names, after the name of their category."""
+        first, *others = self.neighbours(index, rng)
+        pieces = [(f"{first.category.lower()}: {first.caption}", first)]
+        pieces += [(item.caption, item) for item in others]
+        return Document(pieces)
+
+    def instructed(self, index, rng):
+        """Neighbours and their names, in answer to "Show …"."""
+        pieces = [(item.caption, item) for item in self.neighbours(index, rng)]
+        return Document(pieces, SHOW.format(category=self.emoji[index].category.lower()))
+
+    def conversation(self, index, rng):
+        """One question about this emoji and its answer, or the instruction to draw it."""
         item = self.emoji[index]
         match rng.integers(4):
             case 0:
@@ -353,21 +343,108 @@ class EmojiTexts:
         messages = [{"role": "user", "content": f"{IMAGE}\n{question}"}, {"role": "assistant", "content": answer}]
         return Conversation(messages, [item])
 
+    def neighbours(self, index, rng):
+        """2 to 4 items in a row of the same category, this one among them."""
+        indices = self.by_category[self.emoji[index].category]
+        count = min(int(rng.integers(2, 5)), len(indices))
+        start = min(self.index_in_category[index], len(indices) - count)
+        return [self.emoji[i] for i in indices[start : start + count]]
+
     def yes_or_no(self, index, rng):
-        """("Is it a …?", "yes" or "no"), as often one as the other; every second wrong name is of its category."""
+        """("Is it a …?", "yes" or "no"), each half of the time; half of the wrong names are of its category."""
         item = self.emoji[index]
         if rng.random() < 0.5:
             return IS_IT.format(name=item.caption), "yes"
-        near = [name for name in self.names[item.category] if name != item.caption]
-        far = [name for c, names in self.names.items() if c != item.category for name in names if name != item.caption]
-        names = (near or far) if rng.random() < 0.5 else (far or near)
+        same, other = [], []  # wrong names of its category, and of the others
+        for category, captions in self.captions.items():
+            names = same if category == item.category else other
+            names += [name for name in captions if name != item.caption]
+        names = (same or other) if rng.random() < 0.5 else (other or same)
         return IS_IT.format(name=names[int(rng.integers(len(names)))]), "no"
 
 
-# ---- folders and tars of captioned pictures --------------------------------------------------------
+# ---- kinds of samples, and the settings ----------------------------------------------------------------
 
 
-# ---- rows in JSON ------------------------------------------------------------------------------------
+def _as_it_is(row):
+    return row
+
+
+def _without_prompt(document):
+    return Document(document.pieces)
+
+
+def _with_prompt(document):
+    if document.prompt is None:
+        raise ValueError('it has no "instruction"')
+    return document
+
+
+def _picture_alone(row):
+    return Picture(row.picture)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of sample. A new one is a line of KINDS; if it needs a new class of rows, a case of Writer.write too."""
+
+    name: str
+    about: str  # what it is, in a line
+    row: type  # the class of JSON rows that it is made from; Picture or Pair: folders and tars serve too
+    emoji: Callable  # (EmojiTexts, index, rng) → such a row of emoji
+    convert: Callable = _as_it_is  # a JSON row → the row to be written; a ValueError says what it lacks
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("pair", "picture and caption: to understand or to create it, at random", Pair, EmojiTexts.pair),
+        Kind("document", "texts with pictures between them", Document, EmojiTexts.document, _without_prompt),
+        Kind("instructed", "the same, in answer to an instruction", Document, EmojiTexts.instructed, _with_prompt),
+        Kind("conversation", "questions and answers, with pictures", Conversation, EmojiTexts.conversation),
+        Kind("image", "a picture, to be created again", Picture, EmojiTexts.picture, _picture_alone),
+    )
+}
+
+
+@dataclass(frozen=True)
+class DocumentSource:
+    """One [[data.sources]] table of a DreamLLM's configuration."""
+
+    path: str = "emoji"  # "emoji", a folder, WebDataset .tar, or rows in .jsonl or .json (a shell pattern names many)
+    kind: str = "pair"  # which sample: a key of KINDS
+    weight: float = 1.0  # share of the samples that are taken from it
+    images: str = ""  # the folder of the pictures that rows name; empty: the one that the rows lie in
+    understand: bool = True  # whether the model learns to understand its pictures …
+    create: bool = True  # … and to create them
+    move: bool = False  # of emoji: those to understand are each time a little turned, shrunk and shifted, on white
+
+    def __post_init__(self):
+        one_of(self, KINDS, "kind")
+        within(self, 0, 1e9, "weight")
+        if self.move and self.path != "emoji":
+            raise ValueError(f'move = true is for path = "emoji" only, not for {self.path}')
+        if not (self.understand or self.create):
+            raise ValueError("understand and create are both false: nothing is left to learn")
+
+
+@dataclass(frozen=True)
+class DocumentSettings:
+    """The [data] section of a DreamLLM's configuration."""
+
+    sources: tuple[DocumentSource, ...] = ()
+    text_tokenizer: str = ""  # "bytes", or a folder with a tokenizer's files; empty: the language model's, or init's
+    template: str = "vicuna"  # how questions and answers are framed: a key of tokenizer.TEMPLATES
+    system: str | None = None  # what the template says before the first question; absent: its usual text
+    held_out_fraction: float = 0.02  # of files, by hash of a picture's name; emoji have their own split
+    workers: int = 2  # threads that prepare batches
+
+    def __post_init__(self):
+        one_of(self, TEMPLATES, "template")
+        fraction(self, "held_out_fraction")
+        within(self, 1, 1024, "workers")
+        if self.sources and not any(source.weight for source in self.sources):
+            raise ValueError("sources: every weight is 0, so that there is nothing to read")
 
 
 # ---- batches -------------------------------------------------------------------------------------------
@@ -375,133 +452,127 @@ class EmojiTexts:
 
 def clip_view(picture, side):
     """A Pillow image as CLIP sees it, (side, side, 3) uint8: what clip.preprocess does, before it normalises."""
-    return _square(picture, side, Image.Resampling.BICUBIC, math.floor)
+    return np.asarray(square(picture, side))
 
 
 def draw_view(picture, side):
     """A Pillow image as it is to be drawn, (side, side, 3) uint8: torchvision's Resize and CenterCrop."""
-    return _square(picture, side, Image.Resampling.BILINEAR, round)
+    return np.asarray(square(picture, side, Image.Resampling.BILINEAR, round))
 
 
-def _square(picture, side, resample, whole):
-    """Shorter side to `side`, the middle cut out; where it lies half a pixel off, the two differ."""
-    width, height = picture.size
-    short = min(width, height)
-    picture = picture.resize((side * width // short, side * height // short), resample)
-    left, top = whole((picture.width - side) / 2), whole((picture.height - side) / 2)
-    return np.asarray(picture.crop((left, top, left + side, top + side)))
-
-
-MOST_SKIPPED = 1000  # rows one after the other: then it is not a few that are broken
+MOST_SKIPPED = 1000  # unusable rows in a row: more than a few broken ones, so that training stops
 
 
 class DocumentRows:
     """Samples of all sources, mixed by weight, as batches.
 
-    A batch is of one source: its samples are of like length, so that little is spent on padding. An epoch has
-    about as many samples as there are rows; source i gives the share wᵢ / Σw of its batches, taken onward from
-    its own endless passes, each in a new order. What cannot be used (a row, its picture, a text that is
-    too long) is named once, counted in `skipped`, and replaced by the next row of its source.
+    A batch is of one source: its samples are of similar length, so that little is spent on padding. An epoch has
+    about as many samples as there are rows; source i gives the share wᵢ / Σw of its batches. Each source is read in
+    endless passes, each pass in a new order, and the next epoch goes on where this one stopped. What cannot be used
+    (a row, its picture, a text that is too long) is named once, counted in `skipped`, and replaced by the next row of
+    its source.
     """
 
     def __init__(self, settings, writer, clip_side, draw_side, batch_size, seed, split="train"):
         if not settings.sources:
             raise UserError("nothing to read: the configuration has no [[data.sources]]")
-        self.batch_size, self.seed, self.clip_side, self.draw_side = batch_size, seed, clip_side, draw_side
-        self.pad, self.skipped, self.reported = writer.pad, 0, set()
+        self.batch_size, self.seed, self.pad = batch_size, seed, writer.pad
+        self.clip_side, self.draw_side = clip_side, draw_side
+        self.skipped, self.reported = 0, set()
         tables = [table for table in settings.sources if table.weight]
-        self.writers = [writer.only(table.understand, table.create) for table in tables]
-        opened = functools.cache(lambda path: open_source(path, None, split, settings.held_out_fraction))
-        self.sources = [self._open(table, opened, split, settings.held_out_fraction) for table in tables]
+        self.writers = [writer.restricted_to(table.understand, table.create) for table in tables]
         self.moves = [table.move and split == "train" for table in tables]
-        total, weights = sum(map(len, self.sources)), [table.weight for table in tables]
-        batches = [max(1, round(total * weight / sum(weights) / batch_size)) for weight in weights]
-        self.take = [count * batch_size for count in batches]  # samples of each source in an epoch
+        share = settings.held_out_fraction
+        opened = functools.cache(lambda path: open_source(path, None, split, share))
+        self.sources = [self._open(table, opened, split, share) for table in tables]
+        rows = sum(len(source) for source in self.sources)
+        total_weight = sum(table.weight for table in tables)
+        self.samples_per_epoch = []  # of each source
+        for table in tables:
+            batches = max(1, round(rows * table.weight / total_weight / batch_size))
+            self.samples_per_epoch.append(batches * batch_size)
         self._epoch = functools.lru_cache(2)(self._permute)
 
     def _open(self, table, opened, split, held_out_fraction):
+        """A [[data.sources]] table → a source of rows."""
+        kind = KINDS[table.kind]
         if table.path == "emoji":
             return EmojiTexts(opened("emoji"), table.kind)
         if table.path.endswith((".jsonl", ".json")):
             if split not in ("train", "held_out"):
                 raise UserError(f'{table.path}: it has no split "{split}": train or held_out')
-            return JsonRows(table.path, table.kind, table.images, split, held_out_fraction, self._skip)
-        return FilePairs(opened(table.path), table.kind)
+            return JsonRows(table.path, kind, table.images, split, held_out_fraction, self._skip)
+        if kind.row not in (Pair, Picture):
+            raise UserError(f'{table.path}: kind "{kind.name}" needs rows in a .jsonl or .json file')
+        return FilePairs(opened(table.path), captions=kind.row is Pair)
 
     def __len__(self):
         """Samples in an epoch."""
-        return sum(self.take)
+        return sum(self.samples_per_epoch)
 
     def batch(self, number, rows):
         """Rows `rows` (a range within range(batch_size)) of batch `number`, from their numbers only.
 
-        tokens, labels   (rows, T) int64, on the right filled up with [PAD] and -100
-        images           (N, clip_side, clip_side, 3) uint8: all pictures to look at, in reading order
-        images_dm        (M, draw_side, draw_side, 3) uint8: all pictures to draw; N and M may be 0
+        tokens, labels   (rows, T) int64, on the right filled up with [PAD] and IGNORED
+        images           (N, clip_side, clip_side, 3) uint8: all pictures to understand, in reading order
+        images_dm        (M, draw_side, draw_side, 3) uint8: all pictures to create; N and M may be 0
         """
         samples = [self.sample(number * self.batch_size + row) for row in rows]
         length = max(len(sample.tokens) for sample in samples)
         tokens = np.full((len(samples), length), self.pad)
         labels = np.full((len(samples), length), IGNORED)
+        images, images_dm = [], []
         for i, sample in enumerate(samples):
-            tokens[i, : len(sample.tokens)], labels[i, : len(sample.labels)] = sample.tokens, sample.labels
-        images = [clip_view(picture, self.clip_side) for sample in samples for picture in sample.images]
-        drawn = [draw_view(picture, self.draw_side) for sample in samples for picture in sample.images_dm]
+            tokens[i, : len(sample.tokens)] = sample.tokens
+            labels[i, : len(sample.labels)] = sample.labels
+            images += [clip_view(picture, self.clip_side) for picture in sample.images]
+            images_dm += [draw_view(picture, self.draw_side) for picture in sample.images_dm]
         return {
             "tokens": tokens,
             "labels": labels,
             "images": np.array(images, np.uint8).reshape(-1, self.clip_side, self.clip_side, 3),
-            "images_dm": np.array(drawn, np.uint8).reshape(-1, self.draw_side, self.draw_side, 3),
+            "images_dm": np.array(images_dm, np.uint8).reshape(-1, self.draw_side, self.draw_side, 3),
         }
 
     def sample(self, position):
-        """The Sample at one position of the endless sequence of epochs, its pictures opened."""
-        epoch, place = divmod(position, len(self))
-        which, index = self._epoch(epoch)[place].tolist()
+        """The Sample at one position of the endless sequence of epochs, its pictures opened as Pillow images."""
+        epoch, index_in_epoch = divmod(position, len(self))
+        which, index = self._epoch(epoch)[index_in_epoch].tolist()
         source = self.sources[which]
         for step in range(min(len(source), MOST_SKIPPED)):
             row = (index + step) % len(source)
             try:
-                return self._write(which, row, np.random.default_rng((self.seed, position, 7)))
+                return self._make_sample(which, row, np.random.default_rng((self.seed, position, 7)))
             except (UserError, ValueError, OSError) as error:
                 where, reason = source.where(row), str(error)
                 self._skip(reason if reason.startswith(where) else f"{where}: {reason}")
         raise UserError(f"{source.path}: not one of {step + 1} rows can be used; the last: {reason}")
 
-    def _write(self, which, row, rng):
-        source, writer = self.sources[which], self.writers[which]
-        coin = rng.random()
-        match source.read(row, rng):
-            case Pair(picture=picture) if source.kind == "image":
-                sample = writer.image_to_image(picture, picture)
-            case Pair(caption, picture):
-                sample = writer.pair(caption, picture, coin)
-            case Document(pieces, prompt):
-                sample = writer.document(pieces, prompt)
-            case Conversation(messages, pictures):
-                sample = writer.conversation(messages, pictures)
-        wanted = {id(picture): picture for picture in sample.images + sample.images_dm}  # most are in both
-        opened = {key: source.open(picture) for key, picture in wanted.items()}
-        images, images_dm = ([opened[id(p)] for p in pictures] for pictures in (sample.images, sample.images_dm))
+    def _make_sample(self, which, row, rng):
+        """Row `row` of source `which` as a Sample; the pictures that the writer has kept are opened, each once."""
+        source = self.sources[which]
+        uniform = rng.random()
+        written = self.writers[which].write(source.read(row, rng), uniform)
+        opened = {}  # most pictures are both to understand and to create
+        for picture in written.images + written.images_dm:
+            if id(picture) not in opened:
+                opened[id(picture)] = source.open(picture)
+        images = [opened[id(picture)] for picture in written.images]
+        images_dm = [opened[id(picture)] for picture in written.images_dm]
         if self.moves[which]:
             images = [Image.fromarray(jitter(np.asarray(picture), rng)) for picture in images]
-        return Sample(sample.tokens, sample.labels, images, images_dm)
+        return Sample(written.tokens, written.labels, images, images_dm)
 
     def _permute(self, epoch):
         """(samples, 2): source and row of each sample of an epoch."""
-        picked = np.concatenate([self._onward(i, epoch * take, take) for i, take in enumerate(self.take)])
+        picked = np.concatenate([self._take(which, epoch) for which in range(len(self.sources))])
         batches = picked.reshape(-1, self.batch_size, 2)
         return np.random.default_rng((self.seed, epoch, 8)).permutation(batches).reshape(-1, 2)
 
-    def _onward(self, which, start, count):
-        """`count` rows of one source, from place `start` of its endless stream of passes: (count, 2)."""
-        size, picked = len(self.sources[which]), []
-        while count:
-            number, place = divmod(start, size)
-            order = np.random.default_rng((self.seed, number, which, 9)).permutation(size)[place : place + count]
-            picked.append(order)
-            start, count = start + len(order), count - len(order)
-        rows = np.concatenate(picked)
+    def _take(self, which, epoch):
+        """The rows that one source gives to an epoch, from its endless stream of passes: (samples, 2)."""
+        count = self.samples_per_epoch[which]
+        rows = shuffled((self.seed, which, 9), len(self.sources[which]), epoch * count, count)
         return np.stack([np.full_like(rows, which), rows], axis=1)
 
     def _skip(self, reason):
@@ -509,6 +580,3 @@ class DocumentRows:
             self.reported.add(reason)
             self.skipped += 1
             warn(f"skipped {reason}")
-
-
-# ---- python prepare.py check --------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from data import KINDS, DataSettings, _open_sentences, count_sentences, decode_r
 from support import settings
 from support.checkpoint import atomic_file, out_file, out_folder
 from support.pictures import SUFFIXES, save_grid
+from support.rows import FilePairs, json_rows, open_picture, read_row
 from support.settings import UserError
-from support.sources import SPLITS, FilePairs, json_rows, open_picture, open_source, read_row, read_texts
+from support.sources import SPLITS, open_source, read_texts
 from support.tokenizer import Tokenizer, train_bpe, write_merges
 from vqgan import VQGAN
 
@@ -297,7 +298,7 @@ def what_is_wrong(folder, name):
 def _check_pictures(path):
     wrong = []
     report = lambda text: wrong.append(text.removeprefix("skipped "))  # noqa: E731
-    pairs = FilePairs(open_source(path, None, "train", 0, report), "pair")
+    pairs = FilePairs(open_source(path, None, "train", 0, report))
     for index in range(len(pairs)):
         try:
             pairs.open(pairs.read(index, None).picture)

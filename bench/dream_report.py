@@ -47,10 +47,11 @@ from diffusion import LatentDiffusion
 from documents import CATEGORY, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
 from dreamllm import DreamLLM, merge_texts
 from lvm import run_data
-from sample import save_page
 from support import checkpoint, settings
+from support.pages import save_page
 from support.pictures import save_grid
-from support.sources import IMAGE, open_source
+from support.rows import IMAGE
+from support.sources import open_source
 
 SEED = 0
 SHOWN = 6  # names of each kind in drawn.png

@@ -21,9 +21,10 @@ from safetensors.numpy import load_file
 import documents
 import prepare
 from documents import IGNORED, DocumentRows, DocumentSettings, DocumentSource, Writer, chat_parts
-from support import sources
+from support import rows as formats
+from support import settings, sources
+from support.rows import read_row
 from support.settings import UserError
-from support.sources import read_row
 from support.tokenizer import ADDED, BOS, EOS, Special, Tokenizer
 
 DREAMLLM = GOLDEN / "dreamllm"
@@ -82,10 +83,7 @@ def write(writer, case):
         return writer.pair(source["text"], "picture", case["np_random_rand"])
     if "images" in source:
         return writer.image_to_image("picture", "picture")
-    _, said = read_row(json.dumps(source))
-    if "conversations" in source:
-        return writer.conversation(said.messages, said.pictures)
-    return writer.document(said.pieces, said.prompt)
+    return writer.write(read_row(json.dumps(source))[1], case.get("np_random_rand"))
 
 
 # ---- the original's sequences --------------------------------------------------------------------
@@ -219,9 +217,9 @@ def test_pictures_come_in_the_order_of_their_spans():
     ]
     sample = writer.conversation(said, ["a", "b", "c", "d"])
     assert (sample.images, sample.images_dm) == (["a", "b", "c", "d"], ["c"])
-    sample = writer.only(True, False).conversation(said, ["a", "b", "c", "d"])
+    sample = writer.restricted_to(True, False).conversation(said, ["a", "b", "c", "d"])
     assert (sample.images, sample.images_dm) == (["a", "b", "c", "d"], [])
-    sample = writer.only(False, True).conversation(said, ["a", "b", "c", "d"])
+    sample = writer.restricted_to(False, True).conversation(said, ["a", "b", "c", "d"])
     assert (sample.images, sample.images_dm) == (["a", "b", "d"], ["c"])
     sample = writer.document([("1", "a"), ("2", "b")])
     assert (sample.images, sample.images_dm) == (["a", "b"], ["a", "b"])
@@ -373,7 +371,7 @@ def test_the_readmes_examples_are_rows(tmp_path):
     forms = []
     for block in re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         (tmp_path / "rows.json").write_text(block)
-        forms.append({read_row(raw)[0] for _, _, raw in sources.json_rows(tmp_path / "rows.json")})
+        forms.append({read_row(raw)[0] for _, _, raw in formats.json_rows(tmp_path / "rows.json")})
     assert forms == [{"captions"}, {"MMC4"}, {"OBELICS"}, {"LLaVA"}]
 
 
@@ -397,18 +395,18 @@ def turn(role, text):
         ({"text_list": ["a"], "image_info": [{}]}, "image_info[0].image_name is null, not a text"),
         (
             {"text_list": ["a"], "image_info": [{"image_name": "x", "matched_text_index": -1}]},
-            "image_info[0].matched_text_index -1 points at none of the 1 texts",
+            "image_info[0].matched_text_index -1 is not the index of one of the 1 texts",
         ),
         (
             {"text_list": ["a"], "image_info": [{"image_name": "x", "matched_text_index": True}]},
             "image_info[0].matched_text_index is true, not a whole number",
         ),
         ({"images": ["x"], "texts": []}, "1 images but 0 texts"),
-        ({"images": ["x"], "texts": ["a"]}, "images[0] and texts[0] are both there"),
+        ({"images": ["x"], "texts": ["a"]}, "images[0] and texts[0] are both set"),
         ({"conversations": [turn("bot", "a")]}, 'conversations[0].from is "bot": one of human, gpt'),
         ({"conversations": [turn("human", 1)]}, "conversations[0].value is 1, not a text"),
         ({"conversations": [turn("gpt", "a")]}, "message 1 is of the assistant: user and assistant must take turns"),
-        ({"conversations": [turn("human", "a")]}, "nobody answers in it"),
+        ({"conversations": [turn("human", "a")]}, "it has no answer"),
         ({"conversations": []}, "a conversation needs a message"),
         (
             {"image": "x.png", "conversations": [turn("human", "a"), turn("gpt", "b")]},
@@ -522,7 +520,7 @@ def test_letters_beyond_ascii_do_not_move_the_rows_of_a_list(tmp_path):
     """A list is cut by bytes: names and texts with é, 日 and 🎉 before a row shift nothing."""
     rows = [{"image": f"é{i}.png", "caption": "日本🎉" * i} for i in range(1, 4)]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
-    found = list(sources.json_rows(str(tmp_path / "rows.json")))
+    found = list(formats.json_rows(str(tmp_path / "rows.json")))
     assert [json.loads(raw) for _, _, raw in found] == rows
     assert [line for line, _, _ in found] == [2, 6, 10]
     text = (tmp_path / "rows.json").read_bytes()
@@ -572,6 +570,15 @@ def test_a_captionless_picture_of_a_folder_is_named_and_replaced(folder, capsys)
     assert f"skipped {folder}/pictures/3.png: it has no caption\n" == capsys.readouterr().err and rows.skipped == 1
 
 
+def test_an_instruction_that_shows_a_picture_is_named_and_replaced(folder, capsys):
+    """No format gives a picture for it: its span would stand there without one."""
+    file = folder / "instructed.jsonl"
+    file.write_text(file.read_text().replace("Show a number.", "Show <image>.", 1))
+    rows = rows_of(file, "instructed", images=str(folder / "pictures"))
+    assert all(spans_are_whole(rows.writers[0], rows.sample(i)) for i in range(10))
+    assert f"{file}:1: 1 × <image> or <dream> in its texts, but 0 pictures" in capsys.readouterr().err
+
+
 def test_a_text_too_long_for_the_context_is_named_and_replaced(tmp_path, capsys):
     rows = [{"text_list": ["x" * (2000 if i else 10)], "image_info": []} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -583,8 +590,8 @@ def test_a_text_too_long_for_the_context_is_named_and_replaced(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("file", "kind", "says"),
     [
-        ("mmc4.jsonl", "pair", 'no row in it serves for kind "pair"'),
-        ("mmc4.jsonl", "instructed", 'no row in it serves for kind "instructed"'),
+        ("mmc4.jsonl", "pair", 'no row in it can be used for kind "pair"'),
+        ("mmc4.jsonl", "instructed", 'no row in it can be used for kind "instructed"'),
         ("pictures", "document", 'kind "document" needs rows in a .jsonl or .json file'),
         ("absent.jsonl", "pair", "absent.jsonl: No such file or directory"),
         ("absent", "pair", "no such folder or .tar file"),
@@ -598,19 +605,45 @@ def test_a_source_that_cannot_serve_is_refused_in_one_line(folder, file, kind, s
 
 
 def test_settings_refuse_what_does_not_fit_together():
-    for table, says in (
-        ({"kind": "dokument"}, 'unknown kind "dokument"'),
-        ({"weight": -1.0}, "weight must be at least 0"),
-        ({"understand": False, "create": False}, "teach nothing"),
+    for values, message in (
+        ({"kind": "dokument"}, 'kind "dokument" must be one of pair, .*; did you mean document?'),
+        ({"understand": False, "create": False}, "understand and create are both false"),
+        ({"path": "photos", "move": True}, 'move = true is for path = "emoji" only, not for photos'),
     ):
-        with pytest.raises(ValueError, match=says):
-            DocumentSource(**table)
-    with pytest.raises(ValueError, match="every source has weight 0"):
-        DocumentSettings(sources=(DocumentSource(weight=0.0),))
-    with pytest.raises(ValueError, match='unknown template "vicunja"'):
-        DocumentSettings(template="vicunja")
+        with pytest.raises(UserError, match=rf"\[data.sources\[0\]\] {message}"):
+            settings.build(DocumentSettings, {"sources": [values]}, "data")
+    with pytest.raises(UserError, match="every weight is 0"):
+        settings.build(DocumentSettings, {"sources": [{"weight": 0}]}, "data")
+    with pytest.raises(UserError, match=r'\[data\] template "vicunja" must be one of .*; did you mean vicuna?'):
+        settings.build(DocumentSettings, {"template": "vicunja"}, "data")
     with pytest.raises(UserError, match="leave nothing of what the stage is to learn"):
-        byte_writer(create=False).only(False, True)
+        byte_writer(create=False).restricted_to(False, True)
+
+
+WRONG = (None, 0, -1, 2**31, 2**64, 1e308, float("nan"), float("inf"), "x", [], [1], {}, True)
+
+
+@pytest.mark.parametrize("key", settings.known_keys(DocumentSource))
+def test_any_wrong_value_of_a_source_is_one_line(key, folder):
+    """Each is refused, or is a setting with which a batch can be made or refused."""
+    good = {"path": str(folder / "captions.jsonl"), "images": str(folder / "pictures")}
+    for value in WRONG:
+        try:
+            data = settings.build(DocumentSettings, {"sources": [good, good | {key: value}]}, "data")
+            DocumentRows(data, byte_writer(), 8, 4, 5, 0).batch(0, range(5))
+        except UserError as error:
+            assert key in str(error) or key == "path", (value, str(error))
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("key", settings.known_keys(DocumentSettings))
+def test_any_wrong_value_of_the_data_section_is_one_line(key):
+    for value in WRONG:
+        try:
+            data = settings.build(DocumentSettings, {"sources": [{}]} | {key: value}, "data")
+            assert 1 <= data.workers <= 1024 and 0 <= data.held_out_fraction < 1
+        except UserError as error:
+            assert key in str(error) and "\n" not in str(error), (value, str(error))
 
 
 # ---- python prepare.py check -------------------------------------------------------------------------------------
@@ -689,8 +722,8 @@ def test_an_address_is_no_picture(folder, program):
 
 def test_a_picture_thin_as_a_line_is_refused(folder):
     (folder / "pictures" / "0.png").write_bytes(png(0, (1, 500)))
-    with pytest.raises(ValueError, match="500×1 pixels are a line, not a picture"):
-        sources.open_picture(folder / "pictures", "0.png")
+    with pytest.raises(ValueError, match="of its 500×1 pixels one side is over 100 times the other"):
+        formats.open_picture(folder / "pictures", "0.png")
 
 
 # ---- emoji -----------------------------------------------------------------------------------------------------
@@ -712,11 +745,11 @@ def test_emoji_give_every_kind_and_only_from_their_split(kind, emoji):
     for index in range(0, len(texts), 5):
         said = texts.read(index, np.random.default_rng(index))
         assert {picture.name for picture in said.pictures} <= {item.name for item in texts.emoji}
-        if isinstance(said, sources.Conversation):
+        if isinstance(said, formats.Conversation):
             question = said.messages[0]["content"]
             if "Is it a " in question:
                 assert question.split("Is it a ")[1].removesuffix("?") in own
-        elif isinstance(said, sources.Document) and kind != "conversation":
+        elif isinstance(said, formats.Document) and kind != "conversation":
             assert not {text.split(": ")[-1] for text, _ in said.pieces} & (train - own)
 
 
@@ -732,7 +765,7 @@ def test_an_emoji_document_is_neighbours_of_one_category(emoji):
             f"{category.lower()}: {items[0].caption}",
             *(item.caption for item in items[1:]),
         ]
-        places = [texts.places[i] for i in range(len(texts)) if texts.emoji[i] in items]
+        places = [texts.index_in_category[i] for i in range(len(texts)) if texts.emoji[i] in items]
         assert np.diff(places).tolist() == [1] * (len(items) - 1)
     assert lengths <= {1, 2, 3, 4} and {2, 3, 4} <= lengths
 
@@ -749,7 +782,7 @@ def test_questions_about_emoji_have_true_answers_half_of_them_yes(emoji):
     for number in range(600):
         index = number % len(texts)
         item, said = texts.emoji[index], texts.read(index, np.random.default_rng(number))
-        if isinstance(said, sources.Document):
+        if isinstance(said, formats.Document):
             assert (said.prompt, said.pieces) == (f"Draw {item.caption}.", [("", item)])
             seen["draw"] = seen.get("draw", 0) + 1
             continue
@@ -765,7 +798,7 @@ def test_questions_about_emoji_have_true_answers_half_of_them_yes(emoji):
             assert answer == ("yes" if name == item.caption else "no")
             answers.append(answer)
             if answer == "no":
-                near.append(name in texts.names[item.category])
+                near.append(name in texts.captions[item.category])
             question = "yes or no"
         seen[question] = seen.get(question, 0) + 1
     assert len(seen) == 4 and min(seen.values()) > 110
