@@ -1,8 +1,8 @@
 """VQGAN: a picture as a short grid of codes, and back.
 
 A convolutional encoder makes a small grid of vectors; each is replaced by the nearest of K learned
-vectors (its *code* is that vector's number); a decoder paints the picture again from the codes. So a
-picture becomes a sentence of h·w words from a vocabulary of K, which is all a language model needs.
+vectors (its *code* is that vector's number); a decoder paints the picture again from the codes. So
+a picture becomes a sequence of h·w tokens from a vocabulary of K: all that a language model needs.
 
     images (B, 3, H, W) in [0, 1]
       │ encoder          (B, z, h, w)      h = H / (fold · 2^(levels-1)), w likewise
@@ -16,16 +16,15 @@ Three published architectures are made of one set of blocks; `VQGANConfig.layout
     muse      openMUSE `VQGANModel`, the tokenizer of LVM
     maskgit   openMUSE `MaskGitVQGAN` f16-256 (bias-free, average pooling, a quirk in its shortcut)
     taming    CompVis `VQModel` (attention; pixels in [-1, 1] inside)
-Attributes bear the names of the published files, so a checkpoint's keys can be read beside the code.
+Attributes bear the names of the published files: a checkpoint's keys can be read beside the code.
+
+    symbol  B batch   H, W pixels   h, w codes   K num_embeddings   D quantized_embed_dim
+            z z_channels   i, o, c channels in, out, both
 
 Training losses: van den Oord et al. 2017 (eq. 3), Esser et al. 2021 (eqs. 4-7), Chang et al. 2022.
-Read before: data.py. Read next: model.py, which continues the sentences.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,10 +32,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+import published.vqgan
 from support import checkpoint, settings
 from support.settings import UserError
-
-CLASS_NAMES = {"muse": "VQGANModel", "maskgit": "MaskGitVQGAN", "taming": "VQModel"}  # in config.json
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class VQGANConfig:
     """
 
     layout: str = "muse"
-    resolution: int = 256  # decides where attention stands; pictures of other sizes work too
+    resolution: int = 256  # decides which levels have attention; pictures of other sizes work too
     num_channels: int = 3
     hidden_channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 2, 4, 6)  # width of each level / hidden_channels
@@ -58,21 +56,27 @@ class VQGANConfig:
     num_embeddings: int = 8192  # K
     quantized_embed_dim: int = 64  # D
     commitment_cost: float = 0.25  # β
-    fold: int = 1  # fold×fold pixels become channels first: full-resolution convolutions are what costs
+    fold: int = 1  # fold×fold pixels become channels first: the first level takes most of the time
 
     def __post_init__(self):
-        if self.layout not in CLASS_NAMES:
-            raise ValueError(f'layout "{self.layout}" must be one of {", ".join(CLASS_NAMES)}')
-        sizes = ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels", "fold")
-        for name in (*sizes, "num_embeddings", "quantized_embed_dim"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1 and less than 2³¹")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"channel_mult {list(self.channel_mult)} must name a width ≥ 1 for each level")
+        settings.one_of(self, tuple(published.vqgan.CLASS_NAMES), "layout")
+        settings.within(self, 1, 2**14, "resolution", "attn_resolutions")
+        settings.within(self, 1, 2**16, "hidden_channels", "channel_mult")
+        settings.within(self, 1, 2**16, "z_channels", "quantized_embed_dim")
+        settings.within(self, 1, 2**20, "num_embeddings")
+        settings.within(self, 1, 100, "num_res_blocks")
+        settings.within(self, 1, 64, "num_channels", "fold")
+        settings.at_least(self, 0, "commitment_cost")
+        if not 1 <= len(self.channel_mult) <= 10:
+            raise ValueError(f"channel_mult {list(self.channel_mult)} must have 1 to 10 levels")
+        if self.hidden_channels * max(self.channel_mult) > 2**16:
+            raise ValueError("hidden_channels · channel_mult must be at most 65536 at every level")
         if self.hidden_channels % 32:
-            raise ValueError(f"hidden_channels {self.hidden_channels} must be a multiple of 32 (GroupNorm)")
+            width = self.hidden_channels
+            raise ValueError(f"hidden_channels {width} must be a multiple of 32 (GroupNorm)")
         if self.resolution % self.factor:
-            raise ValueError(f"resolution {self.resolution} must be a multiple of {self.factor} (fold · downsampling)")
+            factor = f"{self.factor} (fold · downsampling)"
+            raise ValueError(f"resolution {self.resolution} must be a multiple of {factor}")
         if self.layout == "maskgit" and self.z_channels != self.quantized_embed_dim:
             raise ValueError("layout maskgit has no quant_conv: z_channels must equal quantized_embed_dim")
 
@@ -127,6 +131,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, c, h, w) → (B, c, h/2, w/2)."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -136,6 +142,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, c, h, w) → (B, c, 2h, 2w)."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -145,7 +153,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks at one resolution, with attention after each where the config places it."""
+    """(B, i, h, w) → (B, o, h, w): residual blocks, at some levels each with attention after it."""
 
     def __init__(self, i, o, blocks, attention, layout):
         super().__init__()
@@ -163,7 +171,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention (or none), residual block at the smallest resolution."""
+    """(B, c, h, w) → the same: residual block, attention (or none), residual block."""
 
     def __init__(self, channels, attention, layout):
         super().__init__()
@@ -180,8 +188,8 @@ class Middle(nn.Module):
 
 
 def middle(channels, c):
-    if c.layout == "maskgit":  # two blocks named 0 and 1, never attention
-        return nn.Sequential(*(ResBlock(channels, channels, c.layout) for _ in range(2)))
+    if c.layout == "maskgit":  # blocks named 0, 1, …, never attention
+        return nn.Sequential(*(ResBlock(channels, channels, c.layout) for _ in range(c.num_res_blocks)))
     return Middle(channels, not c.no_attn_mid_block, c.layout)
 
 
@@ -298,7 +306,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive_dead_codes(self, dead, z, generator=None):
-        """Moves each dead entry (`dead` (K,) bool) onto a random vector of z (B, D, h, w). → which were moved.
+        """Moves each dead entry (dead (K,) bool) to a random vector of z (B, D, h, w) → their indices.
 
         An entry nothing is nearest to gets no gradient and would stay dead for good.
         """
@@ -368,72 +376,18 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu"):
-        """A VQGAN from a run of ours, an openMUSE folder, or taming's (a Lightning .ckpt with its .yaml).
+        """A VQGAN from a run of ours, openMUSE's folder, or taming's (a .ckpt and its .yaml).
 
-        dtype None: as stored. `path` may also be the weight file in such a folder. Of a .ckpt, the entries
-        `loss.*` (the discriminator and LPIPS) are left out.
+        `path` may also be the weight file in such a folder. dtype None: as stored.
         """
-        path = checkpoint.weights_folder(path)
-        folder = path if path.is_dir() else path.parent
-        ckpts = [path] if path.suffix == ".ckpt" else sorted(folder.glob("*.ckpt"))
-        if ckpts:
-            if len(ckpts) > 1:
-                raise UserError(f"{folder}: {len(ckpts)} .ckpt files: name one of them")
-            path = ckpts[0]
-            config = config_from_yaml(folder)
-        else:
-            config = config_from_json(folder / "config.json")
-        with torch.device("meta"):
-            model = cls(config)
-        tensors = {k: v for k, v in checkpoint.read_tensors(path).items() if not k.startswith("loss.")}
-        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
+        checkpoint.expect(path, "a VQGAN")
+        fields, tensors, file = published.vqgan.read(path)
+        config = settings.build(VQGANConfig, fields)
+        return checkpoint.load(cls, config, tensors, file, dtype, device)
 
     def save_pretrained(self, path):
-        """Writes config.json, model.safetensors and pytorch_model.bin (openMUSE reads the latter)."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.asdict(self.config)
-        config = {"_class_name": CLASS_NAMES[config.pop("layout")], "_version": "0.0.1"} | config
-        config |= {"dropout": 0.0, "resample_with_conv": True}
-        checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-        checkpoint.write_tensors(path / "model.safetensors", self.state_dict())
-        checkpoint.write_bin(path / "pytorch_model.bin", self.state_dict())
-
-
-def config_from_json(path):
-    """openMUSE's config.json as a VQGANConfig; what it leaves out has that class's default."""
-    saved = checkpoint.read_json(path)
-    layouts = {name: layout for layout, name in CLASS_NAMES.items()}
-    if not isinstance(saved, dict) or saved.get("_class_name") not in layouts:
-        raise UserError(f"{path}: _class_name is not one of {', '.join(layouts)}")
-    fields = {f.name: saved[f.name] for f in dataclasses.fields(VQGANConfig) if f.name in saved}
-    return settings.build(VQGANConfig, fields | {"layout": layouts[saved["_class_name"]]}, str(path))
-
-
-def config_from_yaml(folder):
-    """taming's configuration, the one .yaml file of `folder`, as a VQGANConfig."""
-    files = [file for pattern in ("*.yaml", "*.yml") for file in sorted(folder.glob(pattern))]
-    if len(files) != 1:
-        raise UserError(f"{folder}: one .yaml file is expected beside the .ckpt, not {len(files)}")
-    saved = checkpoint.read_yaml(files[0])
-    try:
-        params = saved["model"]["params"]
-        d = params["ddconfig"]
-        fields = {
-            "resolution": d["resolution"],
-            "num_channels": d["in_channels"],
-            "hidden_channels": d["ch"],
-            "channel_mult": d["ch_mult"],
-            "num_res_blocks": d["num_res_blocks"],
-            "attn_resolutions": d["attn_resolutions"],
-            "z_channels": d["z_channels"],
-            "num_embeddings": params["n_embed"],
-            "quantized_embed_dim": params["embed_dim"],
-        }
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{files[0]}: no taming model is described there ({str(error).splitlines()[0]})") from None
-    fixed = {"layout": "taming", "no_attn_mid_block": False}
-    return settings.build(VQGANConfig, fields | fixed, str(files[0]))
+        """Writes openMUSE's layout: config.json and the weights, as .bin and as safetensors."""
+        published.vqgan.write(path, self.config, self.state_dict())
 
 
 # ---- training: what a good reconstruction is -------------------------------------------------
@@ -457,16 +411,18 @@ class VQGANLossConfig:
     gan: float = 0.0  # taming: 0.8 (adaptive), MaskGIT: 0.1 (not adaptive)
     adaptive: bool = True  # λ from the two gradients; otherwise λ = 1
     disc_start: int = 0  # the step at which the discriminator starts to learn
-    disc_warmup: int = 0  # … and how many steps later the generator starts to listen
-    redraw_every: int = 50  # steps between two looks for dead codes; 0: leave them dead
+    disc_warmup: int = 0  # … and how many steps later its score enters the generator's loss
+    redraw_every: int = 50  # steps between two revivals of dead codes; 0: leave them dead
 
     def __post_init__(self):
+        settings.at_least(self, 0, "l1", "l2", "codebook", "entropy", "perceptual", "gan")
+        settings.at_least(self, 0, "disc_start", "disc_warmup", "redraw_every")
         if self.perceptual and not (self.vgg and self.lpips):
             raise ValueError("perceptual > 0 needs the paths of two weight files, vgg and lpips")
 
 
 class MeanAcrossRanks(torch.autograd.Function):
-    """The mean of every rank's x; each x gets its share of every rank's gradient."""
+    """The mean of x over all ranks; backward, the mean of their gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -485,7 +441,7 @@ def across_ranks(x):
 
 
 def entropy_loss(distances, temperature=0.01):
-    """MaskGIT's: confident on each sample, diverse over the batch. distances (N, K) → scalar."""
+    """MaskGIT's: confident on each sample, diverse over the batch. distances (N, K) → ()."""
     p = F.softmax(-distances / temperature, dim=1)
     log_p = F.log_softmax(-distances / temperature, dim=1)
     mean = across_ranks(p.mean(0))  # (K,), over the whole batch
@@ -493,15 +449,20 @@ def entropy_loss(distances, temperature=0.01):
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over the batch of *all* ranks, on any device (torch's own needs a GPU)."""
+    """Batch normalisation over the batch of *all* ranks, on any device (torch's own needs a GPU).
+
+    x (B, C, H, W) → the same shape and dtype, computed in float32. Every rank must bring a batch of
+    the same size: then the joint mean and variance are the means of the ranks' own. In eval mode, and
+    with one process, it is BatchNorm2d.
+    """
 
     def forward(self, x):
         if not self.training or not (dist.is_available() and dist.is_initialized()):
             return super().forward(x)
         dtype, x = x.dtype, x.float()
-        mean = across_ranks(x.mean((0, 2, 3)))
-        var = across_ranks((x - mean[:, None, None]).pow(2).mean((0, 2, 3)))
-        n = x.numel() / x.shape[1] * dist.get_world_size()
+        mean = across_ranks(x.mean((0, 2, 3)))  # (C,)
+        var = across_ranks((x - mean[:, None, None]).pow(2).mean((0, 2, 3)))  # (C,)
+        n = x.numel() / x.shape[1] * dist.get_world_size()  # numbers in each channel, of all ranks
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
@@ -527,7 +488,7 @@ class Discriminator(nn.Sequential):
 
 
 def hinge_loss(real, fake):
-    """The discriminator's: real scores above 1, fake ones below -1."""
+    """The discriminator's: zero where real scores are above 1 and fake ones below -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -536,41 +497,33 @@ def adaptive_weight(nll, g, last_weight):
 
     The gradients are averaged over all ranks before the norms, so that every rank has the same λ.
     """
-    nll_grad, g_grad = (across_ranks(torch.autograd.grad(loss, last_weight, retain_graph=True)[0]) for loss in (nll, g))
+    nll_grad = across_ranks(torch.autograd.grad(nll, last_weight, retain_graph=True)[0])
+    g_grad = across_ranks(torch.autograd.grad(g, last_weight, retain_graph=True)[0])
     return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018): VGG16 features, normalised, weighted, summed.
+    """Learned perceptual distance (Zhang et al. 2018): VGG16's features, normalised and weighted.
 
-    Its two weight files are given by path: torchvision's VGG16 and LPIPS's five heads.
+    vgg, heads: the paths of its two weight files, torchvision's VGG16 and LPIPS's five heads.
     """
 
     STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16: channels, convolutions
 
     def __init__(self, vgg, heads):
         super().__init__()
-        self.stages, i, index = nn.ModuleList(), 3, 0
-        weights = checkpoint.read_tensors(vgg)
-        for n, (channels, convs) in enumerate(self.STAGES):
+        self.stages, channels = nn.ModuleList(), 3
+        for n, (width, convolutions) in enumerate(self.STAGES):
             layers = [nn.MaxPool2d(2)] if n else []
-            index += len(layers)
-            for _ in range(convs):
-                conv = nn.Conv2d(i, channels, 3, padding=1)
-                try:
-                    own = {k: weights[f"features.{index}.{k}"] for k in ("weight", "bias")}
-                    conv.load_state_dict(own)
-                except (KeyError, RuntimeError):
-                    raise UserError(f"{vgg}: features.{index} is not VGG16's") from None
-                layers += [conv, nn.ReLU()]
-                i, index = channels, index + 2
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
             self.stages.append(nn.Sequential(*layers))
-        weights = checkpoint.read_tensors(heads)
-        for n, (channels, _) in enumerate(self.STAGES):
-            head = weights.get(f"lin{n}.model.1.weight")
-            if head is None or head.shape != (1, channels, 1, 1):
-                raise UserError(f"{heads}: lin{n}.model.1.weight must be (1, {channels}, 1, 1), as LPIPS has it")
-            self.register_buffer(f"head{n}", head)
+        convolutions = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
+        for layer, weights in zip(convolutions, published.vqgan.read_vgg16(vgg), strict=True):
+            layer.load_state_dict(weights)
+        for n, head in enumerate(published.vqgan.read_lpips_heads(heads)):
+            self.register_buffer(f"head{n}", head)  # (1, C, 1, 1)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -578,16 +531,21 @@ class LPIPS(nn.Module):
     def forward(self, x, y):
         """x, y (B, 3, H, W) in [-1, 1] → distance, mean over the batch."""
         total = 0.0
-        x, y = ((image - self.shift) / self.scale for image in (x, y))
+        x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
         for n, stage in enumerate(self.stages):
             x, y = stage(x), stage(y)
-            fx, fy = (f / (f.pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for f in (x, y))
+            fx = x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)  # features of length 1
+            fy = y / (y.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
             total = total + F.conv2d((fx - fy).pow(2), getattr(self, f"head{n}")).mean()
         return total
 
 
 class VQGANLoss(nn.Module):
-    """The two sides of the game: `generator` judges a reconstruction, `discriminator` learns to tell it."""
+    """Both losses of the adversarial training.
+
+    `generator_loss` is the VQGAN's, of its reconstruction; `discriminator_loss` is that of the
+    Discriminator, which learns to tell reconstructions from originals.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -595,11 +553,14 @@ class VQGANLoss(nn.Module):
         self.perceptual = LPIPS(config.vgg, config.lpips) if config.perceptual else None
 
     def gan_active(self, step):
-        """Whether the generator hears the discriminator at this step."""
+        """Whether the discriminator's score is part of the generator's loss at this step."""
         return self.config.gan > 0 and step >= self.config.disc_start + self.config.disc_warmup
 
     def generator_loss(self, model, images, reconstruction, losses, discriminator, step):
-        """→ (total, {name: value}). images, reconstruction (B, 3, H, W) in [0, 1]."""
+        """→ (total, {name: value}). images, reconstruction (B, 3, H, W) in [0, 1].
+
+        losses: the quantizer's, by name ("codebook", "commitment", perhaps "entropy").
+        """
         c = self.config
         x, y = 2 * images - 1, 2 * reconstruction.float() - 1
         nll = c.l1 * (x - y).abs().mean() + c.l2 * (x - y).pow(2).mean()
@@ -617,7 +578,8 @@ class VQGANLoss(nn.Module):
         return total, values
 
     def discriminator_loss(self, images, reconstruction, discriminator):
-        """→ (hinge loss, {name: value}); the reconstruction comes detached."""
-        real, fake = (discriminator(2 * x - 1) for x in (images, reconstruction.detach().float()))
+        """→ (hinge loss, {name: value}). No gradient reaches the reconstruction."""
+        real = discriminator(2 * images - 1)
+        fake = discriminator(2 * reconstruction.detach().float() - 1)
         loss = hinge_loss(real, fake)
         return loss, {"disc": loss, "real": real.mean(), "fake": fake.mean()}

@@ -1,7 +1,9 @@
 """What vqgan.py promises: three published architectures to the last tensor, and losses that say what they claim."""
 
+import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 
+import published.vqgan
 import vqgan
-from support import checkpoint
+from support import checkpoint, settings
 from support.settings import UserError
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig
 
@@ -154,6 +157,139 @@ def test_a_folder_that_contradicts_itself_is_one_line(tmp_path, change):
     with pytest.raises(UserError, match=str(tmp_path)) as error:
         VQGAN.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def read_config(name, change, tmp_path):
+    """The configuration of a golden folder with `change` in it → a VQGANConfig."""
+    folder = tmp_path / name
+    shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
+    if name == "vqgan_taming":
+        saved = checkpoint.read_yaml(folder / "model.yaml")
+        params = saved["model"]["params"]
+        shared = change.keys() & {"n_embed", "embed_dim", "remap", "sane_index_shape"}
+        params |= {key: change[key] for key in shared}
+        params["ddconfig"] |= {key: change[key] for key in change.keys() - shared}
+        (folder / "model.yaml").write_text(json.dumps(saved))  # JSON is YAML
+    else:
+        file = folder / "config.json"
+        saved = json.loads(file.read_text()) | change
+        file.write_text(json.dumps({key: value for key, value in saved.items() if value != "absent"}))
+    fields, _, _ = published.vqgan.read(folder)
+    return settings.build(VQGANConfig, fields)
+
+
+HONOURED = {  # a second legal value of each published field that our models can follow
+    "resolution": 512, "num_channels": 1, "hidden_channels": 64, "channel_mult": [1, 2], "num_res_blocks": 3,
+    "attn_resolutions": [8], "z_channels": 16, "num_embeddings": 64, "quantized_embed_dim": 16,
+    "commitment_cost": 1.0,
+}  # fmt: skip
+REFUSED = {
+    "dropout": 0.1, "resample_with_conv": False, "decoder_res_blocks": 3, "extra_mid_res_blocks": 1,
+    "decoder_hidden_channels": 64, "decoder_channel_mult": [1, 2], "spectral_norm": True,
+}  # fmt: skip
+TAMING_REFUSED = {
+    "double_z": True, "dropout": 0.1, "resamp_with_conv": False, "give_pre_end": True, "out_ch": 6,
+    "attn_type": "none", "use_linear_attn": True, "tanh_out": True, "remap": "used.npy", "spectral_norm": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["vqgan_muse_noattn", "vqgan_maskgit"])
+def test_every_field_of_a_published_config_is_honoured_or_refused_by_name(tmp_path, name):
+    honoured = HONOURED | ({"no_attn_mid_block": False} if "muse" in name else {})
+    for key, value in honoured.items():
+        found = getattr(read_config(name, {key: value}, tmp_path), key)
+        assert found == (tuple(value) if isinstance(value, list) else value), key
+    for key, value in REFUSED.items():
+        with pytest.raises(UserError, match=f"config.json: .*{key}"):
+            read_config(name, {key: value}, tmp_path)
+
+
+def test_every_field_of_tamings_config_is_honoured_or_refused_by_name(tmp_path):
+    names = published.vqgan.TAMING_NAMES
+    for ours, theirs in names.items():
+        value = HONOURED[ours]
+        both = {"in_channels": 1, "out_ch": 1} if theirs == "in_channels" else {theirs: value}
+        found = getattr(read_config("vqgan_taming", both, tmp_path), ours)
+        assert found == (tuple(value) if isinstance(value, list) else value), theirs
+    for key, value in TAMING_REFUSED.items():
+        with pytest.raises(UserError, match=f"model.yaml: .*{key}"):
+            read_config("vqgan_taming", {key: value}, tmp_path)
+    read_config("vqgan_taming", {"sane_index_shape": True}, tmp_path)  # only shapes what their encode returns
+
+
+WRONG = [0, -1, 2**40, float("nan"), float("inf"), None, "many", [], [[]], ["x"], [0], [2**40], {}, True, 1.5]
+
+
+@pytest.mark.parametrize("name", ["vqgan_muse_noattn", "vqgan_maskgit", "vqgan_taming"])
+def test_a_wrong_value_is_one_line_that_names_file_and_key(tmp_path, name):
+    names = published.vqgan.TAMING_NAMES if "taming" in name else dict(zip(HONOURED, HONOURED, strict=True))
+    file = "model.yaml" if "taming" in name else "config.json"
+    for ours, key in names.items():
+        right = {"attn_resolutions": ([],), "commitment_cost": (0, 1.5, 2**40)}.get(ours, ())
+        for value in WRONG:
+            if any(value == fine and type(value) is type(fine) for fine in right):
+                continue
+            with pytest.raises(UserError) as error:
+                read_config(name, {key: value, "out_ch": value} if key == "in_channels" else {key: value}, tmp_path)
+            message = str(error.value)
+            assert f"{file}: " in message and key in message and "\n" not in message, (key, value, message)
+
+
+def test_a_field_that_is_left_out_has_the_published_default(tmp_path):
+    everything = dict.fromkeys(HONOURED, "absent") | {"no_attn_mid_block": "absent"}
+    config = read_config("vqgan_muse_noattn", everything, tmp_path)
+    assert (config.channel_mult, config.attn_resolutions, config.num_embeddings) == ((1, 1, 2, 2, 4), (16,), 1024)
+    assert not config.no_attn_mid_block and config.z_channels == 256
+
+
+def test_another_kind_of_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="llama_hf_lvm: holds a LLaMA, but a VQGAN is wanted"):
+        VQGAN.from_pretrained(GOLDEN / "llama_hf_lvm")
+    taming = tmp_path / "taming"
+    shutil.copytree(GOLDEN / "vqgan_taming", taming)
+    yaml = (taming / "model.yaml").read_text()
+    (taming / "model.yaml").write_text(yaml.replace("models.vqgan.VQModel", "models.vqgan.GumbelVQ"))
+    with pytest.raises(UserError, match=r"model\.yaml: target is a GumbelVQ"):
+        VQGAN.from_pretrained(taming)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_openmuse_cannot_do_is_not_written_under_its_name(tmp_path, layout):
+    model = tiny(layout=layout, fold=2, z_channels=4)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["_class_name"], saved["layout"], saved["fold"]) == ("PicturebookVQGAN", layout, 2)
+    again = VQGAN.from_pretrained(tmp_path)
+    assert again.config == model.config and torch.equal(again.encode(images()), model.encode(images()))
+    assert checkpoint.what_is(tmp_path) == "a VQGAN"
+    tiny(layout=layout, z_channels=4).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["_class_name"] == published.vqgan.CLASS_NAMES[layout] and "layout" not in saved
+
+
+def test_a_run_from_before_that_name_still_opens(tmp_path):
+    """It has fold = 2 under openMUSE's name."""
+    model = tiny(fold=2)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved.pop("layout")
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"_class_name": "VQGANModel"}))
+    assert VQGAN.from_pretrained(tmp_path).config == model.config
+
+
+def test_a_field_that_a_fork_adds_is_saved_and_read_back(tmp_path, monkeypatch):
+    fork = dataclasses.make_dataclass("Fork", [("gamma", float, 1.0)], bases=(VQGANConfig,), frozen=True)
+    monkeypatch.setattr(vqgan, "VQGANConfig", fork)
+    for gamma, name in ((2.0, "PicturebookVQGAN"), (1.0, "VQGANModel")):
+        VQGAN(fork(**vars(TINY), gamma=gamma)).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == name
+        assert VQGAN.from_pretrained(tmp_path).config.gamma == gamma
+
+
+def test_maskgits_middle_has_as_many_blocks_as_a_level():
+    for blocks in (1, 2, 3):
+        model = tiny(layout="maskgit", z_channels=4, num_res_blocks=blocks)
+        assert len(model.encoder.mid) == len(model.decoder.mid) == len(model.encoder.down[0].block) == blocks
 
 
 # ---- codes -----------------------------------------------------------------------------------
