@@ -1,13 +1,25 @@
-"""What each kind of run trains: six tasks side by side."""
+"""What each kind of run trains: six tasks side by side, and the sections of their configurations.
+
+    kind       batch                                    loss                              sampled from
+    vqgan      pictures                                 reconstruction, codebook, GAN     VQGAN
+    llama      windows of a stream of tokens            next token                        LLaMA
+    clip       pictures, captions                       contrastive                       CLIP
+    vae        pictures, noise                          reconstruction, KL                AutoencoderKL
+    unet       captions, latents, noise, times          squared error of the noise        LatentDiffusion
+    dreamllm   texts with pictures between them         next token, squared error         DreamLLM
+
+train.py's loop asks a task for all that differs between them; `Task` lists the questions. A batch is a pure function
+of the seed and its number, random numbers of the loss included: keys of np.random.default_rng end in a number that
+names the stream (7: a VAE's noise, 8 and 9: a U-Net's order and noise, 10: DreamLLM's noise).
+"""
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +30,7 @@ from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
 from clip import CLIP, CLIPConfig, contrastive_loss, sigmoid_loss, text_encoders
-from data import CaptionRows, DataSettings, PictureRows, TokenRows, held_out_pictures
+from data import CaptionRows, DataSettings, HeldOutPictures, PictureRows, TokenRows
 from diffusion import (
     AutoencoderKL,
     AutoencoderKLConfig,
@@ -36,66 +48,37 @@ from documents import DocumentRows, DocumentSettings, Writer, draw_view
 from dreamllm import DreamLLM, DreamLLMConfig
 from model import SIZES, LLaMA, LLaMAConfig
 from support import checkpoint, settings
-from support.pictures import save_grid
-from support.settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError
+from support.chance import shuffled
+from support.pictures import psnr, save_grid, to_float, to_uint8
+from support.settings import MeshSettings, UserError, run_class
 from support.tokenizer import ADDED, CLIPTokenizer, Tokenizer
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
 
-# ---- (from train) ----
+# ---- settings: the sections of a run of each kind ----------------------------------------------
+
+STAGES = {  # of DreamLLM: what each trains, by the names of its weights or modules
+    "understand": ("projector",),
+    "create": ("dream_queries", "condition"),
+    "interleaved": ("llama", "projector", "dream_queries", "condition"),
+    "instruct": ("llama", "projector", "dream_queries", "condition"),
+}
 
 
 @dataclass(frozen=True)
-class VQGANSection(VQGANConfig):
-    kind: str = "vqgan"
-    init: str = ""  # a run or a published folder to start from
-
-
-@dataclass(frozen=True)
-class LLaMASection(LLaMAConfig):
-    kind: str = "llama"
-    init: str = ""
-    size: str = ""  # a published size by name; keys beside it override its numbers
-
-
-@dataclass(frozen=True)
-class CLIPSection(CLIPConfig):
-    kind: str = "clip"
-    init: str = ""
-
-
-@dataclass(frozen=True)
-class VAESection(AutoencoderKLConfig):
-    kind: str = "vae"
-    init: str = ""
-
-
-@dataclass(frozen=True)
-class UNetSection(UNetConfig):
-    kind: str = "unet"
-    init: str = ""
-
-
-@dataclass(frozen=True)
-class DreamLLMSection(DreamLLMConfig):
+class DreamLLMStage(DreamLLMConfig):
     """A stage of DreamLLM: understand and create (stage I's two halves), interleaved (II) or instruct (III)."""
 
-    kind: str = "dreamllm"
-    init: str = ""  # the DreamLLM that this stage goes on from; without one, these three:
-    llama: str = ""
+    llama: str = ""  # the three parts that a DreamLLM without model.init is built on
     clip: str = ""
     diffusion: str = ""  # U-Net and autoencoder
     stage: str = "interleaved"
-    trained: tuple[str, ...] = ("llama", "projector", "dream_queries", "condition")  # weights, or modules
+    trained: tuple[str, ...] = ()  # weights, or modules; empty: those of the stage
 
     def __post_init__(self):
         super().__post_init__()
-        if self.stage not in STAGES:
-            raise ValueError(f'stage "{self.stage}" must be one of {", ".join(STAGES)}')
+        settings.one_of(self, STAGES, "stage")
         if (self.stage == "understand" and self.w_vm) or (self.stage == "create" and self.w_lm):
             raise ValueError("the stage understand learns no pictures (w_vm = 0), and create no text (w_lm = 0)")
-
-
-STAGES = ("understand", "create", "interleaved", "instruct")
 
 
 @dataclass(frozen=True)
@@ -106,89 +89,56 @@ class DiffusionLoss:
     noise_offset: float = 0.0  # published 0.1; 0: none
     drop: float = 0.1  # share of captions replaced by the empty one, which guidance needs
 
-
-@dataclass(frozen=True)
-class VQGANRun:
-    run: RunSettings
-    model: VQGANSection
-    data: DataSettings
-    train: TrainSettings
-    loss: VQGANLossConfig = field(default_factory=VQGANLossConfig)
-    optim: OptimSettings = field(default_factory=OptimSettings)
+    def __post_init__(self):
+        settings.at_least(self, 0, "min_snr", "noise_offset")
+        settings.within(self, 0, 1, "drop")
 
 
 @dataclass(frozen=True)
-class LLaMARun:
-    run: RunSettings
-    model: LLaMASection
-    data: DataSettings
-    train: TrainSettings
-    optim: OptimSettings = field(default_factory=OptimSettings)
-    mesh: MeshSettings = field(default_factory=MeshSettings)  # of train_tpu.py; here it only has to be right
-
-
-@dataclass(frozen=True)
-class CLIPRun:
-    run: RunSettings
-    model: CLIPSection
-    data: DataSettings
-    train: TrainSettings
-    optim: OptimSettings = field(default_factory=OptimSettings)
-
-
-@dataclass(frozen=True)
-class VAERun:
-    run: RunSettings
-    model: VAESection
-    data: DataSettings
-    train: TrainSettings
-    loss: AutoencoderLoss = field(default_factory=AutoencoderLoss)
-    optim: OptimSettings = field(default_factory=OptimSettings)
-
-
-@dataclass(frozen=True)
-class UNetRun:
-    run: RunSettings
-    model: UNetSection
-    data: DataSettings
-    train: TrainSettings
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
-    loss: DiffusionLoss = field(default_factory=DiffusionLoss)
-    optim: OptimSettings = field(default_factory=OptimSettings)
+class UNetRun(run_class(UNetConfig, DataSettings, schedule=NoiseSchedule, loss=DiffusionLoss)):
+    """A U-Net's run, whose sections must fit each other."""
 
     def __post_init__(self):
         if self.loss.min_snr and self.schedule.rescale_betas_zero_snr:
             raise ValueError("loss.min_snr gives a zero-SNR schedule's last time no weight, and drawing begins there")
 
 
-@dataclass(frozen=True)
-class DreamLLMRun:
-    run: RunSettings
-    model: DreamLLMSection
-    data: DocumentSettings
-    train: TrainSettings
-    optim: OptimSettings = field(default_factory=OptimSettings)
-
-
-RUNS = {"vqgan": VQGANRun, "llama": LLaMARun, "clip": CLIPRun, "vae": VAERun, "unet": UNetRun, "dreamllm": DreamLLMRun}
-
-RECOMPUTING = ("llama", "unet", "dreamllm")  # what activation_checkpointing is there for
+RUNS = {
+    "vqgan": run_class(VQGANConfig, DataSettings, loss=VQGANLossConfig),
+    "llama": run_class(LLaMAConfig, DataSettings, mesh=MeshSettings),
+    "clip": run_class(CLIPConfig, DataSettings),
+    "vae": run_class(AutoencoderKLConfig, DataSettings, loss=AutoencoderLoss),
+    "unet": UNetRun,
+    "dreamllm": run_class(DreamLLMStage, DocumentSettings),
+}
+RECOMPUTING = ("llama", "unet", "dreamllm")  # the kinds that support train.activation_checkpointing
 
 
 def read_run(path, overrides=()):
-    """The configuration at `path` → (settings, the keys of [model] that were written down)."""
-    values = settings.read(path, overrides)
-    model = values.setdefault("model", {})
-    if model.get("kind") not in RUNS:
-        raise UserError(f'{path}: model.kind is "{model.get("kind", "")}", must be one of {", ".join(RUNS)}')
-    if size := model.get("size"):
-        if model["kind"] != "llama" or size not in SIZES:
-            raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(SIZES)} (of kind llama)')
-        values["model"] = SIZES[size] | model
-    s = settings.build(RUNS[model["kind"]], values)
-    if s.train.activation_checkpointing and model["kind"] not in RECOMPUTING:
+    """The configuration at `path` → (settings, the keys of [model] that are written down in it)."""
+    config, explicit_keys = settings.read_run(path, overrides, RUNS, {"llama": SIZES})
+    if config.train.activation_checkpointing and config.model.kind not in RECOMPUTING:
         raise UserError(f"train.activation_checkpointing is for model.kind {', '.join(RECOMPUTING)} only")
-    return s, set(values["model"])
+    return config, explicit_keys
+
+
+# ---- start: resume, init or scratch ------------------------------------------------------------
+
+FOLDERS = {  # what a folder may hold that a model of this class is loaded from, as checkpoint.what_is says it
+    VQGAN: ("a VQGAN",),
+    LLaMA: ("a LLaMA",),
+    CLIP: ("a CLIP", "a CLIP text tower", "a CLIP vision tower"),
+    AutoencoderKL: ("an autoencoder of latent diffusion", "a latent diffusion pipeline"),
+    UNet: ("a U-Net of latent diffusion", "a latent diffusion pipeline"),
+    LatentDiffusion: ("a latent diffusion pipeline",),
+    DreamLLM: ("a DreamLLM",),
+}
+
+
+def load(cls, folder, **options):
+    """A model from a run or a published folder; a UserError if it holds a model of another kind."""
+    checkpoint.expect(folder, *FOLDERS[cls])
+    return cls.from_pretrained(folder, **options)
 
 
 def start_model(cls, config_class, section, explicit_keys, resume):
@@ -196,48 +146,180 @@ def start_model(cls, config_class, section, explicit_keys, resume):
 
     A key of [model] that was written down must agree with what is loaded.
     """
-    names = [f.name for f in dataclasses.fields(config_class)]
+    names = [field.name for field in dataclasses.fields(config_class)]
     folder = resume or section.init
     if not folder:
-        return cls(config_class(**{name: getattr(section, name) for name in names}))
-    model = cls.from_pretrained(folder, dtype=torch.float32).train()
+        return fresh_model(cls, config_class(**{name: getattr(section, name) for name in names}))
+    model = load(cls, folder, dtype=torch.float32).train()
     settings.must_agree(explicit_keys & set(names), section, model.config, folder)
     return model
 
 
-class VQGANTask:
-    """Pictures → codes → pictures, with a discriminator as the second phase where loss.gan > 0."""
+def fresh_model(cls, config):
+    """cls(config) with random weights; a UserError if it does not fit into memory."""
+    try:
+        return cls(config)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            raise
+    with torch.device("meta"):
+        count = sum(p.numel() for p in cls(config).parameters())
+    size = f"{count:,} parameters, {4 * count / 1e9:,.0f} GB in float32"
+    raise UserError(f"the {cls.__name__} that [model] describes has {size}: more than this machine's memory")
 
-    unit = "images"
 
-    def __init__(self, s, explicit_keys, ranks, resume):
-        self.settings, self.ranks = s, ranks
-        self.model = start_model(VQGAN, VQGANConfig, s.model, explicit_keys, resume)
-        self.model.quantize.with_entropy = s.loss.entropy > 0
-        self.modules = {"generator": self.model}
-        if s.loss.gan:
-            self.modules["discriminator"] = Discriminator()
-        if s.loss.gan and s.loss.adaptive:
-            # λ walks part of the graph twice, so a compiled forward must not give its buffers away
-            functorch_config.donated_buffer = False
-        self.loss_fn = VQGANLoss(s.loss).to(ranks.device)
-        self.pictures = PictureRows(s.data, s.train.seed)
-        self.from_scratch = not (resume or s.model.init)
-        self.counts = torch.zeros(self.model.config.num_embeddings, device=ranks.device)  # since the last redraw
-        self.reconstructions = {}  # reconstructions of this step, judged again by the discriminator's phase
-        self.items_per_row = 1
+# ---- what every task says ----------------------------------------------------------------------
+
+
+class Task:
+    """What train.py asks of a kind of run. The answers here are those of a run with one phase.
+
+    model         what is saved, and sampled from
+    modules       {phase: the module that this phase trains}; the first one is averaged
+    held_out      what evaluations read; None: there is nothing to evaluate
+
+    active        (phase, step) → whether that phase has begun
+    batch         (step, microstep, rows: a range) → arrays; depends on the seed and these numbers only
+    loss          (phase, its module, batch, step, microstep) → (a scalar to descend, {name: scalar to log})
+    after_step    (step, averaged weights): what else changes the weights
+    evaluate      () → {name: scalar}, of held-out data
+    sample        (path): writes a picture of what the model makes now
+    state, load_state   {name: tensor} that a resumed run needs beside weights and optimizers
+    """
+
+    unit = "images"  # what the rate counts: items_per_row of them in each row of a batch
+    items_per_row = 1
+    may_skip_weights = False  # whether a batch may leave weights without a gradient
+    held_out = None
+
+    def __init__(self, config, ranks):
+        self.config, self.ranks = config, ranks
+        self.device = ranks.device
+
+    @property
+    def main_phase(self):
+        return next(iter(self.modules))
+
+    @property
+    def main(self):
+        """The module of the first phase: it is averaged, evaluated and described by [model]."""
+        return self.modules[self.main_phase]
+
+    @property
+    def start(self):
+        """What the first step's weights were made of; "": nothing, they are random."""
+        return self.config.model.init
 
     def active(self, phase, step):
-        return phase == "generator" or step >= self.settings.loss.disc_start
+        return True
+
+    def after_step(self, step, ema):
+        pass
+
+    def state(self):
+        return {}
+
+    def load_state(self, tensors):
+        pass
+
+    def sample(self, path):
+        pass
+
+    # -- held-out data: opened once, before the first step --
+
+    def open_held_out(self, opener):
+        """What `opener` opens; None if it finds nothing: of few pictures or rows, none may fall into that split."""
+        try:
+            return opener()
+        except UserError as error:
+            return self.without_held_out(error)
+
+    def without_held_out(self, reason):
+        if self.ranks.is_main:
+            print(f"no held-out metrics: {reason}", file=sys.stderr)
+
+    def evaluate(self):
+        """The one loop over held-out data: measures each batch, then summarizes."""
+        if self.held_out is None:
+            return {}
+        return self.summarize([self.measure(batch) for batch in self.held_out_batches()])
+
+    def held_out_batches(self):
+        """train.eval_batches of them, or as many as the data fill, but at least one."""
+        train = self.config.train
+        rows = self.ranks.rows(train.batch_size)
+        count = min(train.eval_batches, max(1, self.held_out_rows() // train.batch_size))
+        return (self.held_out_batch(number, rows) for number in range(count))
+
+    def held_out_rows(self):
+        return len(self.held_out)
+
+    def held_out_batch(self, number, rows):
+        return self.held_out.batch(number, rows)
+
+    def measure(self, batch):
+        loss, _ = self.loss(self.main_phase, self.main, batch, 0, 0)
+        return loss
+
+    def summarize(self, measured):
+        return {"held_out_loss": torch.stack(measured).mean()}
+
+    def batch_number(self, step, microstep):
+        """Microbatches are numbered through the whole run."""
+        return step * self.config.train.accumulate + microstep
+
+
+class PictureTask(Task):
+    """What VQGAN and autoencoder share: pictures (B, side, side, 3) uint8 in, the same pictures out."""
+
+    def open_pictures(self):
+        data = self.config.data
+        self.pictures = PictureRows(data, self.config.train.seed)
+        self.held_out = self.open_held_out(lambda: HeldOutPictures(data))
+
+    def held_out_batches(self):
+        train = self.config.train
+        pictures = self.held_out.take(train.eval_batches * train.batch_size)  # every rank reads all of them
+        return np.split(pictures, train.eval_batches)
+
+    def sample(self, path):
+        """Held-out pictures above their reconstructions."""
+        if self.held_out is not None:
+            pictures = self.held_out.take(8)
+            save_grid([list(pictures), list(to_uint8(self.reconstruct(to_float(pictures, self.device))))], path)
+
+
+class VQGANTask(PictureTask):
+    """Pictures → codes → pictures, with a discriminator as the second phase if loss.gan > 0."""
+
+    def __init__(self, config, explicit_keys, ranks, resume):
+        super().__init__(config, ranks)
+        self.model = start_model(VQGAN, VQGANConfig, config.model, explicit_keys, resume)
+        self.model.quantize.with_entropy = config.loss.entropy > 0
+        self.modules = {"generator": self.model}
+        if config.loss.gan:
+            self.modules["discriminator"] = Discriminator()
+        if config.loss.gan and config.loss.adaptive:
+            # λ walks part of the graph twice, so a compiled forward must not give its buffers away
+            functorch_config.donated_buffer = False
+        self.loss_fn = VQGANLoss(config.loss).to(ranks.device)
+        self.open_pictures()
+        self.from_scratch = not (resume or config.model.init)
+        # (K,) how often each code was used since dead ones were last moved
+        self.counts = torch.zeros(self.model.config.num_embeddings, device=ranks.device)
+        self.reconstructions = {}  # {microstep: of this step}, which the discriminator's phase judges again
+
+    def active(self, phase, step):
+        return phase == "generator" or step >= self.config.loss.disc_start
 
     def batch(self, step, microstep, rows):
         return self.pictures.batch(step, microstep, rows)  # (B, side, side, 3) uint8
 
-    def loss(self, phase, wrapped, batch, step, microstep):
-        images = to_images(batch, self.ranks.device)
+    def loss(self, phase, module, batch, step, microstep):
+        images = to_float(batch, self.device)  # (B, 3, side, side)
         if phase == "discriminator":
-            return self.loss_fn.discriminator_loss(images, self.reconstructions.pop(microstep), wrapped)
-        reconstruction, codes, losses = wrapped(images)
+            return self.loss_fn.discriminator_loss(images, self.reconstructions.pop(microstep), module)
+        reconstruction, codes, losses = module(images)
         discriminator = self.modules.get("discriminator")
         with frozen(discriminator):
             loss, values = self.loss_fn.generator_loss(self.model, images, reconstruction, losses, discriminator, step)
@@ -256,7 +338,7 @@ class VQGANTask:
 
         From scratch this happens after the first step too: the codebook starts where the encoder's outputs lie.
         """
-        every = self.settings.loss.redraw_every
+        every = self.config.loss.redraw_every
         if not every or ((step + 1) % every and not (self.from_scratch and step == 0)):
             return
         latents = self.model.latents(self.images)
@@ -264,54 +346,33 @@ class VQGANTask:
             gathered = [torch.empty_like(latents) for _ in range(self.ranks.world)]
             dist.all_gather(gathered, latents.contiguous())
             latents = torch.cat(gathered)  # in the order of the rows, whatever the number of ranks
-        draws = torch.Generator().manual_seed(self.settings.train.seed + step)
-        moved = self.model.quantize.revive_dead_codes(self.counts == 0, latents, draws)
+        generator = torch.Generator().manual_seed(self.config.train.seed + step)
+        moved = self.model.quantize.revive_dead_codes(self.counts == 0, latents, generator)
         self.counts.zero_()
-        if ema:  # the average of a dead entry's past is no place for a living one
-            place = [p is self.model.quantize.embedding.weight for p in self.model.parameters()].index(True)
-            ema[place][moved] = self.model.quantize.embedding.weight[moved]
+        if ema:  # otherwise the average would drag a revived entry back
+            codebook = self.model.quantize.embedding.weight
+            index = [p is codebook for p in self.model.parameters()].index(True)
+            ema[index][moved] = codebook[moved]
 
-    def evaluate(self):
-        """Over held-out pictures: PSNR in dB (mean over pictures) and how much of the codebook they use."""
-        t = self.settings.train
-        pictures = held_out_pictures(self.settings.data, t.eval_batches * t.batch_size)
-        counts, psnrs = torch.zeros_like(self.counts), []
-        for start in range(0, len(pictures), t.batch_size):
-            images = to_images(pictures[start : start + t.batch_size], self.ranks.device)
-            reconstruction, codes, _ = self.model(images)
-            psnrs.append(-10 * (reconstruction.float().clamp(0, 1) - images).pow(2).mean((1, 2, 3)).log10())
-            counts += torch.bincount(codes.flatten(), minlength=len(counts))
-        used, perplexity = usage(counts)
+    def measure(self, batch):
+        images = to_float(batch, self.device)
+        reconstruction, codes, _ = self.model(images)
+        return psnr(reconstruction, images), torch.bincount(codes.flatten(), minlength=len(self.counts))
+
+    def summarize(self, measured):
+        """PSNR in dB (mean over pictures); the share of the codebook that is used, and its perplexity."""
+        psnrs, counts = zip(*measured, strict=True)
+        used, perplexity = usage(torch.stack(counts).sum(0))
         return {"held_out_psnr": torch.cat(psnrs).mean(), "code_usage": used, "code_perplexity": perplexity}
 
-    def sample(self, path):
-        """Held-out pictures above their reconstructions."""
-        pictures = held_out_pictures(self.settings.data, 8)
-        reconstruction = self.model.decode(self.model.encode(to_images(pictures, self.ranks.device)))
-        save_grid([list(pictures), to_pictures(reconstruction)], path)
+    def reconstruct(self, images):
+        return self.model.decode(self.model.encode(images))
 
     def state(self):
-        """What a resumed run needs beside weights and optimizers: {name: tensor}."""
         return {"counts": self.counts}
 
     def load_state(self, tensors):
         self.counts.copy_(tensors["counts"])
-
-
-class Task:
-    """What every other task says of the questions that only a GAN answers at length."""
-
-    def active(self, phase, step):
-        return True
-
-    def after_step(self, step, ema):
-        pass
-
-    def state(self):
-        return {}
-
-    def load_state(self, tensors):
-        pass
 
 
 class LLaMATask(Task):
@@ -319,69 +380,79 @@ class LLaMATask(Task):
 
     unit = "tokens"
 
-    def __init__(self, s, explicit_keys, ranks, resume):
-        self.settings, self.ranks = s, ranks
-        self.model = start_model(LLaMA, LLaMAConfig, s.model, explicit_keys, resume)
-        self.model.activation_checkpointing = s.train.activation_checkpointing
+    def __init__(self, config, explicit_keys, ranks, resume):
+        super().__init__(config, ranks)
+        self.model = start_model(LLaMA, LLaMAConfig, config.model, explicit_keys, resume)
+        self.model.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": self.model}
-        c = self.model.config
-        if not s.data.rows:
+        data = config.data
+        if not data.rows:
             raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
-        if s.data.tokenizer:
-            checkpoint.weights_folder(
-                s.data.tokenizer
-            )  # its pictures are wanted first after many steps: is it there at all?
-        if s.data.text_tokenizer:
-            self.model.tokenizer = Tokenizer.from_pretrained(s.data.text_tokenizer)
-            if (words := self.model.tokenizer.vocab_size) > c.vocab_size:
-                raise UserError(f"data.text_tokenizer has {words} tokens, but model.vocab_size is {c.vocab_size}")
+        self.vqgan = self.open_vqgan() if data.tokenizer else None
+        if data.text_tokenizer:
+            self.model.tokenizer = Tokenizer.from_pretrained(data.text_tokenizer)
+            self.check_size("data.text_tokenizer", self.model.tokenizer.vocab_size, "tokens")
+        self.rows = self.open_rows(data.rows, weights=data.weights)
+        if data.held_out:
+            self.held_out = self.open_rows(data.held_out)
+        elif config.train.eval_every:
+            self.without_held_out("data.held_out is empty")
+        self.items_per_row = self.model.config.max_seq_len
 
-        def rows(paths, **options):
-            return TokenRows(paths, c.max_seq_len, s.train.batch_size, s.train.seed, vocab_size=c.vocab_size, **options)
+    def open_vqgan(self):
+        """The VQGAN of data.tokenizer, on the CPU; a UserError if the LLaMA cannot read its codes."""
+        vqgan = load(VQGAN, self.config.data.tokenizer)
+        vqgan.grid(self.config.data.side)
+        self.check_size("data.tokenizer", vqgan.config.num_embeddings, "codes")
+        return vqgan
 
-        self.rows = rows(s.data.rows, weights=s.data.weights)
-        self.held_out = rows(s.data.held_out) if s.data.held_out else None
-        self.items_per_row = c.max_seq_len
+    def check_size(self, key, count, what):
+        vocab_size = self.model.config.vocab_size
+        if count > vocab_size:
+            raise UserError(f"{key} has {count} {what}, but model.vocab_size is {vocab_size}")
+
+    def open_rows(self, paths, **options):
+        train, model = self.config.train, self.model.config
+        return TokenRows(
+            paths, model.max_seq_len, train.batch_size, train.seed, vocab_size=model.vocab_size, **options
+        )
 
     def batch(self, step, microstep, rows):
-        return np.stack(self.rows.batch(step * self.settings.train.accumulate + microstep, rows))  # (2, B, T)
+        """(2, B, T) int64: inputs, and the same one token later."""
+        return np.stack(self.rows.batch(self.batch_number(step, microstep), rows))
 
-    def loss(self, phase, wrapped, batch, step, microstep):
-        inputs, targets = torch.from_numpy(batch).to(self.ranks.device)
-        logits = wrapped(inputs)  # (B, T, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        return loss, {}
+    def loss(self, phase, module, batch, step, microstep):
+        inputs, targets = torch.from_numpy(batch).to(self.device)
+        logits = module(inputs)  # (B, T, V)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), {}
 
-    def evaluate(self):
-        if not self.held_out:
-            return {}
-        t = self.settings.train
-        batches = min(t.eval_batches, max(1, self.held_out.tokens // (t.batch_size * self.items_per_row)))
-        rows = self.ranks.rows(t.batch_size)
-        losses = [
-            self.loss("model", self.model, np.stack(self.held_out.batch(i, rows)), 0, 0)[0] for i in range(batches)
-        ]
-        loss = self.ranks.mean({"loss": torch.stack(losses).mean()})["loss"]
+    def held_out_rows(self):
+        return self.held_out.tokens // self.items_per_row
+
+    def held_out_batch(self, number, rows):
+        return np.stack(self.held_out.batch(number, rows))
+
+    def summarize(self, measured):
+        loss = self.ranks.mean(super().summarize(measured))["held_out_loss"]
         return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 50))}
 
     def sample(self, path):
-        """Held-out sentences: every picture but the last is explicit_keys, then come the true last and the model's."""
-        data = self.settings.data
-        if not data.tokenizer or not self.held_out:
+        """Held-out sentences: all pictures but the last are the prompt; then come the true last one and the model's."""
+        if not self.vqgan or not self.held_out:
             return
-        tokenizer = VQGAN.from_pretrained(data.tokenizer, device=self.ranks.device)
-        h, w = tokenizer.grid(data.side)
-        count = min(data.pictures, self.items_per_row // (h * w))
+        vqgan = self.vqgan.to(self.device)
+        h, w = vqgan.grid(self.config.data.side)
+        count = min(self.config.data.pictures, self.items_per_row // (h * w))
         if count < 2:
             return
-        tokens = torch.from_numpy(self.held_out.batch(0, range(min(4, self.settings.train.batch_size)))[0])
-        tokens = tokens[:, : count * h * w].to(self.ranks.device)
-        draws = torch.Generator(self.ranks.device).manual_seed(self.settings.train.seed)
-        codes = range(tokenizer.config.num_embeddings)
-        drawn = self.model.generate(tokens[:, : -h * w], h * w, allowed=codes, generator=draws)
-        codes = torch.cat((tokens, drawn[:, -h * w :]), dim=1)
-        pictures = to_pictures(tokenizer.decode(codes.reshape(-1, h, w)))
-        save_grid([pictures[i : i + count + 1] for i in range(0, len(pictures), count + 1)], path)
+        tokens, _ = self.held_out.batch(0, range(min(4, self.config.train.batch_size)))  # (B, T)
+        tokens = torch.from_numpy(tokens)[:, : count * h * w].to(self.device)
+        generator = torch.Generator(self.device).manual_seed(self.config.train.seed)
+        allowed = range(vqgan.config.num_embeddings)
+        continued = self.model.generate(tokens[:, : -h * w], h * w, allowed=allowed, generator=generator)
+        codes = torch.cat((tokens, continued[:, -h * w :]), dim=1)
+        pictures = to_uint8(vqgan.decode(codes.reshape(-1, h, w)))
+        save_grid([list(row) for row in np.split(pictures, len(tokens))], path)
 
 
 class CLIPTask(Task):
@@ -389,36 +460,39 @@ class CLIPTask(Task):
 
     unit = "pairs"
 
-    def __init__(self, s, explicit_keys, ranks, resume):
-        self.settings, self.ranks = s, ranks
-        self.model = start_model(CLIP, CLIPConfig, s.model, explicit_keys, resume)
-        if not (self.model.config.vision and self.model.config.text):
+    def __init__(self, config, explicit_keys, ranks, resume):
+        super().__init__(config, ranks)
+        self.model = start_model(CLIP, CLIPConfig, config.model, explicit_keys, resume)
+        vision, text, data = self.model.config.vision, self.model.config.text, config.data
+        if not (vision and text):
             raise UserError("to train a CLIP takes both [model.vision] and [model.text]")
         if self.model.tokenizer is None:
-            of = s.data.text_tokenizer
-            if not of:
-                raise UserError('no tokenizer: set data.text_tokenizer to "bytes", or to a folder of CLIP\'s')
-            self.model.tokenizer = CLIPTokenizer.of_bytes() if of == "bytes" else CLIPTokenizer.from_pretrained(of)
-        words, vocabulary = len(self.model.tokenizer.vocabulary), self.model.config.text.vocab_size
-        if words > vocabulary:
-            raise UserError(f"the tokenizer has {words} tokens, model.text.vocab_size is only {vocabulary}")
-        if s.data.side != self.model.config.vision.image_size:
-            raise UserError(
-                f"data.side {s.data.side} must be model.vision.image_size {self.model.config.vision.image_size}"
-            )
+            self.model.tokenizer = self.open_tokenizer(data.text_tokenizer)
+        count = len(self.model.tokenizer.vocabulary)
+        if count > text.vocab_size:
+            raise UserError(f"the tokenizer has {count} tokens, model.text.vocab_size is only {text.vocab_size}")
+        if data.side != vision.image_size:
+            raise UserError(f"data.side {data.side} must be model.vision.image_size {vision.image_size}")
         self.modules = {"model": self.model}
-        self.rows = CaptionRows(s.data, s.train.batch_size, s.train.seed)
-        self.items_per_row = 1
+        self.rows = self.open_rows("train")
+        self.held_out = self.open_held_out(lambda: self.open_rows("held_out"))
+
+    def open_tokenizer(self, path):
+        if not path:
+            raise UserError('no tokenizer: set data.text_tokenizer to "bytes", or to a folder of CLIP\'s')
+        return CLIPTokenizer.of_bytes() if path == "bytes" else CLIPTokenizer.from_pretrained(path)
+
+    def open_rows(self, split):
+        return CaptionRows(self.config.data, self.config.train.batch_size, self.config.train.seed, split)
 
     def batch(self, step, microstep, rows):
-        return self.rows.batch(step * self.settings.train.accumulate + microstep, rows)  # (B, S, S, 3), B captions
+        return self.rows.batch(self.batch_number(step, microstep), rows)  # (B, S, S, 3) uint8, B captions
 
-    def loss(self, phase, wrapped, batch, step, microstep):
+    def loss(self, phase, module, batch, step, microstep):
         pictures, captions = batch
-        c, device = self.model.config.vision, self.ranks.device
-        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (c.mean, c.std))
-        images = (to_images(pictures, device) - mean) / std
-        image, text, scale, bias = wrapped(images, self.model.tokenize(captions).to(device))
+        images = normalized(to_float(pictures, self.device), self.model)  # (B, 3, S, S)
+        tokens = self.model.tokenize(captions).to(self.device)  # (B, T)
+        image, text, scale, bias = module(images, tokens)  # (B, E), (B, E), (), () or None
         loss = contrastive_loss(image, text, scale) if bias is None else sigmoid_loss(image, text, scale, bias)
         return loss, {"scale": scale}
 
@@ -426,62 +500,45 @@ class CLIPTask(Task):
     def after_step(self, step, ema):
         self.model.logit_scale.clamp_(max=math.log(100))  # Radford et al. 2021, section 2.5
 
-    def evaluate(self):
-        """The loss over held-out pairs."""
-        t = self.settings.train
-        held_out = CaptionRows(self.settings.data, t.batch_size, t.seed, "held_out")
-        batches = min(t.eval_batches, max(1, len(held_out) // t.batch_size))
-        rows = self.ranks.rows(t.batch_size)
-        losses = [self.loss("model", self.model, held_out.batch(i, rows), 0, 0)[0] for i in range(batches)]
-        return {"held_out_loss": torch.stack(losses).mean()}
 
-    def sample(self, path):
-        pass
-
-
-class VAETask(Task):
+class VAETask(PictureTask):
     """Pictures → a normal distribution of latents → pictures."""
 
-    unit = "images"
-
-    def __init__(self, s, explicit_keys, ranks, resume):
-        self.settings, self.ranks = s, ranks
-        self.model = start_model(AutoencoderKL, AutoencoderKLConfig, s.model, explicit_keys, resume)
+    def __init__(self, config, explicit_keys, ranks, resume):
+        super().__init__(config, ranks)
+        self.model = start_model(AutoencoderKL, AutoencoderKLConfig, config.model, explicit_keys, resume)
         self.modules = {"model": self.model}
-        self.pictures = PictureRows(s.data, s.train.seed)
-        c = self.model.config
-        if s.data.side % c.factor:
-            raise UserError(f"data.side {s.data.side} is no multiple of {c.factor}, the pixels of a latent")
-        self.shape = (c.latent_channels, s.data.side // c.factor, s.data.side // c.factor)
-        self.items_per_row = 1
+        self.open_pictures()
+        side, factor = config.data.side, self.model.config.factor
+        if side % factor:
+            raise UserError(f"data.side {side} is no multiple of {factor}, the pixels of a latent")
+        self.shape = (self.model.config.latent_channels, side // factor, side // factor)  # (z, h, w)
 
     def batch(self, step, microstep, rows):
-        keys = [(self.settings.train.seed, step, microstep, row, 7) for row in rows]
-        noise = np.stack([np.random.default_rng(key).standard_normal(self.shape, np.float32) for key in keys])
-        return self.pictures.batch(step, microstep, rows), noise  # (B, side, side, 3), (B, z, h, w)
+        """Pictures (B, side, side, 3) uint8, and noise (B, z, h, w) float32."""
+        noise = []
+        for row in rows:
+            rng = np.random.default_rng((self.config.train.seed, step, microstep, row, 7))
+            noise.append(rng.standard_normal(self.shape, np.float32))
+        return self.pictures.batch(step, microstep, rows), np.stack(noise)
 
-    def loss(self, phase, wrapped, batch, step, microstep):
+    def loss(self, phase, module, batch, step, microstep):
         pictures, noise = batch
-        images = 2 * to_images(pictures, self.ranks.device) - 1
-        return self.settings.loss(images, *wrapped(images, torch.from_numpy(noise).to(self.ranks.device)))
+        images = 2 * to_float(pictures, self.device) - 1  # (B, 3, side, side)
+        return self.config.loss(images, *module(images, torch.from_numpy(noise).to(self.device)))
 
-    def evaluate(self):
-        """PSNR of held-out pictures in dB (mean over pictures), and how large their latents are."""
-        t, psnrs, latents = self.settings.train, [], []
-        pictures = held_out_pictures(self.settings.data, t.eval_batches * t.batch_size)
-        for start in range(0, len(pictures), t.batch_size):
-            images = to_images(pictures[start : start + t.batch_size], self.ranks.device)
-            reconstruction, mean, _ = self.model(2 * images - 1)
-            error = (reconstruction.float() / 2 + 0.5).clamp(0, 1) - images
-            psnrs.append(-10 * error.pow(2).mean((1, 2, 3)).log10())
-            latents.append(mean.float())
-        return {"held_out_psnr": torch.cat(psnrs).mean(), "latent_std": torch.cat(latents).std()}
+    def measure(self, batch):
+        images = to_float(batch, self.device)
+        reconstruction, mean, _ = self.model(2 * images - 1)
+        return psnr(reconstruction.float() / 2 + 0.5, images), mean.float()
 
-    def sample(self, path):
-        """Held-out pictures above their reconstructions."""
-        pictures = held_out_pictures(self.settings.data, 8)
-        reconstruction, _, _ = self.model(2 * to_images(pictures, self.ranks.device) - 1)
-        save_grid([list(pictures), to_pictures(reconstruction / 2 + 0.5)], path)
+    def summarize(self, measured):
+        """PSNR in dB (mean over pictures), and how large the latents are."""
+        psnrs, means = zip(*measured, strict=True)
+        return {"held_out_psnr": torch.cat(psnrs).mean(), "latent_std": torch.cat(means).std()}
+
+    def reconstruct(self, images):
+        return self.model(2 * images - 1)[0] / 2 + 0.5
 
 
 class UNetTask(Task):
@@ -490,107 +547,131 @@ class UNetTask(Task):
     The autoencoder and the text tower stay as they are. Every picture is encoded once, at the start.
     """
 
-    unit = "images"
-
-    def __init__(self, s, explicit_keys, ranks, resume):
-        self.settings, self.ranks = s, ranks
-        for key in ("vae", "clip"):
-            if not resume and not getattr(s.data, key):
-                raise UserError(f"data.{key} is empty: name the trained {key} to build on")
-        unet = start_model(UNet, UNetConfig, s.model, explicit_keys, resume)
-        unet.activation_checkpointing = s.train.activation_checkpointing
-        vae = AutoencoderKL.from_pretrained(resume or s.data.vae, dtype=torch.float32)
-        text = text_encoders(resume)[0] if resume else CLIP.from_pretrained(s.data.clip).text_encoder()
-        if text.tokenizer is None:
-            raise UserError(f"{s.data.clip}: came without a tokenizer, so it cannot read captions")
-        if (width := text.config.text.width) != unet.config.cross_attention_dim:
-            raise UserError(
-                f"model.cross_attention_dim {unet.config.cross_attention_dim} must be CLIP's width, {width}"
-            )
-        self.model = LatentDiffusion(unet, vae, s.schedule, text).to(ranks.device)
-        for part in (vae, text):
-            part.requires_grad_(False)
+    def __init__(self, config, explicit_keys, ranks, resume):
+        super().__init__(config, ranks)
+        unet = start_model(UNet, UNetConfig, config.model, explicit_keys, resume)
+        unet.activation_checkpointing = config.train.activation_checkpointing
+        vae, text = self.load_parts(resume)
+        width, context = text.config.text.width, unet.config.cross_attention_dim
+        if width != context:
+            raise UserError(f"model.cross_attention_dim {context} must be CLIP's width, {width}")
+        self.model = LatentDiffusion(unet, vae, config.schedule, text).to(ranks.device)
+        vae.requires_grad_(False)
+        text.requires_grad_(False)
         self.modules = {"model": unet}
-        self.items_per_row = 1
-        self.order = functools.lru_cache(4)(
-            lambda pass_, count: np.random.default_rng((s.train.seed, pass_, 8)).permutation(count)
-        )
-        self.pairs = {}  # split: (captions, mean and log-variance of their pictures' latents)
-        for split in ("train", "held_out"):
-            rows = CaptionRows(s.data, s.train.batch_size, s.train.seed, split)
-            items = [source[i] for source, i, _ in rows.places if source.readable(source[i], [("image", None)])]
-            self.pairs[split] = [item.caption for item in items], self.encode(items, split)
-        if not (resume or s.model.init):  # means of size 1 are what the noise schedule is made for
-            scale = 1 / self.pairs["train"][1][:, 0].std().item()
-            vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 5))
-        elif not resume and (saved := checkpoint.weights_folder(s.model.init) / "vae" / "config.json").exists():
-            # a whole pipeline: its U-Net knows latents on the scale that is written there
-            vae.config = dataclasses.replace(vae.config, scaling_factor=checkpoint.read_json(saved)["scaling_factor"])
+        self.pairs = {"train": self.open_pairs("train")}
+        self.held_out = self.open_held_out(lambda: self.open_pairs("held_out"))
+        if not resume:
+            vae.config = dataclasses.replace(vae.config, scaling_factor=self.latent_scale())
 
-    @torch.inference_mode()
-    def encode(self, items, split):
-        """→ (N, 2, z, h, w): mean and log-variance. Kept in the run's folder, for the next start."""
-        made_of = hashlib.blake2b(repr([item.name for item in items]).encode(), digest_size=8)
-        made_of.update(str(self.settings.data.side).encode())
-        for weight in self.model.vae.parameters():
-            made_of.update(weight.detach().cpu().numpy().tobytes())
-        file = Path(self.settings.run.dir) / f"latents_{split}_{made_of.hexdigest()}.safetensors"
+    def load_parts(self, resume):
+        """→ (autoencoder, text tower with its tokenizer): those of the run's own pipeline, if it is resumed."""
+        data = self.config.data
+        if resume:
+            return AutoencoderKL.from_pretrained(resume, dtype=torch.float32), text_encoders(resume)[0]
+        for key in ("vae", "clip"):
+            if not getattr(data, key):
+                raise UserError(f"data.{key} is empty: name the trained {key} to build on")
+        text = load(CLIP, data.clip).text_encoder()
+        if text.tokenizer is None:
+            raise UserError(f"{data.clip}: came without a tokenizer, so it cannot read captions")
+        return load(AutoencoderKL, data.vae, dtype=torch.float32), text
+
+    def latent_scale(self):
+        """The factor between the autoencoder's latents and those that the U-Net sees."""
+        if self.config.model.init:
+            saved = checkpoint.weights_folder(self.config.model.init) / "vae" / "config.json"
+            # in a whole pipeline, the U-Net knows latents on the scale that is written there
+            if saved.exists():
+                return AutoencoderKL.from_pretrained(saved.parent).config.scaling_factor
+            return self.model.vae.config.scaling_factor
+        means = self.pairs["train"][1][:, 0]
+        return round(1 / means.std().item(), 5)  # to unit variance, as the noise schedule assumes
+
+    # -- pictures: encoded once, and kept for the next start --
+
+    def open_pairs(self, split):
+        """→ ([caption, …], latents (N, 2, z, h, w): mean and log-variance of each one's picture)."""
+        rows = CaptionRows(self.config.data, self.config.train.batch_size, self.config.train.seed, split)
+        items = rows.items()
+        if not items:
+            raise UserError(f"not one of the {len(rows)} captioned pictures can be read")
+        file = Path(self.config.run.dir) / f"latents_{split}_{self.fingerprint(items)}.safetensors"
         if file.exists():
-            return checkpoint.read_tensors(file)["latents"]
-        device = self.ranks.device
+            latents = checkpoint.read_tensors(file)["latents"]
+        else:
+            latents = self.encode([item.image for item in items], split)
+            if self.ranks.is_main:
+                checkpoint.write_tensors(file, {"latents": latents})
+        return [item.caption for item in items], latents
+
+    def fingerprint(self, items):
+        """Of all that the latents depend on: the pictures' names, their side, the autoencoder's weights."""
+        digest = hashlib.blake2b(repr([item.name for item in items]).encode(), digest_size=8)
+        digest.update(str(self.config.data.side).encode())
+        for weight in self.model.vae.parameters():
+            digest.update(weight.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def encode(self, pictures, split):
+        """Pictures → (N, 2, z, h, w) on the CPU."""
         parts = []
-        for start in tqdm(range(0, len(items), 64), desc=f"latents of {split} pictures", disable=self.ranks.rank > 0):
-            pictures = np.stack([item.image for item in items[start : start + 64]])
-            parts.append(torch.stack(self.model.vae.encode(2 * to_images(pictures, device) - 1), dim=1).cpu())
-        latents = torch.cat(parts)
-        if self.ranks.rank == 0:
-            checkpoint.write_tensors(file, {"latents": latents})
-        return latents.clone()  # they were made in inference mode: as they are, no gradient could pass
+        title = f"latents of {split} pictures"
+        for start in tqdm(range(0, len(pictures), 64), desc=title, disable=not self.ranks.is_main):
+            images = 2 * to_float(pictures[start : start + 64], self.device) - 1
+            with torch.no_grad():
+                parts.append(torch.stack(self.model.vae.encode(images), dim=1).cpu())
+        return torch.cat(parts)
+
+    # -- training --
 
     def batch(self, step, microstep, rows):
-        return self.make_batch("train", step * self.settings.train.accumulate + microstep, rows)
+        return self.make_batch("train", self.pairs["train"], self.batch_number(step, microstep), rows)
 
-    def make_batch(self, split, number, rows):
+    def held_out_rows(self):
+        return len(self.held_out[0])
+
+    def held_out_batch(self, number, rows):
+        return self.make_batch("held_out", self.held_out, number, rows)
+
+    def make_batch(self, split, pairs, number, rows):
         """Batch `number` of a split: captions, latents (B, 2, z, h, w), two noises (2, B, z, h, w), offsets, times."""
-        captions, latents = self.pairs[split]
-        s, drawn = self.settings, []
-        for row in rows:
-            pass_, place = divmod(number * s.train.batch_size + row, len(captions))
-            i = self.order(pass_, len(captions))[place]
-            rng = np.random.default_rng((s.train.seed, number, row, 9))
-            noise = rng.standard_normal((2, *latents.shape[2:]), np.float32)
-            offset = rng.standard_normal((latents.shape[2], 1, 1), np.float32)
-            caption = "" if rng.random() < s.loss.drop and split == "train" else captions[i]
-            drawn.append((caption, latents[i], noise, offset, rng.integers(s.schedule.num_train_timesteps)))
-        captions, latents, noises, offsets, times = zip(*drawn, strict=True)
-        return list(captions), torch.stack(latents), np.stack(noises, axis=1), np.stack(offsets), np.array(times)
+        all_captions, all_latents = pairs
+        config, shape = self.config, all_latents.shape[2:]
+        start = number * config.train.batch_size + rows.start
+        order = shuffled((config.train.seed, 8), len(all_captions), start, len(rows)).tolist()
+        captions, noises, offsets, times = [], [], [], []
+        for row, i in zip(rows, order, strict=True):
+            rng = np.random.default_rng((config.train.seed, number, row, 9))
+            noises.append(rng.standard_normal((2, *shape), np.float32))
+            offsets.append(rng.standard_normal((shape[0], 1, 1), np.float32))
+            drops = rng.random() < config.loss.drop and split == "train"
+            captions.append("" if drops else all_captions[i])
+            times.append(rng.integers(config.schedule.num_train_timesteps))
+        return captions, all_latents[order], np.stack(noises, axis=1), np.stack(offsets), np.array(times)
 
-    def loss(self, phase, wrapped, batch, step, microstep):
+    def loss(self, phase, module, batch, step, microstep):
         captions, latents, noises, offsets, times = batch
-        device, c = self.ranks.device, self.settings.loss
-        mean, logvar = latents.to(device).unbind(1)  # (B, z, h, w)
-        sampled, noise = torch.from_numpy(noises).to(device)
+        loss, schedule = self.config.loss, self.config.schedule
+        mean, logvar = latents.to(self.device).unbind(1)  # (B, z, h, w)
+        sampled, noise = torch.from_numpy(noises).to(self.device)
         x0 = reparameterize(mean, logvar, sampled) * self.model.vae.config.scaling_factor
-        noise = offset_noise(noise, torch.from_numpy(offsets).to(device), c.noise_offset)
+        noise = offset_noise(noise, torch.from_numpy(offsets).to(self.device), loss.noise_offset)
         with torch.no_grad():
             context = self.model.encode_text(captions).context
-        t = torch.from_numpy(times).to(device)
-        return diffusion_loss(wrapped, self.settings.schedule, x0, noise, t, context, min_snr=c.min_snr), {}
-
-    def evaluate(self):
-        t, unet = self.settings.train, self.model.unet
-        batches = min(t.eval_batches, max(1, len(self.pairs["held_out"][0]) // t.batch_size))
-        drawn = [self.make_batch("held_out", i, self.ranks.rows(t.batch_size)) for i in range(batches)]
-        return {"held_out_loss": torch.stack([self.loss("model", unet, batch, 0, 0)[0] for batch in drawn]).mean()}
+        t = torch.from_numpy(times).to(self.device)
+        return diffusion_loss(module, schedule, x0, noise, t, context, min_snr=loss.min_snr), {}
 
     def sample(self, path):
         """The first held-out captions, drawn twice, below the true pictures' reconstructions."""
-        captions, latents = (x[:8] for x in self.pairs["held_out"])
-        scale = self.model.vae.config.scaling_factor
-        true = self.model.to_images(latents[:, 0].to(self.ranks.device) * scale)
-        size = self.settings.data.side
-        drawn = [self.model.generate(captions, guidance=3, steps=25, size=size, seed=8 * row) for row in range(2)]
-        save_grid([to_pictures(images) for images in (true, *drawn)], path)
+        if self.held_out is None:
+            return
+        captions, latents = (x[:8] for x in self.held_out)
+        true = self.model.to_images(latents[:, 0].to(self.device) * self.model.vae.config.scaling_factor)
+        rows = [true]
+        for seed in (0, 8):
+            rows.append(self.model.generate(captions, guidance=3, steps=25, size=self.config.data.side, seed=seed))
+        save_grid([list(to_uint8(images)) for images in rows], path)
 
 
 class DreamLLMTask(Task):
@@ -600,160 +681,192 @@ class DreamLLMTask(Task):
     """
 
     unit = "samples"
+    may_skip_weights = True  # of a CLIP or a U-Net that is trained too, if a batch has no picture for it
 
-    def __init__(self, s, explicit_keys, ranks, resume):
-        self.settings, self.ranks = s, ranks
-        if s.train.ema:
+    def __init__(self, config, explicit_keys, ranks, resume):
+        super().__init__(config, ranks)
+        if config.train.ema:
             raise UserError("train.ema is not for model.kind dreamllm: set it to 0")
-        self.model = model = self.start(s, explicit_keys, resume)
-        names = [f.name for f in dataclasses.fields(DreamLLMConfig)]
-        model.config = DreamLLMConfig(**{n: getattr(s.model, n) for n in names} | self.shape(model.config))
-        counts = freeze_all_but(model, s.model.trained)
-        if ranks.rank == 0:
-            rest = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-            print("trained:", ", ".join(f"{n} {count:,}" for n, count in counts.items()) + f"; frozen: {rest:,}")
+        self.model = model = self.load(explicit_keys, resume)
+        section = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(DreamLLMConfig)}
+        model.config = DreamLLMConfig(**section | self.shape(model.config))
+        counts = freeze_all_but(model, config.model.trained or STAGES[config.model.stage])
+        if ranks.is_main:
+            frozen_count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+            shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            print(f"trained: {shown}; frozen: {frozen_count:,}")
         for part in (model.llama, model.diffusion.unet):
-            part.activation_checkpointing = s.train.activation_checkpointing
+            part.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": model}
-        context, d, stage = model.llama.config.max_seq_len, s.data, s.model.stage
-        spans = {"understand": stage != "create", "create": stage != "understand"}
-        options = {"template": d.template, "system": d.system}
-        self.writer = Writer(model.tokenizer, model.patches, model.config.queries, context, **spans, **options)
-        self.rows = self.open("train")
-        try:
-            self.held_out = self.open("held_out")
-        except UserError as error:  # of few rows, none may fall into that split
-            self.held_out = None
-            if ranks.rank == 0:
-                print(f"no held-out loss: {error}", file=sys.stderr)
-        self.items_per_row = 1
+        self.writer = self.make_writer()
+        self.rows = self.open_rows("train")
+        self.held_out = self.open_held_out(lambda: self.open_rows("held_out"))
+
+    @property
+    def start(self):
+        model = self.config.model
+        return model.init or ", ".join((model.llama, model.clip, model.diffusion))
 
     @staticmethod
     def shape(config):
         """What must stay as it is in the weights."""
         return {name: getattr(config, name) for name in ("queries", "projector", "condition")}
 
-    def start(self, s, explicit_keys, resume):
+    def load(self, explicit_keys, resume):
         """A DreamLLM from `resume`, else model.init, else from its parts."""
-        if folder := resume or s.model.init:
-            model = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, torch.float32)
-            settings.must_agree(explicit_keys & set(self.shape(s.model)), s.model, model.config, folder)
+        section = self.config.model
+        if folder := resume or section.init:
+            model = load(DreamLLM, folder, clip=CLIP, diffusion=LatentDiffusion, dtype=torch.float32)
+            settings.must_agree(explicit_keys & set(self.shape(section)), section, model.config, folder)
             return model
         for key in ("llama", "clip", "diffusion"):
-            if not getattr(s.model, key):
+            if not getattr(section, key):
                 raise UserError(f"model.{key} is empty: name the trained part to build on, or a DreamLLM as model.init")
-        tokenizer = Tokenizer.from_pretrained(s.data.text_tokenizer or s.model.llama)
+        tokenizer = Tokenizer.from_pretrained(self.config.data.text_tokenizer or section.llama)
         tokenizer.add(ADDED)
-        llama = LLaMA.from_pretrained(s.model.llama, torch.float32)
+        llama = load(LLaMA, section.llama, dtype=torch.float32)
         llama.resize(tokenizer.vocab_size)
-        clip = CLIP.from_pretrained(s.model.clip, torch.float32)
-        diffusion = LatentDiffusion.from_pretrained(s.model.diffusion, dtype=torch.float32)
-        config = DreamLLMConfig(**{f.name: getattr(s.model, f.name) for f in dataclasses.fields(DreamLLMConfig)})
+        clip = load(CLIP, section.clip, dtype=torch.float32)
+        diffusion = load(LatentDiffusion, section.diffusion, dtype=torch.float32)
+        names = [field.name for field in dataclasses.fields(DreamLLMConfig)]
+        config = DreamLLMConfig(**{name: getattr(section, name) for name in names})
         return DreamLLM(llama, clip, diffusion, config, tokenizer)
 
-    def open(self, split):
-        s, side = self.settings, self.model.clip.config.vision.image_size
-        return DocumentRows(s.data, self.writer, side, self.model.side, s.train.batch_size, s.train.seed, split)
+    def make_writer(self):
+        model, data, stage = self.model, self.config.data, self.config.model.stage
+        return Writer(
+            model.tokenizer,
+            model.patches,
+            model.config.queries,
+            model.llama.config.max_seq_len,
+            understand=stage != "create",
+            create=stage != "understand",
+            template=data.template,
+            system=data.system,
+        )
+
+    def open_rows(self, split):
+        train, clip_side = self.config.train, self.model.clip.config.vision.image_size
+        return DocumentRows(
+            self.config.data, self.writer, clip_side, self.model.side, train.batch_size, train.seed, split
+        )
 
     def batch(self, step, microstep, rows):
-        return self.make_batch(self.rows, step * self.settings.train.accumulate + microstep, rows)
+        return self.make_batch(self.rows, self.batch_number(step, microstep), rows)
+
+    def held_out_batch(self, number, rows):
+        return self.make_batch(self.held_out, number, rows)
 
     def make_batch(self, source, number, rows):
-        """Batch `number` of a DocumentRows, and the chance in its pictures' loss, each row's its own."""
+        """Batch `number` of a DocumentRows, with the random numbers of its pictures' loss as a LossNoise of arrays."""
         batch = source.batch(number, rows)
         unet, vae = self.model.diffusion.unet.config, self.model.diffusion.vae.config
-        shape, drawn = (vae.latent_channels, unet.sample_size, unet.sample_size), []
+        shape = (vae.latent_channels, unet.sample_size, unet.sample_size)
         start = self.model.tokenizer.special["<dream_start>"]
-        for row, count in zip(rows, (batch["tokens"] == start).sum(1).tolist(), strict=True):
-            rng = np.random.default_rng((self.settings.train.seed, number, row, 10))
+        counts = (batch["tokens"] == start).sum(1).tolist()  # pictures to draw in each row
+        noises = []  # each row has its own, whoever its neighbours are
+        for row, count in zip(rows, counts, strict=True):
+            rng = np.random.default_rng((self.config.train.seed, number, row, 10))
             sample, noise, perturbation = rng.standard_normal((3, count, *shape), np.float32)
             offset = rng.standard_normal((count, shape[0], 1, 1), np.float32)
             t = rng.integers(self.model.diffusion.schedule.num_train_timesteps, size=count)
-            drawn.append(LossNoise(sample, noise, offset, perturbation, t, rng.random(count)))
-        return batch | {"draws": LossNoise(*(np.concatenate(kind) for kind in zip(*drawn, strict=True)))}
+            noises.append(LossNoise(sample, noise, offset, perturbation, t, rng.random(count)))
+        joined = [np.concatenate(arrays) for arrays in zip(*noises, strict=True)]
+        return batch | {"draws": LossNoise(*joined)}
 
     def losses(self, module, batch):
-        """→ what to descend; over all ranks the means (lm_loss, vm_loss), and of how many labels and pictures."""
-        device, v = self.ranks.device, self.model.clip.config.vision
-        tokens, labels = (torch.from_numpy(batch[name]).to(device) for name in ("tokens", "labels"))
-        mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (v.mean, v.std))
-        images = (to_images(batch["images"], device) - mean) / std
-        images_dm = to_images(batch["images_dm"], device)
-        draws = LossNoise(*(torch.from_numpy(x).to(device) for x in batch["draws"]))
-        out = module(tokens, labels, images, images_dm, draws)
-        loss, means, c = out["loss"], (out["lm_loss"], out["vm_loss"]), self.model.config
-        counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=device)))
-        if self.ranks.world > 1:  # ranks may have unlike many texts and pictures: each counts by its share
-            own = counts.clone()
-            dist.all_reduce(counts)
-            lm, vm = (own * self.ranks.world / counts.clamp(min=1)).tolist()
-            loss = loss + c.w_lm * (lm - 1) * means[0] + c.w_vm * (vm - 1) * means[1]
-            means = lm * means[0], vm * means[1]
+        """→ (a scalar to descend; lm_loss, vm_loss (2,); of how many labels and pictures they are means (2,)).
+
+        Where there are several ranks, the two losses are this rank's summands of the means over all ranks.
+        """
+        tokens = torch.from_numpy(batch["tokens"]).to(self.device)  # (B, T)
+        labels = torch.from_numpy(batch["labels"]).to(self.device)  # (B, T)
+        images = normalized(to_float(batch["images"], self.device), self.model.clip)  # (N, 3, S, S)
+        images_dm = to_float(batch["images_dm"], self.device)  # (M, 3, side, side)
+        noise = LossNoise(*(torch.from_numpy(array).to(self.device) for array in batch["draws"]))
+        out = module(tokens, labels, images, images_dm, noise)
+        loss, means = out["loss"], torch.stack((out["lm_loss"], out["vm_loss"]))
+        counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=self.device)))
+        if self.ranks.world > 1:
+            # A rank's mean mᵣ is over its own nᵣ labels (or pictures); wanted is the mean over all n = Σ nᵣ of them,
+            # Σ nᵣmᵣ / n. What is averaged over the W ranks, gradients and metrics alike, is therefore W·nᵣ/n · mᵣ:
+            # its mean, Σ (W·nᵣ/n · mᵣ) / W, is the one wanted. In `loss` stands mᵣ already, so the rest is added.
+            total = counts.clone()
+            dist.all_reduce(total)
+            shares = counts * self.ranks.world / total.clamp(min=1)  # W·nᵣ/n
+            weights = torch.tensor((self.model.config.w_lm, self.model.config.w_vm), device=self.device)
+            loss = loss + (weights * (shares - 1) * means).sum()
+            means, counts = shares * means, total
         return loss, means, counts
 
-    def loss(self, phase, wrapped, batch, step, microstep):
-        loss, means, _ = self.losses(wrapped, batch)
+    def loss(self, phase, module, batch, step, microstep):
+        loss, means, _ = self.losses(module, batch)
         return loss, dict(zip(("lm_loss", "vm_loss"), means, strict=True))
 
-    def evaluate(self):
-        """Both losses over held-out samples: the mean over their labels, and over their pictures to draw."""
-        if not self.held_out:
-            return {}
-        t, sums, totals = self.settings.train, 0, 0
-        for i in range(min(t.eval_batches, max(1, len(self.held_out) // t.batch_size))):
-            batch = self.make_batch(self.held_out, i, self.ranks.rows(t.batch_size))
-            _, means, counts = self.losses(self.model, batch)
-            sums, totals = sums + torch.stack(means) * counts, totals + counts
-        lm_loss, vm_loss = sums / totals.clamp(min=1)
+    def measure(self, batch):
+        _, means, counts = self.losses(self.model, batch)
+        return means * counts, counts
+
+    def summarize(self, measured):
+        """Both losses: the mean over all labels of the held-out samples, and over all their pictures to draw."""
+        sums, counts = (sum(values) for values in zip(*measured, strict=True))
+        lm_loss, vm_loss = sums / counts.clamp(min=1)
         return {"held_out_lm_loss": lm_loss, "held_out_vm_loss": vm_loss}
 
     def sample(self, path):
-        """The first held-out pairs to create: their pictures, above what is drawn after the same words."""
-        if not self.held_out or self.settings.model.stage == "understand":
+        """The first held-out pairs to create: their pictures, above what is drawn after the same texts."""
+        if self.held_out is None or self.config.model.stage == "understand":
             return
         tokenizer, prompts, true = self.model.tokenizer, [], []
         samples = (self.held_out.sample(position) for position in range(256))
-        for sample in itertools.islice((s for s in samples if s.images_dm and not s.images), 8):
-            text = sample.tokens[: np.flatnonzero(sample.tokens == tokenizer.special["<dream_start>"])[0]]
-            prompts.append(tokenizer.decode(text.tolist()))
+        to_create = (sample for sample in samples if sample.images_dm and not sample.images)
+        for sample in itertools.islice(to_create, 8):
+            start = np.flatnonzero(sample.tokens == tokenizer.special["<dream_start>"])[0]
+            prompts.append(tokenizer.decode(sample.tokens[:start].tolist()))
             true.append(draw_view(sample.images_dm[0], self.model.side))
         if prompts:
             drawn = self.model.text_to_image(prompts, guidance=3, steps=25, sampler="ddim", seed=0)
-            save_grid([true, to_pictures(drawn)], path)
+            save_grid([true, list(to_uint8(drawn))], path)
+
+
+TASKS = {
+    "vqgan": VQGANTask,
+    "llama": LLaMATask,
+    "clip": CLIPTask,
+    "vae": VAETask,
+    "unet": UNetTask,
+    "dreamllm": DreamLLMTask,
+}
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+def normalized(images, clip):
+    """images (B, 3, S, S) in [0, 1] → as this CLIP wants them."""
+    vision = clip.config.vision
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (vision.mean, vision.std))
+    return (images - mean) / std
 
 
 def freeze_all_but(model, prefixes):
-    """Lets train the weights that `prefixes` name, alone or by the modules they are in, and no others.
+    """Lets gradients into the weights that `prefixes` name, alone or by their modules, and into no others.
 
-    → {prefix: how many numbers}.
+    → {prefix: how many numbers it stands for}.
     """
     counts = dict.fromkeys(prefixes, 0)
     for name, parameter in model.named_parameters():
-        chosen = [p for p in prefixes if f"{name}.".startswith(f"{p}.")]
+        chosen = [prefix for prefix in prefixes if f"{name}.".startswith(f"{prefix}.")]
         parameter.requires_grad_(bool(chosen))
         for prefix in chosen:
             counts[prefix] += parameter.numel()
-    names = ", ".join(["dream_queries", *dict(model.named_children())])
-    absent = [p for p in prefixes if not counts[p]] if prefixes else [""]
-    if absent:
-        raise UserError(
-            f'model.trained: no weight\'s name begins with "{absent[0]}"; there are {names}, and what is in them'
-        )
+    for prefix, count in counts.items():
+        if not count:
+            names = ", ".join(["dream_queries", *dict(model.named_children())])
+            raise UserError(
+                f'model.trained: no weight\'s name begins with "{prefix}"; there are {names}, and what is in them'
+            )
     return counts
-
-
-TASKS = {"vqgan": VQGANTask, "llama": LLaMATask, "clip": CLIPTask, "vae": VAETask, "unet": UNetTask}
-TASKS |= {"dreamllm": DreamLLMTask}
-
-
-def to_images(pictures, device):
-    """(B, H, W, 3) uint8 → (B, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 255
-
-
-def to_pictures(images):
-    """(B, 3, H, W) around [0, 1] → a list of (H, W, 3) uint8."""
-    return list((images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
 
 
 @contextlib.contextmanager

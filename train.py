@@ -4,66 +4,55 @@
     python train.py --config configs/demo_tokenizer.toml run.dir=out/mine train.steps=200    any key can be overridden
     torchrun --nproc-per-node 8 train.py --config configs/lvm.toml      one process per GPU
 
-The loop knows nothing of pictures or tokens. It asks a *task*, which has
+The loop knows nothing of pictures or tokens. A *task* does (tasks.py): it has the model, makes the batches and
+computes the loss. The loop does the rest: mixed precision, gradient accumulation, clipping, AdamW, learning rate,
+averaged weights, several processes, logging, checkpoints.
 
-    model     what is saved and sampled from
-    modules   {phase: the module that phase trains}; a GAN has two phases, everything else one. The first is averaged
-    active    (phase, step) → whether that phase has begun
-    batch     (step, microstep, rows) → arrays; depends on the seed and these numbers only
-    loss      (phase, wrapped module, batch, step, microstep) → a scalar to descend, and values to log
-    after_step, evaluate, sample, state, load_state     what their names say; see VQGANTask
-
-and does the rest: mixed precision, gradient accumulation, clipping, AdamW, learning rate, averaged
-weights, several processes, held-out loss, samples, checkpoints.
-
-    for step:  for phase:  for microstep:  batch → loss → backward
+    for step:  for phase:  for microbatch:  loss → backward        a GAN has two phases, everything else one
                            clip → AdamW
-               average → log → evaluate → sample → save
+               average → log, evaluate → save → sample
 
-How a run starts: (1) resume from its newest complete checkpoint; else (2) from `model.init`, a run or a
-published folder; else (3) from scratch. Because batches and random draws are functions of (seed, step,
-phase, microstep, row), a checkpoint needs no random state: a resumed run ends with the same bits as an
-unbroken one, and the number of processes changes nothing but rounding.
-
-Read before: model.py, vqgan.py; for their tasks clip.py, diffusion.py, documents.py. Read next: sample.py.
+How a run starts: (1) resume from its newest complete checkpoint; else (2) from `model.init`, a run or a published
+folder; else (3) from scratch. Batches and random numbers are functions of (seed, step, phase, microstep, row), so a
+checkpoint needs no random state. A resumed run ends with the same bits as an unbroken one, if it has the same
+number of processes and of threads; how many processes there are changes nothing but rounding.
 """
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data import prefetch
 from support import checkpoint, runs, settings
 from support.settings import UserError, learning_rate
 from tasks import TASKS, read_run
 
-# ---- settings: which sections a run of each kind has -----------------------------------------
-
-
 # ---- several processes -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among those torchrun started (rank 0 of 1 without it)."""
+    """Where this process stands among those that torchrun started (rank 0 of 1 without it)."""
 
     rank: int
     world: int
     device: torch.device
 
+    @property
+    def is_main(self):
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
     def rows(self, batch_size):
-        """The slice of a global batch that is ours."""
+        """The rows of a global batch that are this process's, as a range."""
         share = batch_size // self.world
         return range(self.rank * share, (self.rank + 1) * share)
 
@@ -76,8 +65,13 @@ class Ranks:
 
 
 def start_ranks(device):
+    """The Ranks of this process; `device`: "cpu", "cuda", or None for a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -87,39 +81,58 @@ def start_ranks(device):
     return Ranks(rank, world, torch.device(device))
 
 
-# ---- start: resume, init or scratch ----------------------------------------------------------
-
-
-# ---- tasks -----------------------------------------------------------------------------------
+def distribute(task):
+    """{phase: its module}, wrapped so that the ranks average their gradients if there are several."""
+    if task.ranks.world == 1:
+        return task.modules
+    options = {"broadcast_buffers": False, "find_unused_parameters": task.may_skip_weights}
+    return {phase: DistributedDataParallel(module, **options) for phase, module in task.modules.items()}
 
 
 # ---- optimization ----------------------------------------------------------------------------
 
 
-def make_optimizer(module, o):
+def make_optimizer(module, optim):
+    """AdamW over the weights of `module` that are trained; optim: an OptimSettings."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, o.lr, (o.beta1, o.beta2), o.eps, weight_decay=o.weight_decay, fused=True)
+    betas = (optim.beta1, optim.beta2)
+    return torch.optim.AdamW(trained, optim.lr, betas, optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
-def optimizer_tensors(optimizer, module):
-    """The optimizer's state by the names of the weights: {"encoder.conv_in.weight.exp_avg": …}."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in module.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+def update(task, phase, module, optimizer, microbatches, step, autocast):
+    """One step of AdamW on a phase's module, with the mean gradient of the microbatches → {name: scalar} to log."""
+    train, optim = task.config.train, task.config.optim
+    prefix = "" if phase == task.main_phase else f"{phase}_"
+    values = {}
+    for microstep, batch in enumerate(microbatches):
+        # several processes average their gradients once a step: with the last microbatch
+        waits = task.ranks.world > 1 and microstep + 1 < train.accumulate
+        with module.no_sync() if waits else contextlib.nullcontext():
+            with autocast:
+                loss, logged = task.loss(phase, module, batch, step, microstep)
+            (loss / train.accumulate).backward()
+        for name, value in {f"{prefix}loss": loss, **logged}.items():
+            values[name] = values.get(name, 0.0) + value.detach().float() / train.accumulate
+    norm = torch.nn.utils.clip_grad_norm_(task.modules[phase].parameters(), optim.clip or math.inf)
+    values[f"{prefix}grad_norm"] = norm
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(optim, step, train.steps)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return values
 
 
-def load_optimizer(optimizer, module, tensors):
-    for name, parameter in module.named_parameters():
-        state = {k: tensors[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{k}" in tensors}
-        if state:
-            optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+def average(ema, model, decay, step):
+    """Moves the averaged weights `ema` (a list; empty if none are kept) towards the model's."""
+    if ema:
+        # early on the average follows quickly, so that it does not remember the random start
+        decay = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
 
 
 @contextlib.contextmanager
 def with_ema_weights(model, ema):
-    """Within, the model's weights are the averaged ones (or its own where none are kept)."""
+    """Within, the model's weights are the averaged ones (or its own if none are kept)."""
     if not ema:
         yield
         return
@@ -134,7 +147,7 @@ def with_ema_weights(model, ema):
 
 
 def can_compile(device):
-    """Whether torch.compile finds what it needs here (on a CPU: a C++ compiler); says so if not."""
+    """Whether torch.compile finds what it needs here (on a CPU: a C++ compiler); if not, says so."""
     try:
         torch.compile(lambda x: x * 2)(torch.ones(2, device=device))
         return True
@@ -147,173 +160,195 @@ def can_compile(device):
 # ---- the loop --------------------------------------------------------------------------------
 
 
-def train(s, explicit_keys, device=None):
-    """Runs (or resumes) the training that the settings `s` describe. → the run's folder."""
-    ranks = start_ranks(device)
-    t, run = s.train, Path(s.run.dir)
-    is_main = ranks.rank == 0  # the one process that prints and writes
-    if t.batch_size % ranks.world:
-        raise UserError(f"train.batch_size {t.batch_size} is no multiple of the {ranks.world} processes")
+def train(config, explicit_keys, device=None):
+    """Runs (or resumes) the training that `config` describes → the run's folder.
+
+    config, explicit_keys: what read_run returns; device: "cpu", "cuda", or None for the best one.
+    """
+    ranks, run = start_ranks(device), Path(config.run.dir)
+    steps, accumulate, batch_size = config.train.steps, config.train.accumulate, config.train.batch_size
+    if batch_size % ranks.world:
+        raise UserError(f"train.batch_size {batch_size} is no multiple of the {ranks.world} processes")
 
     # -- start: resume, init or scratch --
-    resume = checkpoint.latest_step_folder(run)
-    first = checkpoint.read_json(resume / "state.json")["step"] if resume else 0
-    if first >= t.steps:
-        if is_main:
-            print(f"{run} is complete: step {first} of {t.steps}")
+    resume, state = runs.newest_step(run, config.model.kind)
+    first = state["step"]
+    if first >= steps:
+        if ranks.is_main:
+            print(runs.already_complete(run, config, explicit_keys, first))
         return run
-    torch.manual_seed(t.seed)
-    task = TASKS[s.model.kind](s, explicit_keys, ranks, resume)
-    model = next(iter(task.modules.values()))  # the one that is averaged; a U-Net is saved as part of a pipeline
-    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(model.config)))
-    for module in task.modules.values():
-        module.to(ranks.device).train()
-    optimizers = {phase: make_optimizer(module, s.optim) for phase, module in task.modules.items()}
-    ema = [p.detach().clone() for p in model.parameters()] if t.ema else []
-    if resume:
-        load_training(resume, task, optimizers, ema, ranks)
-    if is_main:
-        count = sum(p.numel() for p in model.parameters())
-        parts = [str(getattr(s.model, key, "")) for key in ("llama", "clip", "diffusion")]  # DreamLLM's
-        start = s.model.init or ", ".join(filter(None, parts))
-        origin = f"resumed from {resume}" if resume else f"from {start}" if start else "from scratch"
-        print(f"{s.model.kind}, {count:,} parameters, {origin}, on {ranks.world} × {ranks.device}; run: {run}")
-        runs.start_run(run, s, first)
+    task, optimizers, ema = begin(config, explicit_keys, ranks, resume)
+    if ranks.is_main:
+        announce(task, run, resume, state)
+    if config.train.compile and can_compile(ranks.device):
+        task.main.compile()
+    modules = distribute(task)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
 
-    if t.compile and can_compile(ranks.device):
-        model.compile()
-    wrapped = task.modules
-    if ranks.world > 1:
-        # a batch of DreamLLM may have no picture for a CLIP or a U-Net that is trained too
-        options = {"broadcast_buffers": False, "find_unused_parameters": s.model.kind == "dreamllm"}
-        wrapped = {k: DistributedDataParallel(m, **options) for k, m in task.modules.items()}
+    # -- batches: prepared in threads, a few ahead --
+    rows = ranks.rows(batch_size)
+    numbers = [(step, microstep) for step in range(first, steps) for microstep in range(accumulate)]
+    batches = prefetch(lambda number: task.batch(*number, rows), numbers, config.data.workers)
+    items = batch_size * accumulate * task.items_per_row
+    log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main)
 
-    # -- batches, prepared a few ahead in threads --
-    rows = ranks.rows(t.batch_size)
-    order = [(step, micro) for step in range(first, t.steps) for micro in range(t.accumulate)]
-    batches = prefetch(lambda i: task.batch(*i, rows), order, s.data.workers)
-
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=t.dtype == "bfloat16")
-    bar = tqdm(total=t.steps, initial=first, disable=not is_main, unit="step", dynamic_ncols=True)
-    board = tensorboard(run) if is_main else None
-    metrics = open(run / "metrics.jsonl", "a") if is_main else None
-    clock, since = time.perf_counter(), first
-    for step in range(first, t.steps):
-        lr = learning_rate(s.optim, step, t.steps)
+    for step in range(first, steps):
+        # -- update: each phase in turn, then the average --
+        microbatches = [next(batches) for _ in range(accumulate)]
         values = {}
-        microbatches = [next(batches) for _ in range(t.accumulate)]
         for phase, optimizer in optimizers.items():
-            if not task.active(phase, step):
-                continue
-            for micro, batch in enumerate(microbatches):
-                last = micro + 1 == t.accumulate
-                # gradients of several processes are averaged once a step, with the last microstep
-                with wrapped[phase].no_sync() if ranks.world > 1 and not last else contextlib.nullcontext():
-                    with autocast:
-                        loss, logged = task.loss(phase, wrapped[phase], batch, step, micro)
-                    (loss / t.accumulate).backward()
-                name = "loss" if phase == next(iter(optimizers)) else f"{phase}_loss"
-                for key, value in {name: loss, **logged}.items():
-                    values[key] = values.get(key, 0.0) + value.detach().float() / t.accumulate
-            norm = torch.nn.utils.clip_grad_norm_(task.modules[phase].parameters(), s.optim.clip or math.inf)
-            values |= {"grad_norm" if name == "loss" else f"{phase}_grad_norm": norm}
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if ema:
-            # early on the average follows quickly, so that it does not remember the random start
-            decay = min(t.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
+            if task.active(phase, step):
+                values |= update(task, phase, modules[phase], optimizer, microbatches, step, autocast)
+        average(ema, task.main, config.train.ema, step)
         task.after_step(step, ema)
-
-        # -- log, evaluate, sample, save --
         done = step + 1
-        evaluates = t.eval_every and (done % t.eval_every == 0 or done == t.steps)
-        saves = done % t.save_every == 0 or done == t.steps
-        if done % t.log_every == 0 or done == t.steps or saves or evaluates:
-            entry = {"step": done, **ranks.mean(values), "lr": lr}
-            bad = [f"{key} is {value}" for key, value in entry.items() if not math.isfinite(value)]
-            if bad:
-                last_good = checkpoint.latest_step_folder(run) or "none was saved"
-                raise UserError(
-                    f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {last_good})"
-                )
-            elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-            rate = (done - since) * t.batch_size * t.accumulate * task.items_per_row / elapsed
-            entry[f"{task.unit}_per_second"], since = round(rate, 1), done
-            if evaluates:
-                model.eval()
-                with torch.inference_mode(), autocast, with_ema_weights(model, ema):
+
+        # -- log and evaluate --
+        if log.due(done):
+            lr = learning_rate(config.optim, step, steps)
+            entry = log.entry(done, ranks.mean(values) | {"lr": lr})
+            if log.evaluates(done):
+                with log.paused(), autocast, watching(task, optimizers, ema, done):
                     entry |= ranks.mean(task.evaluate())
-                model.train()
-            if is_main:
-                metrics.write(json.dumps(entry) + "\n")
-                metrics.flush()
-                bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} {task.unit}/s")
-                if evaluates:
-                    bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if k != "step"))
-                for key, value in entry.items() if board else ():
-                    board.add_scalar(key, value, done)
-        if is_main and t.sample_every and (done % t.sample_every == 0 or done == t.steps):
-            model.eval()
-            with torch.inference_mode(), autocast, with_ema_weights(model, ema):
+            log.write(entry)
+
+        # -- save, then sample --
+        if log.saves(done):
+            with log.paused():
+                save(done, task, optimizers, ema)
+        if log.samples(done) and ranks.is_main:
+            with log.paused(), autocast, watching(task, optimizers, ema, done):
                 task.sample(run / "samples" / f"step_{done:08d}.png")
-            model.train()
-        if saves and is_main:
-            with runs.new_step(run, done, t.keep) as folder:
-                save_training(folder, done, task, optimizers, ema)
-        if evaluates or saves or (t.sample_every and done % t.sample_every == 0):
-            clock = time.perf_counter()  # the rate is that of training alone
-        bar.update()
-    bar.close()
+        log.advance()
+
+    log.close()
     if ranks.world > 1:
         dist.destroy_process_group()
     return run
 
 
-def tensorboard(run):
+def begin(config, explicit_keys, ranks, resume):
+    """→ (task, {phase: optimizer}, averaged weights): from the checkpoint `resume`, or as the configuration says."""
+    torch.manual_seed(config.train.seed)
+    task = TASKS[config.model.kind](config, explicit_keys, ranks, resume)
+    for module in task.modules.values():
+        module.to(ranks.device).train()
+    optimizers = {phase: make_optimizer(module, config.optim) for phase, module in task.modules.items()}
+    ema = [p.detach().clone() for p in task.main.parameters()] if config.train.ema else []
+    if resume:
+        load_training(resume, task, optimizers, ema)
+    return task, optimizers, ema
+
+
+def announce(task, run, resume, state):
+    """Prints what is trained from which start, and makes the run's folder."""
+    config, ranks = task.config, task.ranks
+    # a folder that the model was loaded from decides about its shape
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **vars(task.main.config)))
+    count = sum(p.numel() for p in task.main.parameters())
+    origin = f"resumed from {resume}" if resume else f"from {task.start}" if task.start else "from scratch"
+    print(f"{config.model.kind}, {count:,} parameters, {origin}, on {ranks.world} × {ranks.device}; run: {run}")
+    before, now = state.get("threads"), torch.get_num_threads()
+    if before not in (None, now) and ranks.device.type == "cpu":
+        print(f"resuming with {now} threads instead of {before}: other rounding, so not the bits of an unbroken run")
+    runs.start_run(run, config, state["step"])
+
+
+@contextlib.contextmanager
+def watching(task, optimizers, ema, done):
+    """Within, the model is the averaged one and learns nothing. An error loses no steps: they are saved first."""
+    task.main.eval()
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(run / "tensorboard")
+        with torch.inference_mode(), with_ema_weights(task.main, ema):
+            yield
+    except Exception:
+        save(done, task, optimizers, ema)
+        raise
+    finally:
+        task.main.train()
 
 
-def save_training(folder, step, task, optimizers, ema):
-    """Fills `folder` with a checkpoint: see checkpoint.py for its layout."""
-    task.model.save_pretrained(folder)
-    model, *others = task.modules.values()
-    if ema:
-        with with_ema_weights(model, ema):
-            task.model.save_pretrained(folder / "ema")
-    for phase, module in task.modules.items():
-        tensors = optimizer_tensors(optimizers[phase], module)
-        checkpoint.write_tensors(folder / "training" / f"optimizer.{phase}.safetensors", tensors)
-        if module in others:
-            checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
-    checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
-    checkpoint.write_text(folder / "state.json", json.dumps({"step": step}) + "\n")
+# ---- checkpoints -----------------------------------------------------------------------------
 
 
-def load_training(folder, task, optimizers, ema, ranks):
-    """The other half: everything but the model's weights, which are loaded already."""
-    model, *others = task.modules.values()
+def save(step, task, optimizers, ema):
+    """Writes the run's checkpoint after `step` steps, unless it is there; see runs.py for the layout."""
+    run = Path(task.config.run.dir)
+    if not task.ranks.is_main or (run / f"step_{step:08d}").exists():
+        return
+    with runs.new_step(run, step, task.config.train.keep) as folder:
+        task.model.save_pretrained(folder)
+        if ema:
+            with with_ema_weights(task.main, ema):
+                task.model.save_pretrained(folder / "ema")
+        for phase, module in task.modules.items():
+            tensors = optimizer_tensors(optimizers[phase], module)
+            checkpoint.write_tensors(folder / "training" / f"optimizer.{phase}.safetensors", tensors)
+            if phase != task.main_phase:
+                checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
+        checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
+        checkpoint.write_json(folder / "state.json", {"step": step, "threads": torch.get_num_threads()})
+
+
+def load_training(folder, task, optimizers, ema):
+    """Reads from the checkpoint `folder` everything but the model's weights, which are loaded already.
+
+    A UserError if a file does not fit the weights. (AdamW would read and write beyond a moment of another shape.)
+    """
     for phase, module in task.modules.items():
         file = folder / "training" / f"optimizer.{phase}.safetensors"
-        load_optimizer(optimizers[phase], module, checkpoint.read_tensors(file))
-        if module in others:
-            module.load_state_dict(checkpoint.read_tensors(folder / "training" / f"{phase}.safetensors"))
-    task.load_state(checkpoint.read_tensors(folder / "training" / "state.safetensors"))
+        load_optimizer(optimizers[phase], module, file, task.may_skip_weights)
+        if phase != task.main_phase:
+            file = folder / "training" / f"{phase}.safetensors"
+            tensors = checkpoint.read_tensors(file)
+            checkpoint.check_same(tensors, module.state_dict(), file)
+            module.load_state_dict(tensors)
+    file = folder / "training" / "state.safetensors"
+    tensors = checkpoint.read_tensors(file)
+    checkpoint.check_same(tensors, task.state(), file)
+    task.load_state(tensors)
     if ema and (folder / "ema").is_dir():
-        saved = type(model).from_pretrained(folder / "ema", dtype=torch.float32, device=ranks.device)
-        torch._foreach_copy_(ema, [p.detach() for p in saved.parameters()])
+        saved = type(task.main).from_pretrained(folder / "ema", dtype=torch.float32, device=task.ranks.device)
+        weights = dict(saved.named_parameters())
+        checkpoint.check_same(weights, dict(task.main.named_parameters()), folder / "ema")
+        torch._foreach_copy_(ema, [p.detach() for p in weights.values()])
+
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a weight
+
+
+def optimizer_tensors(optimizer, module):
+    """The optimizer's state by the names of the weights: {"encoder.conv_in.weight.exp_avg": …}."""
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        tensors |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def load_optimizer(optimizer, module, file, may_skip_weights):
+    """Fills the optimizer's state from a file that optimizer_tensors made.
+
+    A phase that has not begun has no moments at all. Otherwise every trained weight has them; with
+    may_skip_weights, every one that has had a gradient.
+    """
+    tensors = checkpoint.read_tensors(file)
+    expected = {}
+    for name, parameter in module.named_parameters():
+        like = {f"{name}.step": torch.zeros(()), f"{name}.exp_avg": parameter, f"{name}.exp_avg_sq": parameter}
+        required = tensors and parameter.requires_grad and not may_skip_weights
+        if required or not like.keys().isdisjoint(tensors):
+            expected |= like
+    checkpoint.check_same(tensors, expected, file)
+    for name, parameter in module.named_parameters():
+        if f"{name}.step" in tensors:
+            state = {key: tensors[f"{name}.{key}"].to(parameter.device, copy=True) for key in MOMENTS}
+            optimizer.state[parameter] = state
 
 
 def main():
     parser = settings.Parser(prog="python train.py", description=__doc__)
     parser.add_argument("--config", required=True, help="a TOML file of configs/")
-    parser.add_argument("--device", help="cpu or cuda; default: the best at hand")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     arguments = parser.parse_with_overrides()
     train(*read_run(arguments.config, arguments.overrides), device=arguments.device)
 
