@@ -1,4 +1,4 @@
-"""CLIP: pictures and texts as points of one space, where what belongs together lies close together.
+"""CLIP: pictures and texts as points of one space, where a picture lies close to the texts that describe it.
 
     images (B, 3, S, S)                                  tokens (B, T) int64
       │ patch_embedding: a vector per P×P square           │ token_embedding
@@ -10,28 +10,25 @@
       ▼                                                    ▼
     image features (B, E)  ── scale · cosine ──▶ logits (B, B') ◀──  text features (B', E)
 
-Trained on pairs: in a batch, each picture must find its own text among all, and each text its picture
-(`contrastive_loss`); or each of the B² pairs is judged by itself (`sigmoid_loss`, SigLIP).
+CLIP is trained on pairs. In a batch, each picture must find its own text among all texts, and each text its picture
+(`contrastive_loss`); or each of the B² combinations is classified as a pair or not (`sigmoid_loss`, SigLIP).
 
-Others use one half. Latent diffusion reads what the text tower says of every token (`tokenize`, `hidden`,
-`pooled`); DreamLLM reads what the vision tower says of every patch (`patch_features`). So a CLIP may have
-one tower only: `config.text` or `config.vision` is None.
+Other models use one half. Latent diffusion is conditioned on the text tower's output for every token (`tokenize`,
+`hidden`, `pooled`); DreamLLM reads pictures as the vision tower's output for every patch (`patch_features`). So a
+CLIP may have one tower only: `config.text` or `config.vision` is None.
 
-Modules bear the names of the Hugging Face files (their misspelt pre_layrnorm too), so a checkpoint's keys
-can be read beside the code. The file's second half, from "published files" on, is about such files only.
+Modules bear the names of Hugging Face's files (their misspelt pre_layrnorm too), so that a checkpoint's keys can be
+read beside the code. published/clip.py reads these files, OpenAI's and open_clip's; support/tokenizer.py has the
+tokenizer.
 
-    symbol  B batch   S image_size   P patch_size   N patches   T context_length   D width   E embed_dim
+    symbol  B batch   S image_size   P patch_size   N patches   T context_length   D width   E embed_dim   H heads
 
 CLIP: Radford et al. 2021 (Figure 3 is this file in ten lines). ViT: Dosovitskiy et al. 2021. Sigmoid loss:
 Zhai et al. 2023. H/14 and bigG/14: LAION's OpenCLIP, Cherti et al. 2023.
-Read before: model.py. Read next: diffusion.py, whose pictures follow these texts.
 """
 
 import dataclasses
-import json
 import math
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +37,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import nn
 
-from support import checkpoint
+from published import clip as published
+from support import checkpoint, settings
+from support.pictures import on_white, square, to_float
 from support.settings import UserError
-from support.tokenizer import CLIP_END, CLIPTokenizer, clip_file_names, find_clip_tokenizer
+from support.tokenizer import CLIPTokenizer, clip_file_names, find_clip_tokenizer
 
 # ---- configuration ---------------------------------------------------------------------------
 
@@ -67,8 +65,8 @@ class VisionConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
-    hidden_dim: int = 3072
-    patch_size: int = 32
+    hidden_dim: int = 3072  # of the MLP
+    patch_size: int = 32  # pixels
     image_size: int = 224
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
@@ -76,7 +74,12 @@ class VisionConfig:
     std: tuple[float, ...] = STD
 
     def __post_init__(self):
-        _check_tower(self)
+        check_tower(self)
+        settings.within(self, 1, 2**14, "patch_size", "image_size")
+        settings.above(self, 0, "std")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} {getattr(self, name)} must be three numbers, for red, green and blue")
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
 
@@ -97,17 +100,23 @@ class TextConfig:
     context_length: int = 77
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
-    eos: int | None = None  # the text is read off at the first of these ids; None: at the largest id, as OpenAI does
+    eos: int | None = None  # the end token's id, at whose first place the text's feature is read; None: the largest id
 
     def __post_init__(self):
-        _check_tower(self)
+        check_tower(self)
+        settings.within(self, 2, 2**20, "vocab_size", "context_length")
+        if self.eos is not None and not 0 <= self.eos < self.vocab_size:
+            raise ValueError(f"eos {self.eos} must be an id below vocab_size {self.vocab_size}")
 
 
-def _check_tower(c):
-    if c.width % c.heads:
-        raise ValueError(f"heads {c.heads} does not divide width {c.width}")
-    if c.activation not in ACTIVATIONS:
-        raise ValueError(f'activation "{c.activation}" must be one of {", ".join(ACTIVATIONS)}')
+def check_tower(config):
+    """The bounds of both towers, as a ValueError."""
+    settings.within(config, 1, 2**20, "width", "heads", "hidden_dim")
+    settings.within(config, 1, 1000, "layers")
+    settings.within(config, 0, 1, "norm_eps")
+    settings.one_of(config, ACTIVATIONS, "activation")
+    if config.width % config.heads:
+        raise ValueError(f"heads {config.heads} does not divide width {config.width}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ class CLIPConfig:
     logit_bias: bool = False  # SigLIP's: one more learned number, added to the logits
 
     def __post_init__(self):
+        settings.within(self, 0, 2**20, "embed_dim")
         if not (self.vision or self.text):
             raise ValueError("a CLIP needs a vision or a text tower")
         if self.vision and self.text and not self.embed_dim:
@@ -133,15 +143,23 @@ class CLIPConfig:
         """
         if name not in SIZES:
             raise UserError(f'no CLIP size "{name}"; there are {", ".join(SIZES)}')
-        embed_dim, vision, text = SIZES[name]
-        common = {"activation": activation or ("gelu" if vision["width"] in HEADS else "quick_gelu")}
-        return cls(embed_dim, VisionConfig(**vision | common), TextConfig(**text | common))
+        embed_dim, vision, text, usual = SIZES[name]
+        both = {"activation": activation or usual}
+        return cls(embed_dim, VisionConfig(**vision | both), TextConfig(**text | both))
 
     @classmethod
     def from_weights(cls, path, activation=None):
-        """The config of any published file or folder; `activation` is needed where it says nothing of it."""
+        """The config of any published file or folder; `activation` is needed where the files do not say it."""
         path = checkpoint.weights_folder(path)
-        return find_config(path, *read_weights(path), activation)
+        return cls.from_fields(*published.read(path), path, activation)
+
+    @classmethod
+    def from_fields(cls, fields, tensors, path, activation=None):
+        """The same of what published.read returns: without fields, from the shapes of the tensors."""
+        if fields is None and activation is None:
+            way_out = 'config=CLIPConfig.from_weights(path, activation="quick_gelu") for OpenAI\'s, "gelu" for LAION\'s'
+            raise UserError(f"{path}: these weights do not say which GELU they were trained with; pass {way_out}")
+        return settings.build(cls, fields or published.from_shapes(tensors, path, activation))
 
 
 def _vision(width, layers, heads, patch_size, image_size=224, hidden_dim=0):
@@ -153,37 +171,38 @@ def _text(width, layers, heads):
     return {"width": width, "layers": layers, "heads": heads, "hidden_dim": 4 * width}
 
 
-SIZES = {  # embed_dim, vision, text
-    "ViT-B/32": (512, _vision(768, 12, 12, 32), _text(512, 12, 8)),
-    "ViT-B/16": (512, _vision(768, 12, 12, 16), _text(512, 12, 8)),
-    "ViT-L/14": (768, _vision(1024, 24, 16, 14), _text(768, 12, 12)),
-    "ViT-L/14-336": (768, _vision(1024, 24, 16, 14, 336), _text(768, 12, 12)),
-    "ViT-H/14": (1024, _vision(1280, 32, 16, 14), _text(1024, 24, 16)),
-    "ViT-bigG/14": (1280, _vision(1664, 48, 16, 14, hidden_dim=8192), _text(1280, 32, 20)),
+SIZES = {  # embed_dim, vision, text, activation
+    "ViT-B/32": (512, _vision(768, 12, 12, 32), _text(512, 12, 8), "quick_gelu"),
+    "ViT-B/16": (512, _vision(768, 12, 12, 16), _text(512, 12, 8), "quick_gelu"),
+    "ViT-L/14": (768, _vision(1024, 24, 16, 14), _text(768, 12, 12), "quick_gelu"),
+    "ViT-L/14-336": (768, _vision(1024, 24, 16, 14, 336), _text(768, 12, 12), "quick_gelu"),
+    "ViT-H/14": (1024, _vision(1280, 32, 16, 14), _text(1024, 24, 16), "gelu"),
+    "ViT-bigG/14": (1280, _vision(1664, 48, 16, 14, hidden_dim=8192), _text(1280, 32, 20), "gelu"),
 }
-HEADS = {1280: 16, 1664: 16}  # of LAION's vision towers, by width; every other published head is 64 wide
 
 
 # ---- the parts -------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention: (B, T, D) → (B, T, D)."""
+
     def __init__(self, c):
         super().__init__()
         self.heads = c.heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.width, c.width) for _ in range(4))
 
     def forward(self, x, causal):
-        """x (B, T, D) → (B, T, D); causal: each token sees itself and those before it."""
-        q, k, v = (
-            rearrange(project(x), "b t (h e) -> b h t e", h=self.heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        """causal: each token sees itself and those before it."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, D) each
+        q, k, v = (rearrange(a, "b t (h e) -> b h t e", h=self.heads) for a in (q, k, v))  # (B, H, T, D/H) each
         h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, T, D/H)
         return self.out_proj(rearrange(h, "b h t e -> b t (h e)"))
 
 
 class MLP(nn.Module):
+    """(…, D) → (…, hidden_dim) → (…, D)."""
+
     def __init__(self, c):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(c.width, c.hidden_dim), nn.Linear(c.hidden_dim, c.width)
@@ -194,6 +213,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A layer of either tower, (B, T, D) → (B, T, D): the norms stand before attention and MLP."""
+
     def __init__(self, c):
         super().__init__()
         self.layer_norm1, self.self_attn = nn.LayerNorm(c.width, c.norm_eps), Attention(c)
@@ -205,8 +226,11 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The blocks of a tower. `layer` counts their outputs from the end, as Hugging Face's hidden_states do:
-    -1 is after the last block, -2 after the last but one."""
+    """The blocks of a tower, (B, T, D) → (B, T, D).
+
+    `layer` counts their outputs from the end, as Hugging Face's hidden_states do: -1 is after the last block, -2
+    after the last but one.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -269,7 +293,7 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.width, c.norm_eps)
 
     def hidden(self, tokens, layer=-1, final_norm=True):
-        """tokens (B, T) → (B, T, D) after the given layer, and after the final norm unless told otherwise."""
+        """tokens (B, T) → (B, T, D) after the given layer; final_norm: and after the norm."""
         if tokens.shape[1] > self.config.context_length:
             raise UserError(f"{tokens.shape[1]} tokens do not fit in {self.config.context_length}, this CLIP's context")
         x = self.encoder(self.embeddings(tokens), True, layer)
@@ -282,7 +306,7 @@ class TextTransformer(nn.Module):
 class CLIP(nn.Module):
     """images (B, 3, S, S) and tokens (B', T) → features of one space. See the top of the file.
 
-    As a text encoder of latent diffusion it has three methods:
+    A text encoder of latent diffusion has three methods:
         tokenize(texts) → (B, T) int64;  hidden(tokens, layer, final_norm) → (B, T, D);  pooled(tokens) → (B, E)
     SD 1 and SD 2 take hidden(tokens); SDXL takes hidden(tokens, layer=-2, final_norm=False) of its two
     encoders, side by side, and pooled(tokens) of the second.
@@ -364,7 +388,7 @@ class CLIP(nn.Module):
         return self.vision_model.hidden(images, layer=-2)[:, 1:]
 
     def hidden(self, tokens, layer=-1, final_norm=True):
-        """tokens (B, T) → (B, T, D): what the text tower says of each token after the given layer."""
+        """tokens (B, T) → (B, T, D): the text tower's output for each token after the given layer."""
         return self.text_model.hidden(tokens, layer, final_norm)
 
     def pooled(self, tokens):
@@ -375,30 +399,35 @@ class CLIP(nn.Module):
         return self.text_projection(x) if self.config.embed_dim else x
 
     def tokenize(self, texts):
-        """A list of texts → (B, T) int64; what is too long loses its end."""
+        """A list of texts → (B, T) int64: start, text, end, padding. Texts that are too long are cut."""
         if self.tokenizer is None:
             raise UserError(
-                f"this CLIP came without a tokenizer: put {clip_file_names()} beside its weights, "
+                f"this CLIP came without a tokenizer: put {clip_file_names()} next to its weights, "
                 "or set .tokenizer = CLIPTokenizer.from_pretrained(…)"
             )
         return self.tokenizer.tokenize(texts, self.config.text.context_length)
 
     def text_encoder(self):
-        """The text tower by itself, sharing its weights: what latent diffusion keeps of a CLIP."""
+        """The text tower as a CLIP of its own that shares the weights: what latent diffusion keeps."""
         with torch.device("meta"):  # no weights of its own
             alone = CLIP(dataclasses.replace(self.config, vision=None, embed_dim=0, logit_bias=False))
         alone.text_model, alone.tokenizer = self.text_model, self.tokenizer
         return alone
 
     def vision_encoder(self):
-        """The vision tower by itself, sharing its weights: what DreamLLM keeps of a CLIP."""
+        """The vision tower as a CLIP of its own that shares the weights: what DreamLLM keeps."""
         with torch.device("meta"):
             alone = CLIP(dataclasses.replace(self.config, text=None, embed_dim=0, logit_bias=False))
         alone.vision_model = self.vision_model
         return alone
 
+    def normalize(self, images):
+        """images (B, 3, S, S) in [0, 1] → as this model was trained to see them."""
+        c = self.config.vision
+        return normalize(images, c.mean, c.std)
+
     def preprocess(self, images):
-        """A list of PIL images → (B, 3, S, S) as this model was trained to see them."""
+        """A list of PIL images of any size → (B, 3, S, S), cropped and normalised for this model."""
         c = self.config.vision
         return preprocess(images, c.image_size, c.mean, c.std)
 
@@ -413,18 +442,19 @@ class CLIP(nn.Module):
         stored, or float32 where a file mixes several. `config` is asked for where a file leaves it open.
         """
         path = checkpoint.weights_folder(path)
-        tensors, source = read_weights(path)
-        return cls.from_tensors(tensors, path, dtype, device, config or find_config(path, tensors, source))
+        fields, tensors = published.read(path)
+        config = config or CLIPConfig.from_fields(fields, tensors, path)
+        return cls.from_tensors(tensors, path, dtype, device, config)
 
     @classmethod
     def from_tensors(cls, tensors, path, dtype=None, device="cpu", config=None):
-        """The same from tensors at hand, under Hugging Face's names: at `path` lie their config and tokenizer."""
-        config = config or find_config(path, tensors, "huggingface")
+        """A CLIP of tensors under Hugging Face's names; at `path` lie its tokenizer and, if not given, its config."""
+        if config is None:
+            folder = path if path.is_dir() else path.parent
+            config = CLIPConfig.from_fields(published.read_hf_config(folder, tensors), tensors, path)
         if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
             dtype = torch.float32  # OpenAI's archives: matrices in float16, the rest in float32
-        with torch.device("meta"):
-            model = cls(config)
-        checkpoint.load_into(model, tensors, path, dtype, device).eval()
+        model = checkpoint.load(cls, config, tensors, path, dtype, device)
         model.tokenizer = find_clip_tokenizer(path) if config.text else None
         return model
 
@@ -436,17 +466,16 @@ class CLIP(nn.Module):
             self.tokenizer.save_pretrained(path, self.config.text.context_length)
 
     def save_config(self, path):
-        """Of these files, the two that say what the weights are and how pictures come in."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
-        config = config_to_hf(self.config, self.tokenizer) | {"torch_dtype": dtype}
-        checkpoint.write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+        """Writes config.json, and preprocessor_config.json if there is a vision tower."""
+        saved = published.config_to_hf(self.config, self.tokenizer)
+        saved["torch_dtype"] = checkpoint.dtype_name(next(self.parameters()))
+        checkpoint.write_json(Path(path) / "config.json", saved)
         if self.config.vision:
-            checkpoint.write_text(path / "preprocessor_config.json", _preprocessor_json(self.config.vision))
+            vision = published.preprocessor_to_hf(self.config.vision)
+            checkpoint.write_json(Path(path) / "preprocessor_config.json", vision)
 
 
-# ---- training: what belongs together ---------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------
 
 
 def pair_logits(image, text, scale, bias=None):
@@ -456,10 +485,10 @@ def pair_logits(image, text, scale, bias=None):
 
 
 def contrastive_loss(image, text, scale):
-    """CLIP's loss (Figure 3): pair i of image (B, E) and text (B, E) must find each other among all → ().
+    """CLIP's loss (Figure 3): image i of (B, E) and text i of (B, E) must find each other among all → ().
 
-    With several processes, each brings the pairs of its rows and sees everyone's: the mean over the processes
-    of loss and gradients, which DistributedDataParallel takes, is that of one process with all rows.
+    With several processes, each has the pairs of its own rows and compares them with the rows of all. The mean of
+    loss and gradients over the processes, which DistributedDataParallel takes, is that of one process with all rows.
     """
     image, text = image.float(), text.float()
     own = row_offset(image) + torch.arange(len(image), device=image.device)
@@ -470,7 +499,7 @@ def contrastive_loss(image, text, scale):
 
 
 def sigmoid_loss(image, text, scale, bias):
-    """SigLIP's loss (Zhai et al. 2023, section 3.2): is picture i the one of text j? asked of each pair → ().
+    """SigLIP's loss (Zhai et al. 2023, section 3.2): does picture i belong to text j? for every i and j → ().
 
     Over several processes as in contrastive_loss.
     """
@@ -482,7 +511,10 @@ def sigmoid_loss(image, text, scale, bias):
 
 
 class Gather(torch.autograd.Function):
-    """Every process's x (B, E), one after the other; gradients come back from wherever x was used."""
+    """x (B, E) of every process → (B·processes, E); gradients come back from all processes that used x.
+
+    As torch.distributed.nn.functional.all_gather does, which torch 2.13 warns is on its way out.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -503,11 +535,17 @@ def all_rows(x):
 
 
 def row_offset(x):
-    """The place of our first row among everyone's."""
+    """The index of this process's first row among the rows of all."""
     return dist.get_rank() * len(x) if dist.is_available() and dist.is_initialized() else 0
 
 
 # ---- pictures --------------------------------------------------------------------------------
+
+
+def normalize(images, mean=MEAN, std=STD):
+    """images (B, 3, H, W) in [0, 1] → each colour less its mean, divided by its standard deviation."""
+    mean, std = (torch.tensor(numbers, device=images.device).view(3, 1, 1) for numbers in (mean, std))
+    return (images - mean) / std
 
 
 def preprocess(images, side=224, mean=MEAN, std=STD):
@@ -517,369 +555,35 @@ def preprocess(images, side=224, mean=MEAN, std=STD):
     drops transparency instead of showing white behind it, and of an odd number of superfluous pixels it
     sometimes cuts one more on the left or top.
     """
-    batch = []
-    for image in images:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        w, h = image.size
-        image = image.convert("RGB").resize((side * w // min(w, h), side * h // min(w, h)), Image.Resampling.BICUBIC)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        batch.append(np.asarray(image.crop((left, top, left + side, top + side))))
-    pixels = torch.from_numpy(np.stack(batch)).float() / 255  # (B, side, side, 3)
-    return rearrange((pixels - torch.tensor(mean)) / torch.tensor(std), "b h w c -> b c h w").contiguous()
+    pictures = [np.asarray(square(on_white(image), side)) for image in images]
+    return normalize(to_float(np.stack(pictures)), mean, std).contiguous()
 
 
-# ---- texts -----------------------------------------------------------------------------------
-# Byte-pair encoding: a word starts as its UTF-8 bytes, and the pair of neighbours that stands first in the
-# list of merges is joined, again and again, until no neighbours are in the list. The end of a word belongs to
-# its last byte ("t</w>" is not "t"). tiktoken does the joining. It knows bytes only, so "</w>" is written 0xFF,
-# a byte that no UTF-8 text contains.
-
-
-# ---- published files: weights ----------------------------------------------------------------
-
-
-def read_weights(path):
-    """({name: tensor} under Hugging Face's names, who wrote them: "huggingface", "openai" or "open_clip").
-
-    OpenAI's archives are told from state dicts; in those, OpenAI's names are open_clip's too.
-    """
-    if path.is_file() and is_torchscript(path):
-        return from_openai_names(read_torchscript(path)), "openai"
-    open_clip = [path / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
-    file = next((f for f in open_clip if f.exists() and not (path / "config.json").exists()), path)
-    tensors = checkpoint.read_tensors(file)
-    # what training programs wrap around the weights
-    tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
-    if any(name.startswith(("visual.", "transformer.resblocks.")) for name in tensors):
-        return from_openai_names(tensors), "open_clip"
-    tensors = from_hf_names(tensors)
-    if not any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
-        raise UserError(f"{path}: holds no CLIP: no weights of a vision or text tower (text_encoders reads SD's files)")
-    return tensors, "huggingface"
-
-
-def from_hf_names(tensors):
-    """Hugging Face's names of any age: newer single towers may lack the tower's name, older files number positions."""
-    tower = "vision_model." if "embeddings.class_embedding" in tensors else "text_model."
-    return {
-        (tower + name if name.startswith(("embeddings.", "encoder.", "final_", "pre_", "post_")) else name): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith("position_ids")
-    }
-
-
-OPENAI_NAMES = {  # how names begin: OpenAI's, Hugging Face's
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-    "token_embedding.": "text_model.embeddings.token_embedding.",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.": "text_model.final_layer_norm.",
-    "text_projection": "text_projection.weight",
-}
-OPENAI_BLOCK_NAMES = {
-    ".attn.": ".self_attn.",
-    ".ln_1.": ".layer_norm1.",
-    ".ln_2.": ".layer_norm2.",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
-OPENAI_IGNORED = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # no weights
-
-
-def from_openai_names(tensors):
-    """OpenAI's and open_clip's names → Hugging Face's: q, k, v apart, and projections as linear layers hold them."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name in OPENAI_IGNORED:
-            continue
-        start = next((s for s in OPENAI_NAMES if name.startswith(s)), "")
-        name = OPENAI_NAMES.get(start, "") + name.removeprefix(start)
-        for theirs, ours in OPENAI_BLOCK_NAMES.items():
-            name = name.replace(theirs, ours)
-        if ".in_proj_" in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):  # (3·D, …) → three times (D, …)
-                renamed[name.replace("in_proj_", f"{letter}_proj.")] = part
-        elif name in ("visual_projection.weight", "text_projection.weight"):
-            renamed[name] = tensor.T.contiguous()  # (D, E) → (E, D)
-        else:
-            renamed[name] = tensor
-    return renamed
-
-
-# Stable Diffusion's single files: where a text tower's names begin, whose names follow, its activation, its padding
-SINGLE_FILE_TOWERS = (
-    ("cond_stage_model.transformer.", from_hf_names, "quick_gelu", CLIP_END),  # SD 1
-    ("cond_stage_model.model.", from_openai_names, "gelu", "!"),  # SD 2; "!" has id 0
-    ("conditioner.embedders.0.transformer.", from_hf_names, "quick_gelu", CLIP_END),  # SDXL, the first of two
-    ("conditioner.embedders.0.model.", from_openai_names, "gelu", "!"),  # SDXL's refiner
-    ("conditioner.embedders.1.model.", from_openai_names, "gelu", "!"),  # SDXL, the second
-)
+# ---- the text towers of Stable Diffusion -----------------------------------------------------
 
 
 def text_encoders(path, tokenizer=None, dtype=None, device="cpu"):
     """The text towers of a Stable Diffusion at `path`, in order: a list of one (SD 1, SD 2) or two CLIPs (SDXL).
 
     `path`: a folder with text_encoder/ (and text_encoder_2/), or a single-file checkpoint, which brings no
-    vocabulary: `tokenizer` names its file or folder, unless it lies beside the checkpoint. SD 2 reads its
-    tower after the last block but one: the last, and the projection, are left in the file, as diffusers does.
+    vocabulary: `tokenizer` names its file or folder, unless it lies beside the checkpoint.
     """
-    path, found = checkpoint.weights_folder(path), []  # (encoder, its padding where no file names one)
+    path, encoders = checkpoint.weights_folder(path), []
     if path.is_dir():
-        folders = [path / name for name in ("text_encoder", "text_encoder_2") if (path / name).is_dir()]
-        found = [(CLIP.from_pretrained(folder, dtype, device), None) for folder in folders]
+        folders = [path / name for name in ("text_encoder", "text_encoder_2")]
+        encoders = [CLIP.from_pretrained(folder, dtype, device) for folder in folders if folder.is_dir()]
+        pads = [None] * len(encoders)  # as the tokenizer's own files say
     else:
-        everything = checkpoint.read_tensors(path)
-        for start, rename, activation, pad in SINGLE_FILE_TOWERS:
-            tensors = {name.removeprefix(start): t for name, t in everything.items() if name.startswith(start)}
-            tensors = rename(tensors)
-            tensors.pop("logit_scale", None)  # for pairs with pictures
-            layers = _count_layers(tensors, "text_model")
-            if not layers:
-                continue
-            if start == "cond_stage_model.model.":
-                last = f"text_model.encoder.layers.{layers - 1}."
-                tensors = {name: t for name, t in tensors.items() if not name.startswith((last, "text_projection"))}
-            config = config_from_shapes(tensors, activation, path)
-            found.append((CLIP.from_tensors(tensors, path, dtype, device, config), pad))
-    if not found:
+        towers = published.text_towers(path)
+        for fields, tensors, _ in towers:
+            config = settings.build(CLIPConfig, fields)
+            encoders.append(CLIP.from_tensors(tensors, path, dtype, device, config))
+        pads = [pad for _, _, pad in towers]
+    if not encoders:
         raise UserError(f"{path}: holds no CLIP text tower (looked for text_encoder/ or SD's own names)")
-    for encoder, pad in found:
+    for encoder, pad in zip(encoders, pads, strict=True):
         if tokenizer:
             encoder.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
         if encoder.tokenizer and pad:
             encoder.tokenizer.pad = encoder.tokenizer.vocabulary[pad]
-    return [encoder for encoder, _ in found]
-
-
-# ---- published files: OpenAI's archives ------------------------------------------------------
-# Their .pt files are programs (TorchScript): zip archives of code, which is not looked at, and of pickled modules.
-# Here every class the pickle names becomes an inert holder of attributes, and only tensors are built.
-
-STORAGE_TYPES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
-
-
-class _Inert:
-    """Stands for any class: takes the attributes a pickle gives it and does nothing."""
-
-    def __new__(cls, *arguments):
-        self = super().__new__(cls)
-        self.attributes = {}
-        return self
-
-    def __setstate__(self, attributes):
-        self.attributes = attributes
-
-
-class _ArchiveUnpickler(pickle.Unpickler):
-    def __init__(self, archive, root):
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
-
-    def find_class(self, module, name):
-        if module == "torch" and name in STORAGE_TYPES:
-            return STORAGE_TYPES[name]
-        return _strided if (module, name) == ("torch._utils", "_rebuild_tensor_v2") else _Inert
-
-    def persistent_load(self, key):
-        _, dtype, number, *_ = key  # ("storage", type, name in the archive, device, elements)
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{number}")), dtype=dtype)
-
-
-def _strided(storage, offset, shape, strides, *_):
-    return storage.as_strided(shape, strides, offset)
-
-
-def is_torchscript(path):
-    """Whether the file at `path` is a TorchScript archive: those alone keep their constants apart."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def read_torchscript(path):
-    """The tensors of a TorchScript archive, {dotted name: tensor}; nothing in it is executed."""
-
-    def tensors(module, prefix):
-        for name, value in module.attributes.items():
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
-            elif isinstance(value, _Inert):
-                yield from tensors(value, f"{prefix}{name}.")
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            root = archive.namelist()[0].partition("/")[0]
-            return dict(tensors(_ArchiveUnpickler(archive, root).load(), ""))
-    except Exception as error:  # a pickle can fail in any way
-        raise UserError(f"{path}: not a whole TorchScript archive ({type(error).__name__}: {error})") from None
-
-
-# ---- published files: configurations ---------------------------------------------------------
-
-HF_TOWER_NAMES = {  # ours: theirs
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "hidden_dim": "intermediate_size",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-}
-HF_VISION_NAMES = HF_TOWER_NAMES | {"patch_size": "patch_size", "image_size": "image_size"}
-HF_TEXT_NAMES = HF_TOWER_NAMES | {"vocab_size": "vocab_size", "context_length": "max_position_embeddings"}
-LARGEST_ID = 2  # as eos_token_id in config.json: not an id, but "read the text off at its largest id"
-
-
-def find_config(path, tensors, source, activation=None):
-    """The CLIPConfig of weights as read_weights returns them: from the JSON beside them, else from their shapes."""
-    folder = path if path.is_dir() else path.parent
-    bias = "logit_bias" in tensors
-    if source == "huggingface" and (folder / "config.json").exists():
-        file = folder / "config.json"
-        config = config_from_hf(checkpoint.read_json(file), file)
-        if config.vision and (folder / "preprocessor_config.json").exists():
-            saved = checkpoint.read_json(folder / "preprocessor_config.json")
-            colours = {k: tuple(saved[f"image_{k}"]) for k in ("mean", "std") if f"image_{k}" in saved}
-            config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **colours))
-        return dataclasses.replace(config, logit_bias=bias)
-    if source == "open_clip" and (folder / "open_clip_config.json").exists():
-        file = folder / "open_clip_config.json"
-        return dataclasses.replace(config_from_open_clip(checkpoint.read_json(file), file), logit_bias=bias)
-    if source == "openai":
-        activation = activation or "quick_gelu"
-    if activation is None:
-        raise UserError(
-            f"{path}: these weights do not say which GELU they were trained with; pass "
-            'config=CLIPConfig.from_weights(path, activation="quick_gelu") if they are OpenAI\'s, "gelu" if LAION\'s'
-        )
-    return dataclasses.replace(config_from_shapes(tensors, activation, path), logit_bias=bias)
-
-
-def config_from_open_clip(saved, path="open_clip_config.json"):
-    """An `open_clip_config.json` (a dict) of a CLIP of two transformers, as a CLIPConfig."""
-    try:
-        c, pictures = saved["model_cfg"], saved.get("preprocess_cfg", {})
-        v, t = c["vision_cfg"], c["text_cfg"]
-        common = {"activation": "quick_gelu" if c.get("quick_gelu") else "gelu"}
-        colours = {k: tuple(pictures[k]) for k in ("mean", "std") if k in pictures}
-        hidden_dim, heads = int(v["width"] * v.get("mlp_ratio", 4)), v["width"] // v.get("head_width", 64)
-        vision = _vision(v["width"], v["layers"], heads, v["patch_size"], v["image_size"], hidden_dim)
-        text = _text(t["width"], t["layers"], t["heads"])
-        text |= {k: t[k] for k in ("vocab_size", "context_length") if k in t}
-        return CLIPConfig(c["embed_dim"], VisionConfig(**vision | common | colours), TextConfig(**text | common))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the config of a CLIP ({type(error).__name__}: {error})") from None
-
-
-def config_from_shapes(tensors, activation, path):
-    """What the shapes of `tensors` (under Hugging Face's names) tell; heads are 64 wide but for LAION's largest."""
-
-    def tower(name, heads):
-        first = f"{name}.encoder.layers.0.mlp.fc1.weight"
-        if first not in tensors:
-            return None
-        hidden_dim, width = tensors[first].shape
-        if width % 64:
-            raise UserError(f"{path}: {name} is {width} wide, which does not tell its number of heads; pass config=")
-        shape = {"width": width, "layers": _count_layers(tensors, name), "hidden_dim": hidden_dim}
-        return shape | {"heads": heads.get(width, width // 64), "activation": activation}
-
-    try:
-        if vision := tower("vision_model", HEADS):
-            patch_size = tensors["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-            positions = len(tensors["vision_model.embeddings.position_embedding.weight"])
-            vision = VisionConfig(**vision, patch_size=patch_size, image_size=patch_size * math.isqrt(positions - 1))
-        if text := tower("text_model", {}):
-            vocab_size = len(tensors["text_model.embeddings.token_embedding.weight"])
-            context_length = len(tensors["text_model.embeddings.position_embedding.weight"])
-            text = TextConfig(**text, vocab_size=vocab_size, context_length=context_length)
-        projections = [n for n in ("visual_projection.weight", "text_projection.weight") if n in tensors]
-        return CLIPConfig(len(tensors[projections[0]]) if projections else 0, vision, text)
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _count_layers(tensors, tower):
-    return sum(name.startswith(f"{tower}.encoder.layers.") and name.endswith("layer_norm1.weight") for name in tensors)
-
-
-def config_from_hf(saved, path="config.json"):
-    """A Hugging Face `config.json` (a dict) of a CLIP or of one of its towers, as a CLIPConfig."""
-    kind = saved.get("model_type")
-    if kind not in ("clip", "clip_text_model", "clip_vision_model"):
-        raise UserError(f"{path}: model_type is {kind!r}, expected 'clip', 'clip_text_model' or 'clip_vision_model'")
-    vision = text = None
-    if kind == "clip":
-        # the oldest files write a tower twice, and the second is right
-        vision = (saved.get("vision_config") or {}) | (saved.get("vision_config_dict") or {})
-        text = (saved.get("text_config") or {}) | (saved.get("text_config_dict") or {})
-    elif kind == "clip_text_model":
-        text = saved
-    else:
-        vision = saved
-    architecture = (saved.get("architectures") or [""])[0]
-    projects = kind == "clip" or architecture.endswith("WithProjection")
-    try:
-        if vision is not None:
-            vision = VisionConfig(**{a: vision[b] for a, b in HF_VISION_NAMES.items() if b in vision})
-        if text is not None:
-            eos = text.get("eos_token_id", 49407)
-            eos = None if eos == LARGEST_ID else eos
-            text = TextConfig(**{a: text[b] for a, b in HF_TEXT_NAMES.items() if b in text}, eos=eos)
-        return CLIPConfig(saved.get("projection_dim", 512) if projects else 0, vision, text)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def config_to_hf(config, tokenizer=None):
-    """The other way: the dict that is written as config.json."""
-    c, towers = config, {}
-    if c.vision:
-        shape = {theirs: getattr(c.vision, ours) for ours, theirs in HF_VISION_NAMES.items()}
-        shape |= {"num_channels": 3, "projection_dim": c.embed_dim or c.vision.width}
-        towers["vision_config"] = {"model_type": "clip_vision_model"} | shape
-    if c.text:
-        shape = {theirs: getattr(c.text, ours) for ours, theirs in HF_TEXT_NAMES.items()}
-        shape |= {"projection_dim": c.embed_dim or c.text.width}
-        ids = {"bos_token_id": tokenizer.start, "pad_token_id": tokenizer.pad} if tokenizer else {}
-        ids |= {"eos_token_id": LARGEST_ID if c.text.eos is None else c.text.eos}
-        towers["text_config"] = {"model_type": "clip_text_model"} | shape | ids
-    if len(towers) == 2:
-        return {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": c.embed_dim} | towers
-    architecture = ("CLIPVisionModel" if c.vision else "CLIPTextModel") + ("WithProjection" if c.embed_dim else "")
-    return {"architectures": [architecture]} | next(iter(towers.values()))
-
-
-def _preprocessor_json(c):
-    saved = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": c.image_size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": c.image_size, "width": c.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": c.mean,
-        "image_std": c.std,
-    }
-    return json.dumps(saved, indent=2) + "\n"
+    return encoders

@@ -18,7 +18,8 @@ from torch import nn
 
 import clip
 from clip import CLIP, CLIPConfig, TextConfig, VisionConfig, contrastive_loss, sigmoid_loss
-from support import checkpoint, tokenizer
+from published import clip as published
+from support import checkpoint, settings, tokenizer
 from support.settings import UserError
 from support.tokenizer import CLIPTokenizer
 
@@ -114,7 +115,7 @@ def test_hidden_states_are_the_references(golden):
 def test_a_named_size_has_the_published_keys_shapes_and_number_of_parameters(name, parameters):
     transformers = pytest.importorskip("transformers")
     config = CLIPConfig.named(name)
-    saved = clip.config_to_hf(config)
+    saved = published.config_to_hf(config)
     with torch.device("meta"):
         model, theirs = CLIP(config), transformers.CLIPModel(transformers.CLIPConfig(**saved))
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -148,7 +149,7 @@ def reference(config, seed=0):
     """transformers' CLIPModel of the same shape, with random weights."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
-    return lively(transformers.CLIPModel(transformers.CLIPConfig(**clip.config_to_hf(config))), seed)
+    return lively(transformers.CLIPModel(transformers.CLIPConfig(**published.config_to_hf(config))), seed)
 
 
 @pytest.mark.parametrize("name", SHRUNK)
@@ -201,7 +202,7 @@ def test_one_tower_opens_and_is_opened(tmp_path):
     """The four kinds of single towers that transformers saves, and back."""
     transformers = pytest.importorskip("transformers")
     images, tokens = inputs()
-    saved = clip.config_to_hf(TINY)
+    saved = published.config_to_hf(TINY)
     text = transformers.CLIPTextConfig(**saved["text_config"])
     vision = transformers.CLIPVisionConfig(**saved["vision_config"])
     for kind, config in (
@@ -308,9 +309,9 @@ def script(tensors):
 
 
 def test_our_test_names_are_the_published_ones():
-    published = torch.load(GOLDEN / "clip_openai_statedict" / "weights.pt", weights_only=True)
+    stored = torch.load(GOLDEN / "clip_openai_statedict" / "weights.pt", weights_only=True)
     model = CLIP(CLIPConfig.from_weights(GOLDEN / "clip_openai_statedict" / "weights.pt", activation="quick_gelu"))
-    assert {k: t.shape for k, t in openai_names(weights(model)).items()} == {k: t.shape for k, t in published.items()}
+    assert {k: t.shape for k, t in openai_names(weights(model)).items()} == {k: t.shape for k, t in stored.items()}
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -320,10 +321,10 @@ def test_an_openai_archive_is_read_without_running_it(tmp_path):
     stored = {k: t.half() if t.ndim > 1 and "embed" not in k else t for k, t in openai_names(weights(model)).items()}
     extra = {"input_resolution": torch.tensor(16), "context_length": torch.tensor(12), "vocab_size": torch.tensor(514)}
     script(stored | extra).save(tmp_path / "tiny.pt")
-    assert clip.is_torchscript(tmp_path / "tiny.pt")
+    assert checkpoint.is_torchscript(tmp_path / "tiny.pt")
     again = CLIP.from_pretrained(tmp_path / "tiny.pt")
     assert again.config == TINY  # an archive is OpenAI's, and OpenAI's activation is known
-    expected = clip.from_openai_names({name: t.float() for name, t in stored.items()})
+    expected = published.from_openai_names({name: t.float() for name, t in stored.items()})
     assert same(weights(again), expected)
 
 
@@ -336,7 +337,7 @@ def test_a_damaged_archive_is_refused(tmp_path):
         CLIP.from_pretrained(tmp_path / "cut.pt")
     at = whole.index(b"data.pkl") + 80  # inside the first file of the archive
     (tmp_path / "broken.pt").write_bytes(whole[:at] + bytes(20) + whole[at + 20 :])
-    with pytest.raises(UserError, match=r"broken\.pt: not a whole TorchScript archive"):
+    with pytest.raises(UserError, match=r"broken\.pt: not a plain file of tensors"):
         CLIP.from_pretrained(tmp_path / "broken.pt")
 
 
@@ -372,7 +373,7 @@ def test_an_open_clip_folder_tells_heads_gelu_and_colours(tmp_path):
 def test_our_sizes_are_open_clips(name):
     saved = {"model_cfg": json.loads((open_clip_folder() / "model_configs" / f"{name}.json").read_text())}
     ours = CLIPConfig.named(name.replace("-", "/").replace("/", "-", 1).replace("14/336", "14-336"), activation="gelu")
-    assert clip.config_from_open_clip(saved) == ours
+    assert settings.build(CLIPConfig, published.config_from_open_clip(saved)) == ours
 
 
 # ---- text towers of Stable Diffusion ---------------------------------------------------------
