@@ -51,6 +51,7 @@ from support import checkpoint, settings
 from support.chance import shuffled
 from support.pictures import psnr, save_grid, to_float, to_uint8
 from support.settings import MeshSettings, UserError, run_class
+from support.token_rows import RowsInfo, check_rows
 from support.tokenizer import ADDED, CLIPTokenizer, Tokenizer
 from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig, usage
 
@@ -124,22 +125,6 @@ def read_run(path, overrides=()):
 
 # ---- start: resume, init or scratch ------------------------------------------------------------
 
-FOLDERS = {  # what a folder may hold that a model of this class is loaded from, as checkpoint.what_is says it
-    VQGAN: ("a VQGAN",),
-    LLaMA: ("a LLaMA",),
-    CLIP: ("a CLIP", "a CLIP text tower", "a CLIP vision tower"),
-    AutoencoderKL: ("an autoencoder of latent diffusion", "a latent diffusion pipeline"),
-    UNet: ("a U-Net of latent diffusion", "a latent diffusion pipeline"),
-    LatentDiffusion: ("a latent diffusion pipeline",),
-    DreamLLM: ("a DreamLLM",),
-}
-
-
-def load(cls, folder, **options):
-    """A model from a run or a published folder; a UserError if it holds a model of another kind."""
-    checkpoint.expect(folder, *FOLDERS[cls])
-    return cls.from_pretrained(folder, **options)
-
 
 def start_model(cls, config_class, section, explicit_keys, resume):
     """A float32 model from `resume` (a step's folder), else section.init, else fresh.
@@ -150,7 +135,7 @@ def start_model(cls, config_class, section, explicit_keys, resume):
     folder = resume or section.init
     if not folder:
         return fresh_model(cls, config_class(**{name: getattr(section, name) for name in names}))
-    model = load(cls, folder, dtype=torch.float32).train()
+    model = cls.from_pretrained(folder, dtype=torch.float32).train()
     settings.must_agree(explicit_keys & set(names), section, model.config, folder)
     return model
 
@@ -273,7 +258,9 @@ class PictureTask(Task):
     """What VQGAN and autoencoder share: pictures (B, side, side, 3) uint8 in, the same pictures out."""
 
     def open_pictures(self):
-        data = self.config.data
+        data, factor = self.config.data, self.model.config.factor
+        if data.side % factor:
+            raise UserError(f"data.side {data.side} is no multiple of {factor}, the model's reduction")
         self.pictures = PictureRows(data, self.config.train.seed)
         self.held_out = self.open_held_out(lambda: HeldOutPictures(data))
 
@@ -385,37 +372,47 @@ class LLaMATask(Task):
         self.model = start_model(LLaMA, LLaMAConfig, config.model, explicit_keys, resume)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": self.model}
+        self.items_per_row = self.model.config.max_seq_len
         data = config.data
         if not data.rows:
             raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
-        self.vqgan = self.open_vqgan() if data.tokenizer else None
-        if data.text_tokenizer:
-            self.model.tokenizer = Tokenizer.from_pretrained(data.text_tokenizer)
-            self.check_size("data.text_tokenizer", self.model.tokenizer.vocab_size, "tokens")
+        self.check_tokenizers()
         self.rows = self.open_rows(data.rows, weights=data.weights)
         if data.held_out:
             self.held_out = self.open_rows(data.held_out)
         elif config.train.eval_every:
             self.without_held_out("data.held_out is empty")
-        self.items_per_row = self.model.config.max_seq_len
+        self.sample_prompt = self.open_sample() if data.tokenizer and data.held_out else None
 
-    def open_vqgan(self):
-        """The VQGAN of data.tokenizer, on the CPU; a UserError if the LLaMA cannot read its codes."""
-        vqgan = load(VQGAN, self.config.data.tokenizer)
-        vqgan.grid(self.config.data.side)
-        self.check_size("data.tokenizer", vqgan.config.num_embeddings, "codes")
-        return vqgan
-
-    def check_size(self, key, count, what):
-        vocab_size = self.model.config.vocab_size
-        if count > vocab_size:
-            raise UserError(f"{key} has {count} {what}, but model.vocab_size is {vocab_size}")
+    def check_tokenizers(self):
+        """Opens data.tokenizer and data.text_tokenizer; a UserError if the model or the rows do not fit them."""
+        data, infos = self.config.data, []
+        if data.tokenizer:
+            self.vqgan = VQGAN.from_pretrained(data.tokenizer)
+            if data.side % self.vqgan.config.factor:
+                raise UserError(f"data.side {data.side} is no multiple of data.tokenizer's {self.vqgan.config.factor}")
+            infos.append(RowsInfo.of_pictures(data.tokenizer, self.vqgan, data.side))
+        if data.text_tokenizer:
+            self.model.tokenizer = Tokenizer.from_pretrained(data.text_tokenizer)
+            infos.append(RowsInfo.of_text(data.text_tokenizer, self.model.tokenizer))
+        check_rows(data, self.model.config.vocab_size, infos)
 
     def open_rows(self, paths, **options):
         train, model = self.config.train, self.model.config
-        return TokenRows(
-            paths, model.max_seq_len, train.batch_size, train.seed, vocab_size=model.vocab_size, **options
-        )
+        options |= {"vocab_size": model.vocab_size}
+        return TokenRows(paths, model.max_seq_len, train.batch_size, train.seed, **options)
+
+    def open_sample(self):
+        """The first held-out sentences, (B, count · h · w) int64; None if the context has no room for two pictures."""
+        h, w = self.vqgan.grid(self.config.data.side)
+        count = min(self.config.data.pictures, self.items_per_row // (h * w))
+        if count < 2:
+            return None
+        tokens, _ = self.held_out.batch(0, range(min(4, self.config.train.batch_size)))  # (B, T)
+        tokens, codes = tokens[:, : count * h * w], self.vqgan.config.num_embeddings
+        if tokens.max() >= codes:
+            raise UserError(f"data.held_out has the code {tokens.max()}, but data.tokenizer only {codes} codes")
+        return torch.from_numpy(tokens)
 
     def batch(self, step, microstep, rows):
         """(2, B, T) int64: inputs, and the same one token later."""
@@ -438,15 +435,10 @@ class LLaMATask(Task):
 
     def sample(self, path):
         """Held-out sentences: all pictures but the last are the prompt; then come the true last one and the model's."""
-        if not self.vqgan or not self.held_out:
+        if self.sample_prompt is None:
             return
-        vqgan = self.vqgan.to(self.device)
+        tokens, vqgan = self.sample_prompt.to(self.device), self.vqgan.to(self.device)
         h, w = vqgan.grid(self.config.data.side)
-        count = min(self.config.data.pictures, self.items_per_row // (h * w))
-        if count < 2:
-            return
-        tokens, _ = self.held_out.batch(0, range(min(4, self.config.train.batch_size)))  # (B, T)
-        tokens = torch.from_numpy(tokens)[:, : count * h * w].to(self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.train.seed)
         allowed = range(vqgan.config.num_embeddings)
         continued = self.model.generate(tokens[:, : -h * w], h * w, allowed=allowed, generator=generator)
@@ -490,7 +482,7 @@ class CLIPTask(Task):
 
     def loss(self, phase, module, batch, step, microstep):
         pictures, captions = batch
-        images = normalized(to_float(pictures, self.device), self.model)  # (B, 3, S, S)
+        images = self.model.normalize(to_float(pictures, self.device))  # (B, 3, S, S)
         tokens = self.model.tokenize(captions).to(self.device)  # (B, T)
         image, text, scale, bias = module(images, tokens)  # (B, E), (B, E), (), () or None
         loss = contrastive_loss(image, text, scale) if bias is None else sigmoid_loss(image, text, scale, bias)
@@ -509,10 +501,8 @@ class VAETask(PictureTask):
         self.model = start_model(AutoencoderKL, AutoencoderKLConfig, config.model, explicit_keys, resume)
         self.modules = {"model": self.model}
         self.open_pictures()
-        side, factor = config.data.side, self.model.config.factor
-        if side % factor:
-            raise UserError(f"data.side {side} is no multiple of {factor}, the pixels of a latent")
-        self.shape = (self.model.config.latent_channels, side // factor, side // factor)  # (z, h, w)
+        side = config.data.side // self.model.config.factor
+        self.shape = (self.model.config.latent_channels, side, side)  # (z, h, w)
 
     def batch(self, step, microstep, rows):
         """Pictures (B, side, side, 3) uint8, and noise (B, z, h, w) float32."""
@@ -552,9 +542,14 @@ class UNetTask(Task):
         unet = start_model(UNet, UNetConfig, config.model, explicit_keys, resume)
         unet.activation_checkpointing = config.train.activation_checkpointing
         vae, text = self.load_parts(resume)
-        width, context = text.config.text.width, unet.config.cross_attention_dim
-        if width != context:
-            raise UserError(f"model.cross_attention_dim {context} must be CLIP's width, {width}")
+        for key, value, whose in (
+            ("cross_attention_dim", text.config.text.width, "CLIP's width"),
+            ("in_channels", vae.config.latent_channels, "the autoencoder's latent_channels"),
+            ("out_channels", vae.config.latent_channels, "the autoencoder's latent_channels"),
+            ("addition_time_embed_dim", 0, "left out: sampling from SDXL's conditioning is there, training is not, so"),
+        ):
+            if getattr(unet.config, key) != value:
+                raise UserError(f"model.{key} {getattr(unet.config, key)} must be {whose}, {value}")
         self.model = LatentDiffusion(unet, vae, config.schedule, text).to(ranks.device)
         vae.requires_grad_(False)
         text.requires_grad_(False)
@@ -572,10 +567,10 @@ class UNetTask(Task):
         for key in ("vae", "clip"):
             if not getattr(data, key):
                 raise UserError(f"data.{key} is empty: name the trained {key} to build on")
-        text = load(CLIP, data.clip).text_encoder()
+        text = CLIP.from_pretrained(data.clip).text_encoder()
         if text.tokenizer is None:
             raise UserError(f"{data.clip}: came without a tokenizer, so it cannot read captions")
-        return load(AutoencoderKL, data.vae, dtype=torch.float32), text
+        return AutoencoderKL.from_pretrained(data.vae, dtype=torch.float32), text
 
     def latent_scale(self):
         """The factor between the autoencoder's latents and those that the U-Net sees."""
@@ -716,7 +711,7 @@ class DreamLLMTask(Task):
         """A DreamLLM from `resume`, else model.init, else from its parts."""
         section = self.config.model
         if folder := resume or section.init:
-            model = load(DreamLLM, folder, clip=CLIP, diffusion=LatentDiffusion, dtype=torch.float32)
+            model = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, dtype=torch.float32)
             settings.must_agree(explicit_keys & set(self.shape(section)), section, model.config, folder)
             return model
         for key in ("llama", "clip", "diffusion"):
@@ -724,10 +719,10 @@ class DreamLLMTask(Task):
                 raise UserError(f"model.{key} is empty: name the trained part to build on, or a DreamLLM as model.init")
         tokenizer = Tokenizer.from_pretrained(self.config.data.text_tokenizer or section.llama)
         tokenizer.add(ADDED)
-        llama = load(LLaMA, section.llama, dtype=torch.float32)
+        llama = LLaMA.from_pretrained(section.llama, dtype=torch.float32)
         llama.resize(tokenizer.vocab_size)
-        clip = load(CLIP, section.clip, dtype=torch.float32)
-        diffusion = load(LatentDiffusion, section.diffusion, dtype=torch.float32)
+        clip = CLIP.from_pretrained(section.clip, dtype=torch.float32)
+        diffusion = LatentDiffusion.from_pretrained(section.diffusion, dtype=torch.float32)
         names = [field.name for field in dataclasses.fields(DreamLLMConfig)]
         config = DreamLLMConfig(**{name: getattr(section, name) for name in names})
         return DreamLLM(llama, clip, diffusion, config, tokenizer)
@@ -781,7 +776,7 @@ class DreamLLMTask(Task):
         """
         tokens = torch.from_numpy(batch["tokens"]).to(self.device)  # (B, T)
         labels = torch.from_numpy(batch["labels"]).to(self.device)  # (B, T)
-        images = normalized(to_float(batch["images"], self.device), self.model.clip)  # (N, 3, S, S)
+        images = self.model.clip.normalize(to_float(batch["images"], self.device))  # (N, 3, S, S)
         images_dm = to_float(batch["images_dm"], self.device)  # (M, 3, side, side)
         noise = LossNoise(*(torch.from_numpy(array).to(self.device) for array in batch["draws"]))
         out = module(tokens, labels, images, images_dm, noise)
@@ -840,13 +835,6 @@ TASKS = {
 
 
 # ---- helpers -----------------------------------------------------------------------------------
-
-
-def normalized(images, clip):
-    """images (B, 3, S, S) in [0, 1] → as this CLIP wants them."""
-    vision = clip.config.vision
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (vision.mean, vision.std))
-    return (images - mean) / std
 
 
 def freeze_all_but(model, prefixes):
