@@ -1,40 +1,46 @@
 """Documents: texts and pictures in one sequence, and which of its tokens are to be learned.
 
-DreamLLM reads one row of tokens in which each picture is a span of placeholders. A picture to *understand* is a span
-of as many <im_patch> as CLIP has patches; a picture to *create* is a span of as many as there are dream queries. The
-model replaces the embeddings of both: by CLIP's features, by its queries. Two things decide what is trained: the
-labels (a token to predict, or -100), and which pictures the U-Net is to create.
+DreamLLM reads one row of tokens in which each picture is a span of placeholders. A picture to
+*understand* is a span of as many <im_patch> as CLIP has patches; a picture to *create* is a span of
+as many as there are dream queries. The model replaces the embeddings of both: by CLIP's features,
+by its queries. Two things decide what is trained: the labels (a token to predict, or -100), and
+which pictures the U-Net is to create.
 
-    IMG   = <im_start> <im_patch> × patches <im_end>              its picture goes into `images`, for CLIP
-    DREAM = <dream_start> <im_patch> × queries <dream_end>        its picture goes into `images_dm`, for the U-Net
+    IMG   = <im_start> <im_patch> × patches <im_end>           its picture goes into `images`
+    DREAM = <dream_start> <im_patch> × queries <dream_end>     its picture goes into `images_dm`
 
-    sample                  sequence                                  labels
-    pair, to understand     <s> IMG caption </s>                      <s>, caption, </s>
-    pair, to create         <s> caption DREAM </s>                    none: the U-Net's loss alone
-    document                <s> (text DREAM IMG) × n </s>             <s>, texts, <dream_start>, </s>
-    instructed document     prompt (text DREAM IMG) × n </s>          texts, <dream_start>, </s>
-    conversation            <image> → IMG, <dream> → DREAM IMG        answers and their </s>, spans left out
-    image → image           <s> IMG DREAM </s>                        none
+    sample                sequence                             labels
+    pair, to understand   <s> IMG caption </s>                 <s>, caption, </s>
+    pair, to create       <s> caption DREAM </s>               none: the U-Net's loss alone
+    document              <s> (text DREAM IMG) × n </s>        <s>, texts, <dream_start>, </s>
+    instructed document   prompt (text DREAM IMG) × n </s>     texts, <dream_start>, </s>
+    conversation          <image> → IMG, <dream> → DREAM IMG   answers, their </s>; no span
+    image → image         <s> IMG DREAM </s>                   none
 
-Only documents have <dream_start> among their labels: only they teach *when* to create a picture. A created picture is
-then read (DREAM IMG): in training the true one, in sample.py the model's own. (The paper's <dream> is <dream_start>
-here, as in the published code; there <dream> and <image> only mark the places of pictures in raw texts.)
+Only documents have <dream_start> among their labels: only they teach *when* to create a picture.
+A created picture is then read (DREAM IMG): in training the true one, in sample.py the model's own.
+(The paper's <dream> is <dream_start> here, as in the published code; there <dream> and <image>
+only mark the places of pictures in raw texts.)
 
-    emoji | folder | tar | rows.jsonl ──▶ source ──▶ Picture | Pair | Document | Conversation     (support/rows.py)
-                                                        │ Writer.write
-                                                        ▼
-                                          Sample: tokens, labels (T,), the pictures of its spans in reading order
-                                                        │ DocumentRows.batch
-                                                        ▼
-         tokens, labels (B, T) int64    images (N, side, side, 3), images_dm (M, side, side, 3) uint8
+    emoji | folder | tar | rows.jsonl
+      │ a source of rows (support/rows.py)
+      ▼
+    Picture | Pair | Document | Conversation
+      │ Writer.write
+      ▼
+    Sample: tokens, labels (T,), the pictures of its spans in reading order
+      │ DocumentRows.batch
+      ▼
+    tokens, labels (B, T) int64; images (N, side, side, 3), images_dm (M, side, side, 3) uint8
 
-B rows in a batch, T tokens in the longest of them, N pictures to understand and M to create in all of them.
-As in data.py, nothing keeps a state: a batch is a pure function of (seed, number, row). numpy and Pillow only.
+B samples in a batch, T tokens in the longest of them, N pictures to understand and M to create in
+all of them. As in data.py, nothing keeps a state: a batch is a pure function of (seed, number,
+row). Only numpy and Pillow are needed.
 
-Paper: Dong et al. 2023 (arXiv 2309.11499), section 3.2 (interleaved sequences), 4.1 and appendix (its data).
+Paper: Dong et al. 2023 (arXiv 2309.11499), section 3.2 (interleaved sequences), 4.1 and appendix
+(its data).
 """
 
-import collections
 import copy
 import functools
 from collections.abc import Callable
@@ -50,6 +56,7 @@ from support.rows import (
     IMAGE,
     Conversation,
     Document,
+    EmojiTexts,
     FilePairs,
     JsonRows,
     Pair,
@@ -59,10 +66,11 @@ from support.rows import (
     is_placeholder,
 )
 from support.settings import UserError, fraction, one_of, within
-from support.sources import open_source, warn
+from support.sources import Skipping, open_source
 from support.tokenizer import TEMPLATES
 
 IGNORED = -100  # the label of a token that is not to be predicted
+DREAM_TOKENS = "[PAD]", "<im_start>", "<im_patch>", "<im_end>", "<dream_start>", "<dream_end>"
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,10 @@ class Sample:
 
 
 def chat_parts(messages, pictures=(), template="vicuna", system=None):
-    """A chat → [text, Special or picture, …]: the prompt of an answer, for `DreamLLM.generate_document`.
+    """A chat → [text, Special or picture, …]: a prompt for `DreamLLM.generate_document`.
 
-    `messages` as in Tokenizer.encode_chat; each "<image>" (or "<dream>") in them becomes the next of `pictures`.
+    messages: as in Tokenizer.encode_chat; each "<image>" (or "<dream>") in them becomes the next of
+    `pictures`.
     """
     parts = frame_messages(messages, template, system)
     check_count(parts, pictures)
@@ -90,32 +99,46 @@ def chat_parts(messages, pictures=(), template="vicuna", system=None):
 class Writer:
     """Writes the six sequences above, none longer than `context` tokens.
 
-    patches, queries   tokens of a picture to understand, and of one to create
-    understand, create which of the two is trained: documents keep one span of each picture where one is off
-    template, system   how prompts and conversations are framed (system None: the template's usual text)
+    patches, queries     tokens of a picture to understand, and of one to create
+    understand, create   which of the two is trained; if one is off, documents keep one span of each
+                         picture
+    template, system     how prompts and conversations are framed (system None: the template's usual
+                         text)
 
-    A span is never cut. What does not fit is left out from the end: the rest of a caption; of a document whole
-    texts and pictures; of a conversation whole turns. ValueError if nothing is left to learn from.
+    A span is never cut. What does not fit is left out from the end: the rest of a caption; of a
+    document whole texts and pictures; of a conversation whole turns. ValueError if nothing is left
+    to learn from.
     """
 
     def __init__(
-        self, tokenizer, patches, queries, context, understand=True, create=True, template="vicuna", system=None
+        self,
+        tokenizer,
+        patches,
+        queries,
+        context,
+        understand=True,
+        create=True,
+        template="vicuna",
+        system=None,
     ):
         self.tokenizer, self.context = tokenizer, context
         self.understand, self.create = understand, create
         self.template, self.system = template, system
-        names = ("[PAD]", "<im_start>", "<im_patch>", "<im_end>", "<dream_start>", "<dream_end>")
-        for name in names:
-            if name not in tokenizer.special:
-                raise UserError(f"the tokenizer has no {name}: DreamLLM's tokens must be added to it")
-        self.pad, im_start, im_patch, im_end, dream_start, dream_end = (tokenizer.special[name] for name in names)
+        ids = tokenizer.special
+        for name in DREAM_TOKENS:
+            if name not in ids:
+                raise UserError(f"the tokenizer has no {name}: DreamLLM's tokens must be added")
+        self.pad = ids["[PAD]"]
         self.bos = [] if tokenizer.bos is None else [tokenizer.bos]
         self.eos = [] if tokenizer.eos is None else [tokenizer.eos]
-        self.img = [im_start, *[im_patch] * patches, im_end]
-        self.dream = [dream_start, *[im_patch] * queries, dream_end]
-        if context < (least := 2 + len(self.img) + len(self.dream)):
-            raise UserError(f"a context of {context} tokens is too short: one picture alone takes {least}")
-        self._prompt("?")  # fails now, not at the first sample, if the tokenizer lacks a token of the template
+        patch = ids["<im_patch>"]
+        self.img = [ids["<im_start>"], *[patch] * patches, ids["<im_end>"]]
+        self.dream = [ids["<dream_start>"], *[patch] * queries, ids["<dream_end>"]]
+        least = 2 + len(self.img) + len(self.dream)
+        if context < least:
+            short = f"a context of {context} tokens is too short"
+            raise UserError(f"{short}: one picture alone takes {least}")
+        self._prompt("?")  # fails now, not at the first sample, if it lacks a token of the template
 
     def restricted_to(self, understand, create):
         """This writer, or one that trains only what is also wanted of a source."""
@@ -123,13 +146,17 @@ class Writer:
         if (understand, create) == (self.understand, self.create):
             return self
         if not (understand or create):
-            raise UserError("a source's understand and create leave nothing of what the stage is to learn")
+            nothing = "leave nothing of what the stage is to learn"
+            raise UserError(f"a source's understand and create {nothing}")
         writer = copy.copy(self)
         writer.understand, writer.create = understand, create
         return writer
 
     def write(self, row, uniform):
-        """Picture | Pair | Document | Conversation → Sample; `uniform` in [0, 1) decides which way a pair goes."""
+        """Picture | Pair | Document | Conversation → Sample.
+
+        `uniform`, a random number in [0, 1), decides whether a pair is to create or to understand.
+        """
         match row:
             case Pair():
                 return self.pair(row.caption, row.picture, uniform)
@@ -141,20 +168,22 @@ class Writer:
                 return self.conversation(row.messages, row.pictures)
 
     def pair(self, caption, picture, uniform):
-        """A captioned picture: with both directions on, to create if `uniform` < 0.5, else to understand."""
-        caption = self.tokenizer.encode(caption.strip())
+        """A captioned picture: if both are on, to create below 0.5, else to understand."""
+        ids = self.tokenizer.encode(caption.strip())
         if self.create and (uniform < 0.5 or not self.understand):
-            caption = caption[: self._room_beside(self.dream)]
-            return make_sample([(self.bos + caption + self.dream + self.eos, False)], images_dm=[picture])
-        caption = caption[: self._room_beside(self.img)]
-        return make_sample([(self.bos, True), (self.img, False), (caption + self.eos, True)], images=[picture])
+            ids = ids[: self._room_beside(self.dream)]
+            parts = [(self.bos + ids + self.dream + self.eos, False)]
+            return make_sample(parts, images_dm=[picture])
+        ids = ids[: self._room_beside(self.img)]
+        parts = [(self.bos, True), (self.img, False), (ids + self.eos, True)]
+        return make_sample(parts, images=[picture])
 
     def _room_beside(self, span):
         """How many tokens of a text fit into a sequence with one span."""
         return self.context - len(span) - len(self.bos) - len(self.eos)
 
     def document(self, pieces, prompt=None):
-        """[(text, picture or None), …] in reading order; with a prompt, as the answer to that instruction.
+        """[(text, picture or None), …] in reading order; with a prompt, as the answer to it.
 
         It ends before the first text or picture that would not fit.
         """
@@ -175,7 +204,7 @@ class Writer:
         return make_sample([start, *parts, (self.eos, True)], images, images_dm)
 
     def _indivisible_units(self, pieces):
-        """Yields a document's texts and pictures: ([(ids, whether they are learned), …], picture or None)."""
+        """Yields texts and pictures: ([(ids, whether they are learned), …], picture or None)."""
         for text, picture in pieces:
             yield [(self.tokenizer.encode(text.strip()), True)], None
             if picture is None:
@@ -190,8 +219,9 @@ class Writer:
     def conversation(self, messages, pictures):
         """Questions and answers; only answers are learned, and no token of a picture.
 
-        Every template frames answers in its own way, and a tokenizer may join letters over the border of an answer.
-        So an answer is found by comparing tokens: the conversation before it, with it, and with the later turns.
+        Every template frames answers in its own way, and a tokenizer may join letters over the
+        border of an answer. So an answer is found by comparing tokens: of the conversation before
+        it, with it, and with the later turns. See `answer_span`.
         """
         check_count(frame_messages(messages, self.template, self.system), pictures)
         whole, answers = None, []
@@ -215,9 +245,9 @@ class Writer:
         return Sample(np.array(tokens, np.int64), labels, images, images_dm)
 
     def _encode_chat(self, messages, pictures):
-        """Messages and the pictures of their placeholders → (ids, pictures to understand, pictures to create).
+        """Messages → (ids, the pictures to understand, the pictures to create).
 
-        `pictures` may be more than the messages have: those of later turns.
+        pictures: of their placeholders, in order; those of later turns may follow.
         """
         parts, images, images_dm = [], [], []
         remaining = iter(pictures)
@@ -241,7 +271,8 @@ class Writer:
 
     def image_to_image(self, source, target):
         """A picture to understand, and one to create from it."""
-        return make_sample([(self.bos + self.img + self.dream + self.eos, False)], [source], [target])
+        ids = self.bos + self.img + self.dream + self.eos
+        return make_sample([(ids, False)], [source], [target])
 
 
 def make_sample(parts, images=(), images_dm=()):
@@ -250,19 +281,20 @@ def make_sample(parts, images=(), images_dm=()):
     for ids, learned in parts:
         tokens += ids
         labels += ids if learned else [IGNORED] * len(ids)
-    return Sample(np.array(tokens, np.int64), np.array(labels, np.int64), list(images), list(images_dm))
+    tokens, labels = np.array(tokens, np.int64), np.array(labels, np.int64)
+    return Sample(tokens, labels, list(images), list(images_dm))
 
 
 def answer_span(before, after, whole):
     """Where an answer stands among a conversation's ids `whole`: (start, end).
 
-    before, after: the ids of the conversation up to the answer, without and with it. They agree up to where the
-    answer starts; `after` and `whole` agree up to where it ends, as later turns may replace its end. With the
-    template "plain", which writes one </s> only, in words instead of tokens:
+    before, after: the ids of the conversation up to the answer, without and with it. They agree up
+    to where the answer starts; `after` and `whole` agree up to where it ends, as later turns may
+    replace its end. The template "plain" writes only one </s>, so that (in words, not tokens)
 
         before   <s> Hi
         after    <s> Hi \\n Yes? </s>
-        whole    <s> Hi \\n Yes? \\n Bye \\n So long </s>        → (2, 4): "\\n Yes?"
+        whole    <s> Hi \\n Yes? \\n Bye \\n So long </s>        give (2, 4): "\\n Yes?"
     """
     return common_prefix_length(before, after), common_prefix_length(after, whole)
 
@@ -275,102 +307,14 @@ def common_prefix_length(a, b):
     return min(len(a), len(b))
 
 
-# ---- rows of emoji: what their names and categories say --------------------------------------------
-
-WHAT, CATEGORY, IS_IT = "What is this?", "Which category is it?", "Is it a {name}?"
-DRAW, SHOW = "Draw {name}.", "Show {category}."
-
-
-class EmojiTexts:
-    """A source of rows of any kind, made from emoji: each has a name, a category, and neighbours in order."""
-
-    path = "emoji"
-
-    def __init__(self, emoji, kind):
-        self.emoji, self.kind = emoji, KINDS[kind]
-        self.by_category = collections.defaultdict(list)  # category → indices of its items, in order
-        self.index_in_category = []  # of each item
-        self.captions = collections.defaultdict(dict)  # category → its captions, each once, as keys
-        for index, item in enumerate(emoji):
-            self.index_in_category.append(len(self.by_category[item.category]))
-            self.by_category[item.category].append(index)
-            self.captions[item.category][item.caption] = None
-
-    def __len__(self):
-        return len(self.emoji)
-
-    def where(self, index):
-        return f"emoji {self.emoji[index].name}"
-
-    def open(self, item):
-        return Image.fromarray(item.image)
-
-    def read(self, index, rng):
-        """The row of the item at `index`, what is random in it taken from `rng`."""
-        return self.kind.emoji(self, index, rng)
-
-    def pair(self, index, rng):
-        item = self.emoji[index]
-        return Pair(item, item.caption)
-
-    def picture(self, index, rng):
-        return Picture(self.emoji[index])
-
-    def document(self, index, rng):
-        """Neighbours and their names, after the name of their category."""
-        first, *others = self.neighbours(index, rng)
-        pieces = [(f"{first.category.lower()}: {first.caption}", first)]
-        pieces += [(item.caption, item) for item in others]
-        return Document(pieces)
-
-    def instructed(self, index, rng):
-        """Neighbours and their names, in answer to "Show …"."""
-        pieces = [(item.caption, item) for item in self.neighbours(index, rng)]
-        return Document(pieces, SHOW.format(category=self.emoji[index].category.lower()))
-
-    def conversation(self, index, rng):
-        """One question about this emoji and its answer, or the instruction to draw it."""
-        item = self.emoji[index]
-        match rng.integers(4):
-            case 0:
-                question, answer = WHAT, item.caption
-            case 1:
-                question, answer = CATEGORY, item.category.lower()
-            case 2:
-                question, answer = self.yes_or_no(index, rng)
-            case _:  # in a conversation <dream_start> is no label: in an instructed document it is learned
-                return Document([("", item)], DRAW.format(name=item.caption))
-        messages = [{"role": "user", "content": f"{IMAGE}\n{question}"}, {"role": "assistant", "content": answer}]
-        return Conversation(messages, [item])
-
-    def neighbours(self, index, rng):
-        """2 to 4 items in a row of the same category, this one among them."""
-        indices = self.by_category[self.emoji[index].category]
-        count = min(int(rng.integers(2, 5)), len(indices))
-        start = min(self.index_in_category[index], len(indices) - count)
-        return [self.emoji[i] for i in indices[start : start + count]]
-
-    def yes_or_no(self, index, rng):
-        """("Is it a …?", "yes" or "no"), each half of the time; half of the wrong names are of its category."""
-        item = self.emoji[index]
-        if rng.random() < 0.5:
-            return IS_IT.format(name=item.caption), "yes"
-        same, other = [], []  # wrong names of its category, and of the others
-        for category, captions in self.captions.items():
-            names = same if category == item.category else other
-            names += [name for name in captions if name != item.caption]
-        names = (same or other) if rng.random() < 0.5 else (other or same)
-        return IS_IT.format(name=names[int(rng.integers(len(names)))]), "no"
-
-
-# ---- kinds of samples, and the settings ----------------------------------------------------------------
+# ---- kinds of samples, and the settings ----------------------------------------------------------
 
 
 def _as_it_is(row):
     return row
 
 
-def _without_prompt(document):
+def _no_prompt(document):
     return Document(document.pieces)
 
 
@@ -386,22 +330,29 @@ def _picture_alone(row):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of sample. A new one is a line of KINDS; if it needs a new class of rows, a case of Writer.write too."""
+    """A kind of sample: an entry of KINDS. A new class of rows needs a case in Writer.write, too.
+
+    about     what it is, in a line
+    row       the class of JSON rows that it is made from; Picture and Pair come from folders and
+              tars, too
+    emoji     (EmojiTexts, index, rng) → such a row
+    convert   a JSON row → the row to be written; a ValueError says what the row lacks
+    """
 
     name: str
-    about: str  # what it is, in a line
-    row: type  # the class of JSON rows that it is made from; Picture or Pair: folders and tars serve too
-    emoji: Callable  # (EmojiTexts, index, rng) → such a row of emoji
-    convert: Callable = _as_it_is  # a JSON row → the row to be written; a ValueError says what it lacks
+    about: str
+    row: type
+    emoji: Callable
+    convert: Callable = _as_it_is
 
 
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("pair", "picture and caption: to understand or to create it, at random", Pair, EmojiTexts.pair),
-        Kind("document", "texts with pictures between them", Document, EmojiTexts.document, _without_prompt),
-        Kind("instructed", "the same, in answer to an instruction", Document, EmojiTexts.instructed, _with_prompt),
-        Kind("conversation", "questions and answers, with pictures", Conversation, EmojiTexts.conversation),
+        Kind("pair", "picture and caption: to understand or to create it", Pair, EmojiTexts.pair),
+        Kind("document", "texts with pictures between them", Document, EmojiTexts.document, _no_prompt),
+        Kind("instructed", "the same, as an answer", Document, EmojiTexts.instructed, _with_prompt),
+        Kind("conversation", "questions and answers", Conversation, EmojiTexts.conversation),
         Kind("image", "a picture, to be created again", Picture, EmojiTexts.picture, _picture_alone),
     )
 }
@@ -411,13 +362,13 @@ KINDS = {
 class DocumentSource:
     """One [[data.sources]] table of a DreamLLM's configuration."""
 
-    path: str = "emoji"  # "emoji", a folder, WebDataset .tar, or rows in .jsonl or .json (a shell pattern names many)
+    path: str = "emoji"  # "emoji", a folder, .tar, .jsonl or .json, or a shell pattern of files
     kind: str = "pair"  # which sample: a key of KINDS
     weight: float = 1.0  # share of the samples that are taken from it
-    images: str = ""  # the folder of the pictures that rows name; empty: the one that the rows lie in
+    images: str = ""  # the folder of the pictures that rows name; empty: that of the rows
     understand: bool = True  # whether the model learns to understand its pictures …
     create: bool = True  # … and to create them
-    move: bool = False  # of emoji: those to understand are each time a little turned, shrunk and shifted, on white
+    move: bool = False  # emoji only: turn, shrink and shift those to understand a little, at random
 
     def __post_init__(self):
         one_of(self, KINDS, "kind")
@@ -433,10 +384,10 @@ class DocumentSettings:
     """The [data] section of a DreamLLM's configuration."""
 
     sources: tuple[DocumentSource, ...] = ()
-    text_tokenizer: str = ""  # "bytes", or a folder with a tokenizer's files; empty: the language model's, or init's
+    text_tokenizer: str = ""  # "bytes", or a folder; empty: that of the language model or of init
     template: str = "vicuna"  # how questions and answers are framed: a key of tokenizer.TEMPLATES
-    system: str | None = None  # what the template says before the first question; absent: its usual text
-    held_out_fraction: float = 0.02  # of files, by hash of a picture's name; emoji have their own split
+    system: str | None = None  # the text before the first question; absent: the template's own
+    held_out_fraction: float = 0.02  # by hash of a picture's name; emoji have a split of their own
     workers: int = 2  # threads that prepare batches
 
     def __post_init__(self):
@@ -447,38 +398,43 @@ class DocumentSettings:
             raise ValueError("sources: every weight is 0, so that there is nothing to read")
 
 
-# ---- batches -------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def clip_view(picture, side):
-    """A Pillow image as CLIP sees it, (side, side, 3) uint8: what clip.preprocess does, before it normalises."""
+    """A Pillow image as CLIP sees it, (side, side, 3) uint8, before it is normalized."""
     return np.asarray(square(picture, side))
 
 
 def draw_view(picture, side):
-    """A Pillow image as it is to be drawn, (side, side, 3) uint8: torchvision's Resize and CenterCrop."""
+    """A Pillow image as the U-Net is to draw it, (side, side, 3) uint8: Resize and CenterCrop."""
     return np.asarray(square(picture, side, Image.Resampling.BILINEAR, round))
+
+
+def _stack(pictures, side):
+    """N pictures, maybe none → (N, side, side, 3) uint8."""
+    return np.array(pictures, np.uint8).reshape(-1, side, side, 3)
 
 
 MOST_SKIPPED = 1000  # unusable rows in a row: more than a few broken ones, so that training stops
 
 
-class DocumentRows:
+class DocumentRows(Skipping):
     """Samples of all sources, mixed by weight, as batches.
 
-    A batch is of one source: its samples are of similar length, so that little is spent on padding. An epoch has
-    about as many samples as there are rows; source i gives the share wᵢ / Σw of its batches. Each source is read in
-    endless passes, each pass in a new order, and the next epoch goes on where this one stopped. What cannot be used
-    (a row, its picture, a text that is too long) is named once, counted in `skipped`, and replaced by the next row of
-    its source.
+    A batch is of one source: its samples are of similar length, so that little is spent on padding.
+    An epoch has about as many samples as there are rows; source i gives the share wᵢ / Σw of its
+    batches. Each source is read in endless passes, each in a new order, and the next epoch goes on
+    where this one stopped. What cannot be used (a row, its picture, a text that is too long) is
+    named once, counted in `skipped`, and replaced by the next row of its source.
     """
 
     def __init__(self, settings, writer, clip_side, draw_side, batch_size, seed, split="train"):
+        super().__init__()
         if not settings.sources:
             raise UserError("nothing to read: the configuration has no [[data.sources]]")
         self.batch_size, self.seed, self.pad = batch_size, seed, writer.pad
         self.clip_side, self.draw_side = clip_side, draw_side
-        self.skipped, self.reported = 0, set()
         tables = [table for table in settings.sources if table.weight]
         self.writers = [writer.restricted_to(table.understand, table.create) for table in tables]
         self.moves = [table.move and split == "train" for table in tables]
@@ -497,13 +453,14 @@ class DocumentRows:
         """A [[data.sources]] table → a source of rows."""
         kind = KINDS[table.kind]
         if table.path == "emoji":
-            return EmojiTexts(opened("emoji"), table.kind)
+            return EmojiTexts(opened("emoji"), kind)
         if table.path.endswith((".jsonl", ".json")):
             if split not in ("train", "held_out"):
                 raise UserError(f'{table.path}: it has no split "{split}": train or held_out')
-            return JsonRows(table.path, kind, table.images, split, held_out_fraction, self._skip)
+            return JsonRows(table.path, kind, table.images, split, held_out_fraction, self.skip)
         if kind.row not in (Pair, Picture):
-            raise UserError(f'{table.path}: kind "{kind.name}" needs rows in a .jsonl or .json file')
+            needs = "needs rows in a .jsonl or .json file"
+            raise UserError(f'{table.path}: kind "{kind.name}" {needs}')
         return FilePairs(opened(table.path), captions=kind.row is Pair)
 
     def __len__(self):
@@ -511,11 +468,11 @@ class DocumentRows:
         return sum(self.samples_per_epoch)
 
     def batch(self, number, rows):
-        """Rows `rows` (a range within range(batch_size)) of batch `number`, from their numbers only.
+        """Rows `rows` (a range within range(batch_size)) of batch `number`.
 
         tokens, labels   (rows, T) int64, on the right filled up with [PAD] and IGNORED
-        images           (N, clip_side, clip_side, 3) uint8: all pictures to understand, in reading order
-        images_dm        (M, draw_side, draw_side, 3) uint8: all pictures to create; N and M may be 0
+        images           (N, clip_side, clip_side, 3) uint8: the pictures to understand, in order
+        images_dm        (M, draw_side, draw_side, 3) uint8: the pictures to create; N, M may be 0
         """
         samples = [self.sample(number * self.batch_size + row) for row in rows]
         length = max(len(sample.tokens) for sample in samples)
@@ -530,26 +487,28 @@ class DocumentRows:
         return {
             "tokens": tokens,
             "labels": labels,
-            "images": np.array(images, np.uint8).reshape(-1, self.clip_side, self.clip_side, 3),
-            "images_dm": np.array(images_dm, np.uint8).reshape(-1, self.draw_side, self.draw_side, 3),
+            "images": _stack(images, self.clip_side),
+            "images_dm": _stack(images_dm, self.draw_side),
         }
 
     def sample(self, position):
-        """The Sample at one position of the endless sequence of epochs, its pictures opened as Pillow images."""
+        """The Sample at a position of the endless sequence of epochs; its pictures are opened."""
         epoch, index_in_epoch = divmod(position, len(self))
         which, index = self._epoch(epoch)[index_in_epoch].tolist()
         source = self.sources[which]
         for step in range(min(len(source), MOST_SKIPPED)):
             row = (index + step) % len(source)
             try:
-                return self._make_sample(which, row, np.random.default_rng((self.seed, position, 7)))
+                rng = np.random.default_rng((self.seed, position, 7))
+                return self._make_sample(which, row, rng)
             except (UserError, ValueError, OSError) as error:
                 where, reason = source.where(row), str(error)
-                self._skip(reason if reason.startswith(where) else f"{where}: {reason}")
-        raise UserError(f"{source.path}: not one of {step + 1} rows can be used; the last: {reason}")
+                self.skip(reason if reason.startswith(where) else f"{where}: {reason}")
+        unusable = f"not one of {step + 1} rows can be used"
+        raise UserError(f"{source.path}: {unusable}; the last: {reason}")
 
     def _make_sample(self, which, row, rng):
-        """Row `row` of source `which` as a Sample; the pictures that the writer has kept are opened, each once."""
+        """A row of a source as a Sample; only the pictures that the writer keeps are opened."""
         source = self.sources[which]
         uniform = rng.random()
         written = self.writers[which].write(source.read(row, rng), uniform)
@@ -570,13 +529,7 @@ class DocumentRows:
         return np.random.default_rng((self.seed, epoch, 8)).permutation(batches).reshape(-1, 2)
 
     def _take(self, which, epoch):
-        """The rows that one source gives to an epoch, from its endless stream of passes: (samples, 2)."""
+        """(samples, 2): source and row, those that an epoch takes from the source's passes."""
         count = self.samples_per_epoch[which]
         rows = shuffled((self.seed, which, 9), len(self.sources[which]), epoch * count, count)
         return np.stack([np.full_like(rows, which), rows], axis=1)
-
-    def _skip(self, reason):
-        if reason not in self.reported:
-            self.reported.add(reason)
-            self.skipped += 1
-            warn(f"skipped {reason}")

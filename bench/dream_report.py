@@ -44,13 +44,13 @@ from lvm_report import mean_and_error
 
 from clip import CLIP, text_encoders
 from diffusion import LatentDiffusion
-from documents import CATEGORY, IS_IT, WHAT, DocumentSettings, EmojiTexts, chat_parts
+from documents import KINDS, DocumentSettings, chat_parts
 from dreamllm import DreamLLM, merge_texts
 from lvm import run_data
 from support import checkpoint, settings
 from support.pages import save_page
 from support.pictures import save_grid
-from support.rows import IMAGE
+from support.rows import CATEGORY, IMAGE, IS_IT, WHAT, EmojiTexts
 from support.sources import open_source
 
 SEED = 0
@@ -146,7 +146,7 @@ def no_question(texts, index, draws):
 
 def measure_answers(model, source, count, names, data):
     """All questions about `count` pictures of `source`, drawn at random; names: what a constant caption may be."""
-    draws, texts = np.random.default_rng(SEED), EmojiTexts(source, "conversation")
+    draws, texts = np.random.default_rng(SEED), EmojiTexts(source, KINDS["conversation"])
     chosen = draws.permutation(len(source))[:count].tolist()
     items = [source[i] for i in chosen]
     pictures = [Image.fromarray(item.image) for item in items]

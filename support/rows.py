@@ -1,21 +1,24 @@
-"""Rows: captioned pictures, documents and conversations as they lie on the disk, and the readers of their formats.
+"""Rows: captioned pictures, documents and conversations as they lie on the disk.
 
+    emoji ──▶ EmojiTexts ──▶ any row
     folder | .tar ──▶ FileSource ──▶ FilePairs ──▶ Picture | Pair
     .jsonl | .json ──▶ json_rows ──▶ read_row ──▶ Pair | Document | Conversation
-                         └── JsonRows: an index of the rows; each is read again when it is asked for
+                         └─ JsonRows: an index of the rows; each is read again when it is used
 
     format     keys of a row                        becomes
     captions   image, caption                       Pair
-    MMC4       text_list, image_info, instruction   Document    (Zhu et al. 2023, arXiv 2304.06939)
-    OBELICS    images, texts                        Document    (Laurençon et al. 2023, arXiv 2306.16527)
-    LLaVA      conversations, image                 Conversation (Liu et al. 2023, arXiv 2304.08485)
+    MMC4       text_list, image_info, instruction   Document (Zhu et al. 2023, arXiv 2304.06939)
+    OBELICS    images, texts                        Document (Laurençon et al. 2023, 2306.16527)
+    LLaVA      conversations, image                 Conversation (Liu et al. 2023, 2304.08485)
 
-A row names its pictures; they are opened later, and only those that a sample keeps. What documents.py reads from is a
-*source of rows*: it has a `path`, a length, `read(index, rng)` → row, `open(picture)` → a Pillow image in RGB, and
-`where(index)` → the name of a row in messages. Here are two of them, FilePairs and JsonRows. Without torch.
+A row names its pictures; they are opened later, and only those that a sample keeps. documents.py
+reads from a *source of rows*: it has a `path`, a length, `read(index, rng)` → row, `open(picture)`
+→ a Pillow image in RGB, and `where(index)` → the name of a row in messages. Three of them stand
+here: EmojiTexts, FilePairs, JsonRows. Nothing here needs torch.
 """
 
 import array
+import collections
 import glob
 import json
 import re
@@ -32,7 +35,7 @@ from support.settings import UserError
 from support.sources import hash_to_unit
 from support.tokenizer import Special, render_chat
 
-# ---- the types of rows -----------------------------------------------------------------------------
+# ---- the types of rows ---------------------------------------------------------------------------
 # A picture is whatever its source can open: a file's name, an Item of support/sources.py.
 
 
@@ -70,17 +73,18 @@ class Document:
 class Conversation:
     """Questions and answers about pictures."""
 
-    messages: list  # as in Tokenizer.encode_chat, with "<image>" or "<dream>" where a picture stands
+    messages: list  # as in Tokenizer.encode_chat, "<image>" or "<dream>" where a picture stands
     pictures: list  # one for each of these, in reading order
 
 
-# ---- conversations: where their pictures stand ----------------------------------------------------
+# ---- conversations: where their pictures stand ---------------------------------------------------
 
-IMAGE, DREAM = Special("<image>"), Special("<dream>")  # placeholders in raw data; never tokens of a sequence
+# Placeholders in raw texts; they never become tokens of a sequence.
+IMAGE, DREAM = Special("<image>"), Special("<dream>")
 
 
 def frame_messages(messages, template, system):
-    """Messages → [text or Special, …] as the template writes them; IMAGE and DREAM stand apart from the texts.
+    """Messages → [text or Special, …] as the template writes them, IMAGE and DREAM among them.
 
     system: the system message, if `messages` has none; None: what the template says by itself.
     """
@@ -108,7 +112,101 @@ def check_count(parts, pictures):
         raise ValueError(f"{count} × <image> or <dream> in its texts, but {len(pictures)} pictures")
 
 
-# ---- captioned pictures of folders and tars ----------------------------------------------------------
+# ---- rows of emoji: what their names and categories say ------------------------------------------
+
+WHAT, CATEGORY, IS_IT = "What is this?", "Which category is it?", "Is it a {name}?"
+DRAW, SHOW = "Draw {name}.", "Show {category}."
+
+
+class EmojiTexts:
+    """A source of rows of any kind: each emoji has a name, a category, and neighbours in order."""
+
+    path = "emoji"
+
+    def __init__(self, emoji, kind):
+        self.emoji, self.kind = emoji, kind
+        self.by_category = collections.defaultdict(list)  # category → indices of its items
+        self.index_in_category = []  # of each item
+        self.captions = collections.defaultdict(dict)  # category → its captions, each once, as keys
+        for index, item in enumerate(emoji):
+            self.index_in_category.append(len(self.by_category[item.category]))
+            self.by_category[item.category].append(index)
+            self.captions[item.category][item.caption] = None
+
+    def __len__(self):
+        return len(self.emoji)
+
+    def where(self, index):
+        return f"emoji {self.emoji[index].name}"
+
+    def open(self, item):
+        return Image.fromarray(item.image)
+
+    def read(self, index, rng):
+        """The row of the item at `index`, what is random in it taken from `rng`."""
+        return self.kind.emoji(self, index, rng)
+
+    def pair(self, index, rng):
+        item = self.emoji[index]
+        return Pair(item, item.caption)
+
+    def picture(self, index, rng):
+        return Picture(self.emoji[index])
+
+    def document(self, index, rng):
+        """Neighbours and their names, after the name of their category."""
+        first, *others = self.neighbours(index, rng)
+        pieces = [(f"{first.category.lower()}: {first.caption}", first)]
+        pieces += [(item.caption, item) for item in others]
+        return Document(pieces)
+
+    def instructed(self, index, rng):
+        """Neighbours and their names, in answer to "Show …"."""
+        pieces = [(item.caption, item) for item in self.neighbours(index, rng)]
+        return Document(pieces, SHOW.format(category=self.emoji[index].category.lower()))
+
+    def conversation(self, index, rng):
+        """One question about this emoji and its answer, or the instruction to draw it."""
+        item = self.emoji[index]
+        match rng.integers(4):
+            case 0:
+                question, answer = WHAT, item.caption
+            case 1:
+                question, answer = CATEGORY, item.category.lower()
+            case 2:
+                question, answer = self.yes_or_no(index, rng)
+            case _:  # a document: there <dream_start> is a label, in a conversation it is not
+                return Document([("", item)], DRAW.format(name=item.caption))
+        messages = [
+            {"role": "user", "content": f"{IMAGE}\n{question}"},
+            {"role": "assistant", "content": answer},
+        ]
+        return Conversation(messages, [item])
+
+    def neighbours(self, index, rng):
+        """2 to 4 items in a row of the same category, this one among them."""
+        indices = self.by_category[self.emoji[index].category]
+        count = min(int(rng.integers(2, 5)), len(indices))
+        start = min(self.index_in_category[index], len(indices) - count)
+        return [self.emoji[i] for i in indices[start : start + count]]
+
+    def yes_or_no(self, index, rng):
+        """("Is it a …?", "yes" or "no"), each half of the time.
+
+        Half of the wrong names are of the item's category.
+        """
+        item = self.emoji[index]
+        if rng.random() < 0.5:
+            return IS_IT.format(name=item.caption), "yes"
+        same, other = [], []  # wrong names of its category, and of the others
+        for category, captions in self.captions.items():
+            names = same if category == item.category else other
+            names += [name for name in captions if name != item.caption]
+        names = (same or other) if rng.random() < 0.5 else (other or same)
+        return IS_IT.format(name=names[int(rng.integers(len(names)))]), "no"
+
+
+# ---- captioned pictures of folders and tars ------------------------------------------------------
 
 
 class FilePairs:
@@ -136,14 +234,15 @@ class FilePairs:
         return Pair(item, caption)
 
 
-# ---- one JSON row ------------------------------------------------------------------------------------
+# ---- one JSON row --------------------------------------------------------------------------------
 
 TYPES = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user", "gpt": "assistant"}
+ROLES |= {"user": "user", "assistant": "assistant", "system": "system"}
 
 
 def require_type(wanted, value, where):
-    """`value`, if it is of the type `wanted` (a key of TYPES); else a ValueError that names the key `where`."""
+    """`value`, if it is of the type `wanted` (a key of TYPES); else a ValueError about `where`."""
     if not isinstance(value, wanted) or isinstance(value, bool):
         raise ValueError(f"{where} is {json.dumps(value)[:40]}, not {TYPES[wanted]}")
     if isinstance(value, str):
@@ -168,7 +267,8 @@ def parse_captions(row):
 def parse_mmc4(row):
     """{"text_list": [text, …], "image_info": [{"image_name", "matched_text_index"}, …]} → Document.
 
-    Each picture stands behind the text that it matches. "instruction", if there is one, is what the document answers.
+    Each picture stands behind the text that it matches. "instruction", if there is one, is what the
+    document answers.
     """
     texts = require_list(str, row, "text_list")
     names_after = [[] for _ in texts]  # of each text: the pictures behind it
@@ -177,7 +277,8 @@ def parse_mmc4(row):
         name = require_type(str, info.get("image_name"), f"{where}.image_name")
         index = require_type(int, info.get("matched_text_index"), f"{where}.matched_text_index")
         if not 0 <= index < len(texts):
-            raise ValueError(f"{where}.matched_text_index {index} is not the index of one of the {len(texts)} texts")
+            wrong = f"{index} is not the index of one of the {len(texts)} texts"
+            raise ValueError(f"{where}.matched_text_index {wrong}")
         names_after[index].append(name)
     pieces = []
     for text, names in zip(texts, names_after, strict=True):
@@ -195,11 +296,13 @@ def parse_obelics(row):
     images = require_type(list, row["images"], "images")
     texts = require_type(list, row["texts"], "texts")
     if len(images) != len(texts):
-        raise ValueError(f"{len(images)} images but {len(texts)} texts: one of each pair must be null")
+        counts = f"{len(images)} images but {len(texts)} texts"
+        raise ValueError(f"{counts}: one of each pair must be null")
     pieces = []
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         if image is not None and text is not None:
-            raise ValueError(f"images[{i}] and texts[{i}] are both set: one of each pair must be null")
+            both = f"images[{i}] and texts[{i}] are both set"
+            raise ValueError(f"{both}: one of each pair must be null")
         if image is not None:
             pieces.append(("", require_type(str, image, f"images[{i}]")))
         elif text is not None:
@@ -208,7 +311,10 @@ def parse_obelics(row):
 
 
 def parse_llava(row):
-    """{"conversations": [{"from": "human" or "gpt", "value": text}, …], "image": name or names} → Conversation."""
+    """{"conversations": [{"from", "value"}, …], "image": a name or a list of names} → Conversation.
+
+    "from" is a key of ROLES, "value" a text; "image" may be absent.
+    """
     messages = []
     for i, turn in enumerate(require_list(dict, row, "conversations")):
         where = f"conversations[{i}]"
@@ -247,7 +353,10 @@ FORMATS = {
 
 
 def read_row(raw):
-    """The bytes of a row → (a key of FORMATS, Pair | Document | Conversation); a ValueError says what is wrong."""
+    """The bytes of a row → (a key of FORMATS, Pair | Document | Conversation).
+
+    A ValueError says what is wrong with it.
+    """
     try:
         row = json.loads(raw)
     except RecursionError:
@@ -263,12 +372,12 @@ def read_row(raw):
     raise ValueError(f"its keys {', '.join(row) or '(none)'} are of no known row: {known}")
 
 
-# ---- files of JSON rows --------------------------------------------------------------------------------
-# Each row is found with its line, for messages, and with its offset in the file, so that it can be read alone later.
+# ---- files of JSON rows --------------------------------------------------------------------------
+# Each row is found with its line, for messages, and its offset, so that it can be read alone later.
 
 
 def json_rows(path):
-    """Yields (line, offset in bytes, bytes) of each row of a file: JSON Lines, or one JSON list of all rows."""
+    """Yields (line, offset in bytes, bytes) of each row of a file: JSON Lines, or one JSON list."""
     try:
         with open(path, "rb") as file:
             is_list = file.read(4096).lstrip()[:1] == b"["
@@ -293,8 +402,9 @@ def jsonl_rows(file):
 def list_rows(data):
     """The same of a file's bytes that are one JSON list.
 
-    A list cannot be cut at line breaks, as a row may span many: json finds where each row ends. latin-1 maps each byte
-    to one character, so that json's positions are offsets in bytes; what it decodes is thrown away.
+    A list cannot be cut at line breaks, as a row may span many: json finds where each row ends.
+    latin-1 maps each byte to one character, so that json's positions are offsets in bytes; what it
+    decodes is thrown away.
     """
     text = data.decode("latin-1")
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
@@ -316,13 +426,15 @@ def list_rows(data):
 class JsonRows:
     """The rows of .jsonl or .json files in any of FORMATS, with random access.
 
-    path, images      a file or a shell pattern of files; the folder of their pictures ("": that of the first file)
-    kind              a documents.Kind: rows of other classes than its `row` are refused; its `convert` is applied
-    split             "train" or "held_out". A row is held out by a hash of its first picture's name (of its own bytes,
-                      if it has no picture): all rows that begin with one picture are on the same side
-    skip              a function: is called with a line about each row that cannot be used
+    path     a file, or a shell pattern of files
+    kind     a documents.Kind: only rows of its class `row` are used, and its `convert` is applied
+    images   the folder of the pictures; "": that of the first file
+    split    "train" or "held_out". A row is held out by a hash of its first picture's name (of its
+             own bytes, if it has no picture): rows that begin with one picture are on the same side
+    skip     is called with a line about each row that cannot be used
 
-    Opening reads and checks every row, and keeps only where it is: `index` (rows, 4) int64, file, offset, length, line.
+    Opening reads and checks every row, and keeps only where it is: `index` (rows, 4) int64 holds
+    its file, offset, length in bytes, and line.
     """
 
     def __init__(self, path, kind, images, split, held_out_fraction, skip):
@@ -352,7 +464,8 @@ class JsonRows:
         """The bytes of a row → Picture | Pair | Document | Conversation, as the kind wants it."""
         form, row = read_row(raw)
         if not isinstance(row, self.kind.row):
-            raise ValueError(f"a row of {form} is no {self.kind.name}: set another kind in [[data.sources]]")
+            no = f"a row of {form} is no {self.kind.name}"
+            raise ValueError(f"{no}: set another kind in [[data.sources]]")
         return self.kind.convert(row)
 
     def __len__(self):
@@ -373,11 +486,13 @@ class JsonRows:
 
 
 def open_picture(folder, name):
-    """The picture `name` in `folder` as a Pillow image; a UserError or ValueError says why it cannot be used."""
+    """The picture `name` in `folder` as a Pillow image; UserError or ValueError if it is unusable."""
     if name.startswith(("http://", "https://")):
-        raise ValueError(f"{name[:80]} is an address, not a file: download the pictures, and write their names")
+        address = f"{name[:80]} is an address, not a file"
+        raise ValueError(f"{address}: download the pictures, and write their names")
     picture = load_picture(folder / name)  # (H, W, 3)
     height, width, _ = picture.shape
     if max(height, width) > 100 * min(height, width):
-        raise ValueError(f"{folder / name}: of its {width}×{height} pixels one side is over 100 times the other")
+        size = f"of its {width}×{height} pixels one side is over 100 times the other"
+        raise ValueError(f"{folder / name}: {size}")
     return Image.fromarray(picture)

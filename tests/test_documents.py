@@ -733,7 +733,7 @@ def test_a_picture_thin_as_a_line_is_refused(folder):
 def emoji():
     """kind → the texts made of held-out emoji."""
     opened = sources.open_source("emoji", None, "held_out")
-    return lambda kind: documents.EmojiTexts(opened, kind)
+    return lambda kind: formats.EmojiTexts(opened, documents.KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", documents.KINDS)
@@ -789,9 +789,9 @@ def test_questions_about_emoji_have_true_answers_half_of_them_yes(emoji):
         question, answer = (message["content"] for message in said.messages)
         assert question.startswith("<image>\n") and said.pictures == [item]
         question = question.removeprefix("<image>\n")
-        if question == documents.WHAT:
+        if question == formats.WHAT:
             assert answer == item.caption
-        elif question == documents.CATEGORY:
+        elif question == formats.CATEGORY:
             assert answer == item.category.lower()
         else:
             name = question.removeprefix("Is it a ").removesuffix("?")
