@@ -4,33 +4,29 @@
     python sample.py continue --run LVM --prompt x1.png y1.png x2.png y2.png query.png
     python sample.py batch --run LVM --input prompts.jsonl
     python sample.py text --run LLAMA --prompt "Why is the sky blue?" --chat llama3
-    python sample.py image --run DIFFUSION --prompt "a taco" --guidance 7.5 --steps 50 --out taco.png
+    python sample.py image --run DIFFUSION --prompt "a taco" --guidance 7.5 --out taco.png
     python sample.py chat --run DREAMLLM --image x.png --prompt "What is this?"
     python sample.py document --run DREAMLLM --prompt "food & drink:" --out page
     python sample.py reconstruct --run VQGAN --images a.png b.png --out grid.png
     python sample.py perplexity --run LVM --input pairs.jsonl
 
-An LVM is prompted with nothing but pictures (Bai et al. 2023, section 5). A *sequential* prompt is frames,
-and the model continues them; an *analogy* prompt is pairs x1, y1, …, xn, yn and a query x, and the model
-answers with its y. Both are the same operation:
+An LVM is prompted with pictures only: frames that it continues, or pairs x1, y1, … and a query x
+that it answers with a y (lvm.py). A DreamLLM's prompt has pictures and texts in one sequence; the
+model decides where its own pictures stand, and reads each of them before it goes on (dreamllm.py).
 
-    pictures (N, side, side, 3) ─ VQGAN.encode ─▶ N·h·w tokens ─ LLaMA.generate ─▶ h·w more for each
-    new picture, sampled from the image codes only ─ VQGAN.decode ─▶ pictures
+    continue    pictures (N, side, side, 3)
+                  ─ LVM.continue_pictures ─▶ pictures (candidates, frames, side, side, 3)
+    text        text ─ Tokenizer.encode ─▶ ids ─ LLaMA.stream ─▶ ids ─ Tokenizer.stream ─▶ text
+    image       text ─ LatentDiffusion.generate or DreamLLM.text_to_image ─▶ pictures (B, 3, H, W)
+    document    [picture or text, …]
+                  ─ DreamLLM.stream_document ─▶ text, picture, … ─ save_page ─▶ page.md, page.html
+    perplexity  tokens (T,) ─ LLaMA.logits ─▶ −log p of each, given those before it ─▶ exp(mean)
 
-Text is the same with another tokenizer, printed as it is sampled:
+A model of perplexity P is on average as uncertain about the next token as a choice among P equally
+likely ones.
 
-    text ─ Tokenizer.encode ─▶ T tokens ─ LLaMA.stream ─▶ one token at a time ─ Tokenizer.stream ─▶ text
-
-A DreamLLM (Dong et al. 2023, section 3) has pictures and texts in one sequence, and decides where a picture
-stands. It reads each picture that it has made before it goes on. A document is written as a page:
-
-    [picture or text, …] ─ DreamLLM.stream_document ─▶ text, picture, text, … ─ save_page ─▶ page.md, page.html
-
-Perplexity is exp(mean −log p) of the tokens that really follow: a model with perplexity P is as uncertain as
-one that chooses among P equally likely tokens. It needs no sampling.
-
---run takes a run's folder or a published one; --tokenizer names the VQGAN, or for text the folder with the
-tokenizer's files (default: the run's own).
+--run takes a run's folder or a published one; --tokenizer names the VQGAN, or for text the folder
+with the tokenizer's files (default: the run's own).
 """
 
 import inspect
@@ -47,7 +43,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clip import CLIP, text_encoders
-from diffusion import SAMPLERS, LatentDiffusion, to_pil
+from diffusion import SAMPLERS, LatentDiffusion
 from documents import chat_parts
 from dreamllm import DreamLLM
 from lvm import LVM, run_data
@@ -55,25 +51,27 @@ from model import LLaMA
 from support import checkpoint, settings
 from support.options import fraction, natural, non_negative, picture_size, positive_int, seed_number
 from support.pages import PAGE_FILE, picture_name, plain, save_page
-from support.pictures import SUFFIXES, load_picture, resized, save_animation, save_grid
+from support.pictures import SUFFIXES, load_picture, psnr, resized, save_animation, save_grid, to_float, to_uint8
 from support.settings import UserError
 from support.sources import warn
 from support.tokenizer import FILES, TEMPLATES, Tokenizer
 from vqgan import VQGAN
 
-# ---- text: sampling and perplexity -----------------------------------------------------------
+# ---- text: sampled, printed, scored ----------------------------------------------------------
 
 
 def load_text(run, tokenizer="", device="cpu", dtype=None):
-    """A run or a published folder, and the tokenizer's folder if it is another → (LLaMA, Tokenizer).
+    """A run or a published folder, and the tokenizer's if it is another → (LLaMA, Tokenizer).
 
-    Without `tokenizer` its files are looked for beside the weights, then where the run's configuration says.
+    Without `tokenizer` its files are looked for beside the weights, then where the run's
+    configuration says.
     """
     checkpoint.expect(run, "a LLaMA")
     data = run_data(run)
     if not tokenizer:
         if data.get("tokenizer"):
-            raise UserError(f"{run} is a run on pictures: use sample.py continue, or its perplexity of a .jsonl")
+            other = "use sample.py continue, or its perplexity of a .jsonl"
+            raise UserError(f"{run} is a run on pictures: {other}")
         folder = Path(run).parent if Path(run).is_file() else run
         weights = checkpoint.weights_folder(folder)
         complete = any((weights / name).exists() for name in FILES)
@@ -81,13 +79,13 @@ def load_text(run, tokenizer="", device="cpu", dtype=None):
     tokenizer = Tokenizer.from_pretrained(tokenizer)
     llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
     if tokenizer.vocab_size > llama.config.vocab_size:
-        sizes = f"the tokenizer knows {tokenizer.vocab_size} tokens, the LLaMA only {llama.config.vocab_size}"
-        raise UserError(f"{sizes}: they are no pair")
+        known, embedded = tokenizer.vocab_size, llama.config.vocab_size
+        raise UserError(f"the tokenizer knows {known} tokens, the LLaMA only {embedded}: they are no pair")
     return llama, tokenizer
 
 
 def stream_text(llama, tokenizer, ids, max_new_tokens, **sampling):
-    """Prompt [id, …] → yields the text that follows, until an end token or the end of the context."""
+    """Prompt [id, …] → yields the text that follows, up to an end token or the context's end."""
     device = llama.embed_tokens.weight.device
     prompt = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
     count = min(max_new_tokens, llama.config.max_seq_len - len(ids))
@@ -104,11 +102,14 @@ def stream_text(llama, tokenizer, ids, max_new_tokens, **sampling):
 
 @torch.inference_mode()
 def negative_log_likelihood(llama, tokens, start):
-    """tokens (T,) → −log p of each token from index `start` ≥ 1 on, given all before it: (T - start,), in nats."""
+    """tokens (T,) → −log p of each from index `start` on, given all before it: (T - start,), in nats.
+
+    start: 1 or more, for the first token has nothing before it.
+    """
     hidden = llama.hidden(llama.embed_tokens(tokens[None, :-1]))[0, start - 1 :]  # (T - start, D)
     losses = []
     for states, targets in zip(hidden.split(512), tokens[start:].split(512), strict=True):
-        logits = llama.logits(states).float()  # (512, V): those of the whole text might not fit the memory
+        logits = llama.logits(states).float()  # (512, V): (T, V) might not fit the memory
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
     return torch.cat(losses)
 
@@ -116,8 +117,8 @@ def negative_log_likelihood(llama, tokens, start):
 def text_negative_log_likelihood(llama, tokens, window):
     """tokens (T,) of any length → −log p of all but the first: (T - 1,), in nats.
 
-    The model reads `window` tokens at a time. The window slides by half of itself, and only its new tokens are
-    scored: except at the start, each is predicted from half a window or more.
+    The model reads `window` tokens at a time. The window slides by half of itself, and only its new
+    tokens are scored: except at the start, each is predicted from half a window or more.
     """
     parts, scored = [], 1
     while scored < len(tokens):
@@ -129,10 +130,10 @@ def text_negative_log_likelihood(llama, tokens, window):
 
 
 def print_stream(stream, name_picture=None, answer=False):
-    """Prints texts as they come, and a line for each picture; returns [text or picture, …], neighbouring texts joined.
+    """Prints texts as they come, and a line for each picture; returns all, neighbouring texts joined.
 
-    name_picture(picture, number from 1) returns what the line says. Leading spaces are left out of the text that
-    follows a picture, and if `answer` of the first text too.
+    name_picture(picture, number from 1) returns what the line says. A text that follows a picture
+    loses the spaces that it begins with; so does the first text, if `answer`.
     """
     pieces, pictures = [], 0
     for piece in stream:
@@ -168,7 +169,7 @@ def find_device(name):
 
 
 def device_and_dtype(args):
-    """--device and --dtype → (device's name, torch.dtype, "int8", or None: as stored, mapped to the file)."""
+    """--device and --dtype → (the device's name; a torch.dtype, "int8", or None: as stored)."""
     device = find_device(args.device)
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else None)
     return device, dtype if dtype in (None, "int8") else getattr(torch, dtype)
@@ -187,8 +188,11 @@ def load_dream(args):
 
 
 def sampling_options(args, llama, row=0):
-    """The options of LLaMA.generate. With a seed each row of a batch has a generator of its own, so that it repeats
-    whatever rows stand beside it."""
+    """The options of LLaMA.generate.
+
+    With a seed, each row of a batch has a random generator of its own: its result does not depend
+    on the other rows.
+    """
     generator = torch.Generator(llama.embed_tokens.weight.device)
     if args.seed is None:
         generator.seed()
@@ -222,10 +226,10 @@ def size_in_pixels(size, path):
 
 
 def chat_prompt(args, pictures):
-    """--prompt and pictures as one message of a conversation → the parts that DreamLLM reads, as chat_parts gives them.
+    """--prompt and pictures as the first message of a conversation → what chat_parts makes of it.
 
-    Each <image> in the prompt becomes the next picture; without one the pictures stand before it. Template and
-    system message: the options', else those that the run was trained with, else vicuna's.
+    Each <image> in the prompt becomes the next picture; without one the pictures stand before it.
+    Template and system message: the options', else those of the run's training, else vicuna's.
     """
     data = run_data(args.run)
     content = args.prompt if "<image>" in args.prompt else "<image>\n" * len(pictures) + args.prompt
@@ -245,9 +249,10 @@ def stream_document(args, prompt, max_pictures):
 
 
 def read_rows(path, key, many):
-    """LVM's JSONL: lines {"input": [picture paths], key: …} → [(line number, row), …]; an empty line is skipped.
+    """LVM's JSONL, lines {"input": [picture paths], key: …} → [(line number, row), …].
 
-    key: the row's other entry, a list of picture paths if `many`, else one path.
+    key: the row's other entry, a list of picture paths if `many`, else one path. Empty lines are
+    skipped; any other is a UserError that names it.
     """
     rows = []
     for number, line in enumerate(settings.read_text(path).split("\n"), 1):
@@ -258,10 +263,10 @@ def read_rows(path, key, many):
         except (ValueError, RecursionError):
             row = None
         row = row if isinstance(row, dict) else {}
-        other = row.get(key)
-        if not is_paths(row.get("input")) or not (is_paths(other) if many else isinstance(other, str)):
-            kind = "[picture paths]" if many else "path"
-            raise UserError(f'{path}:{number}: expected {{"input": [picture paths], "{key}": {kind}}}')
+        other_is_good = is_paths(row.get(key)) if many else isinstance(row.get(key), str)
+        if not is_paths(row.get("input")) or not other_is_good:
+            form = f'{{"input": [picture paths], "{key}": {"[picture paths]" if many else "path"}}}'
+            raise UserError(f"{path}:{number}: expected {form}")
         rows.append((number, row))
     return rows
 
@@ -278,8 +283,8 @@ def is_paths(value):
 def continue_pictures(args):
     """Continues a sequence of pictures, or answers an analogy.
 
-    The output is a grid with a row for each candidate: the prompt, then the new pictures. An --out that ends in
-    .gif shows the first candidate as an animation.
+    The output is a grid with a row for each candidate: the prompt, then the new pictures. An --out
+    that ends in .gif shows the first candidate as an animation.
     """
     checkpoint.out_file(args.out, SUFFIXES)
     size = size_in_pixels(args.resize, args.prompt[-1])
@@ -292,16 +297,15 @@ def continue_pictures(args):
         save_animation(rows[0], args.out)
     else:
         save_grid(rows, args.out)
-    print(
-        f"{args.out}: {len(prompt)} prompt pictures, then {args.frames} new ones; {args.candidates} candidates as rows"
-    )
+    counts = f"{len(prompt)} prompt pictures, then {args.frames} new ones"
+    print(f"{args.out}: {counts}; {args.candidates} candidates as rows")
 
 
 def batch(args):
     """Continues many prompts: one {"input": [pictures], "output": path} a line.
 
-    Each output is a grid of the new pictures with a row for each candidate. A row that fails is named, the
-    others are done, and the exit code is 2.
+    Each output is a grid of the new pictures with a row for each candidate. A line that fails is
+    named, the others are done, and the exit code is 2.
     """
     rows, writable = read_rows(args.input, "output", many=False), []
     for number, row in rows:
@@ -331,27 +335,26 @@ def batch(args):
 def reconstruct(args):
     """Encodes pictures as codes and decodes them again.
 
-    The output is a grid of two rows, originals above reconstructions. For each picture a line says how many
-    codes it has and the reconstruction's PSNR in dB.
+    The output is a grid of two rows, originals above reconstructions. For each picture a line says
+    how many codes it has, and the reconstruction's PSNR in dB.
     """
     checkpoint.out_file(args.out, SUFFIXES)
     device = find_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     tokenizer = VQGAN.from_pretrained(args.run, device=device, dtype=dtype)
     pictures = np.stack([load_picture(path, tokenizer.config.resolution) for path in args.images])
-    images = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2) / 255  # (N, 3, side, side)
+    images = to_float(pictures, device)  # (N, 3, side, side)
     codes = tokenizer.encode(images.to(next(tokenizer.parameters()).dtype))
     decoded = tokenizer.decode(codes).float()
-    psnr = -10 * (decoded - images).pow(2).mean((1, 2, 3)).log10()
-    save_grid([list(pictures), list((decoded * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())], args.out)
-    for path, value in zip(args.images, psnr.tolist(), strict=True):
+    save_grid([list(pictures), list(to_uint8(decoded))], args.out)
+    for path, value in zip(args.images, psnr(decoded, images).tolist(), strict=True):
         print(f"{path}: {codes[0].numel()} codes, {value:.1f} dB")
 
 
 def continue_text(args):
     """Continues a text, or answers in a chat; prints each token as it is sampled.
 
-    It ends where the model samples an end token, after --max-new tokens, or where its context is full.
+    It ends at an end token, after --max-new tokens, or where the model's context is full.
     """
     llama, tokenizer = load_with(args, load_text)
     if args.chat:
@@ -362,29 +365,40 @@ def continue_text(args):
     else:
         ids = tokenizer.encode(args.prompt, bos=True)
     if not ids:
-        raise UserError("an empty prompt, and this tokenizer has no token that begins a text: give a --prompt")
+        no_start = "this tokenizer has no token that begins a text"
+        raise UserError(f"an empty prompt, and {no_start}: give a --prompt")
     if len(ids) >= (context := llama.config.max_seq_len):
-        raise UserError(f"the prompt's {len(ids)} tokens fill the model's context of {context}: give a shorter one")
+        full = f"the prompt's {len(ids)} tokens fill the model's context of {context}"
+        raise UserError(f"{full}: give a shorter one")
     stream = stream_text(llama, tokenizer, ids, args.max_new, **sampling_options(args, llama))
-    print_stream(stream if args.chat else itertools.chain([args.prompt], stream), answer=bool(args.chat))
+    if args.chat:
+        print_stream(stream, answer=True)
+    else:
+        print_stream(itertools.chain([args.prompt], stream))
 
 
 def generate_images(args):
-    """Generates pictures from a text, with latent diffusion (Stable Diffusion 1, 2, XL, or a run) or a DreamLLM."""
+    """Generates pictures from a text, with latent diffusion or a DreamLLM.
+
+    Latent diffusion is a run or a published Stable Diffusion 1, 2 or XL. Several pictures stand
+    side by side in the output.
+    """
     checkpoint.out_file(args.out, SUFFIXES)
     checkpoint.expect(args.run, "a latent diffusion pipeline", "a DreamLLM")
     is_dream = checkpoint.what_is(args.run) == "a DreamLLM"
     for flag, _ in DIFFUSION_ONLY if is_dream else DREAM_ONLY:
         if getattr(args, flag.removeprefix("--")):
-            raise UserError(f"{flag} does not apply: {args.run} is {'a' if is_dream else 'no'} DreamLLM")
+            article = "a" if is_dream else "no"
+            raise UserError(f"{flag} does not apply: {args.run} is {article} DreamLLM")
     sampler = args.sampler or ("ddpm" if is_dream else "ddim")
     if is_dream:
-        prompt = [*open_pictures(args.subject), args.prompt]
-        images = load_dream(args).text_to_image([prompt] * args.count, **drawing_options(args, sampler))
+        prompts = [[*open_pictures(args.subject), args.prompt]] * args.count
+        images = load_dream(args).text_to_image(prompts, **drawing_options(args, sampler))
     else:
         images = diffusion_images(args, sampler)
-    save_grid([[np.asarray(picture) for picture in to_pil(images)]], args.out, pad=0 if args.count == 1 else 2)
-    print(f"{args.out}: {args.count} × {images.shape[3]}×{images.shape[2]}, {args.steps} steps of {sampler}")
+    save_grid([list(to_uint8(images))], args.out, pad=0 if args.count == 1 else 2)
+    height, width = images.shape[2:]
+    print(f"{args.out}: {args.count} × {width}×{height}, {args.steps} steps of {sampler}")
 
 
 def diffusion_images(args, sampler):
@@ -396,8 +410,7 @@ def diffusion_images(args, sampler):
     size, start = args.size, None
     if args.image:
         size = size_in_pixels(size or "original", args.image)
-        (picture,) = resized([load_picture(args.image)], size)
-        start = torch.from_numpy(picture.copy())[None].permute(0, 3, 1, 2) / 255  # (1, 3, H, W)
+        start = to_float(resized([load_picture(args.image)], size))  # (1, 3, H, W)
     encoders = text_encoders(args.run, args.tokenizer or None, dtype, device)
     model = LatentDiffusion.from_pretrained(args.run, encoders, dtype, device, args.config or None)
     return model.generate(
@@ -412,16 +425,18 @@ def diffusion_images(args, sampler):
 def chat(args):
     """Asks a DreamLLM about pictures, or for some; without a prompt it describes what it is shown.
 
-    The answer is printed as it is sampled. Its pictures are saved beside --out, with numbers (chat_01.png).
+    The answer is printed as it is sampled. Its pictures are saved as --out with a number:
+    chat_01.png, …
     """
     checkpoint.out_file(args.out, SUFFIXES)
     pictures = open_pictures(args.image)
     if args.prompt:
         stream = stream_document(args, chat_prompt(args, pictures), args.max_pictures)
     elif pictures:
-        stream = stream_document(args, pictures, max_pictures=0)  # the form in which captions are learned
+        stream = stream_document(args, pictures, max_pictures=0)  # as captions are learned
     else:
-        raise UserError("nothing to talk about: give a --prompt, or an --image to be described, or both")
+        missing = "give a --prompt, or an --image to be described, or both"
+        raise UserError(f"nothing to talk about: {missing}")
 
     def save(picture, number):
         name, ending = os.path.splitext(args.out)
@@ -433,10 +448,10 @@ def chat(args):
 
 
 def document(args):
-    """A DreamLLM writes an illustrated page: Markdown, its pictures, and one HTML file that holds all.
+    """Writes an illustrated page: Markdown, its pictures, and one HTML file that holds all.
 
-    The page begins with --image and --prompt; with --template they are an instruction instead, and the page is
-    the answer.
+    A DreamLLM decides where the pictures stand. The page begins with --image and --prompt; with
+    --template they are an instruction instead, and the page is the answer.
     """
     checkpoint.out_folder(args.out, PAGE_FILE)
     pictures = open_pictures(args.image)
@@ -446,20 +461,21 @@ def document(args):
         raise UserError("--system needs --template: only a conversation has a place for it")
     else:
         prompt = beginning = [*pictures, args.prompt]
-    stream = stream_document(args, prompt, args.max_pictures)
-    pieces = print_stream(
-        itertools.chain(beginning, stream), lambda _, number: picture_name(number), answer=bool(args.template)
-    )
+    stream = itertools.chain(beginning, stream_document(args, prompt, args.max_pictures))
+    pieces = print_stream(stream, lambda _, number: picture_name(number), answer=bool(args.template))
     save_page(pieces, args.out, title=args.prompt or Path(args.out).name)
     total = sum(isinstance(piece, Image.Image) for piece in pieces)
-    print(f"{args.out}: page.html, page.md; pictures drawn: {total - (len(pictures) if beginning else 0)}")
+    drawn = total - len(pictures) if beginning else total
+    print(f"{args.out}: page.html, page.md; pictures drawn: {drawn}")
 
 
 def perplexity(args):
     """Measures how well a model predicts pictures, or a text.
 
-    Of pictures, as LVM's authors do: exp(mean −log p of the target's codes) for each row, then the mean over
-    rows. Of a text: per token, and bits per byte, which tokenizers of different sizes share.
+    Pictures, as in LVM's paper: exp(mean −log p of the target's codes) for each row, then the mean
+    over rows. --input is a .jsonl of {"input": [pictures], "target": [pictures]} lines.
+
+    A text: the perplexity of a token, and bits per byte, which tokenizers have in common.
     """
     if Path(args.input).suffix == ".jsonl":
         picture_perplexity(args)
@@ -477,7 +493,8 @@ def picture_perplexity(args):
     for number, row in tqdm(rows, unit=" rows", mininterval=1):
         paths = [*row["input"], *row["target"]]
         if len(paths) > lvm.window:
-            raise UserError(f"{args.input}:{number}: {len(paths)} pictures; the model's context holds {lvm.window}")
+            counts = f"{len(paths)} pictures; the model's context holds {lvm.window}"
+            raise UserError(f"{args.input}:{number}: {counts}")
         codes = lvm.encode([load_picture(path, lvm.side) for path in paths])  # (N, h·w)
         losses = negative_log_likelihood(lvm.llama, codes.flatten(), len(row["input"]) * lvm.codes)
         values.append(losses.mean().exp().item())
@@ -494,7 +511,7 @@ def text_perplexity(args):
     window = min(args.window, llama.config.max_seq_len)
     losses = text_negative_log_likelihood(llama, tokens, window)
     size = len(text.encode())
-    if tokenizer.bos is None:  # then the text's first token is predicted from nothing, and does not count
+    if tokenizer.bos is None:  # then the first token has nothing before it, and is not scored
         size -= len(tokenizer.bytes_of[tokens[0].item()])
     bits = losses.sum().item() / math.log(2) / max(1, size)
     values = f"perplexity {losses.mean().exp():.4g} a token, {bits:.4f} bits a byte"
@@ -524,7 +541,7 @@ SEED = option("--seed", type=seed_number, help="makes the result repeatable")
 SAMPLING = (
     option("--temperature", type=non_negative, default=1.0, help="0: always the most likely token (1)"),
     option("--top-k", type=positive_int, help="sample among the K most likely tokens"),
-    option("--top-p", type=fraction, help="sample among the most likely tokens that hold this probability together"),
+    option("--top-p", type=fraction, help="sample among the most likely tokens of this total probability"),
     SEED,
 )
 CONTINUATION = (
@@ -535,16 +552,16 @@ CONTINUATION = (
     *SAMPLING,
 )
 DIFFUSION = (
-    option("--guidance", type=float, default=7.5, help="how strongly the prompt is followed; 1: no guidance (7.5)"),
+    option("--guidance", type=float, default=7.5, help="how strongly to follow the prompt; 1: no guidance (7.5)"),
     option("--steps", type=positive_int, default=50, help="passes of the U-Net for a picture (50)"),
-    option("--sampler", choices=SAMPLERS, help="default: ddpm for a DreamLLM, ddim for latent diffusion"),
+    option("--sampler", choices=SAMPLERS, help="default: ddim; for a DreamLLM ddpm"),
 )
 PARTS = option(
     "--parts",
     nargs="+",
     default=[],
     metavar="FOLDER",
-    help="where the configurations of a published DreamLLM's CLIP and Stable Diffusion are, if not in or beside it",
+    help="where a published DreamLLM's parts have their configurations, if not in or beside it",
 )
 INTERLEAVED = (
     *FLOAT_MODEL,
@@ -558,10 +575,10 @@ INTERLEAVED = (
 )
 DREAM_ONLY = (option("--subject", **PICTURES, default=[], help="DreamLLM: shown before the prompt"), PARTS)
 DIFFUSION_ONLY = (
-    option("--size", type=picture_size, help="not for DreamLLM: W,H in pixels; default: as in training"),
-    option("--image", default="", help="not for DreamLLM: start from this picture instead of from noise"),
-    option("--strength", type=fraction, help="not for DreamLLM: how much of --image may change; 1: all (0.8)"),
-    option("--config", default="", help="of a single file that needs one: the YAML or JSON of its code base"),
+    option("--size", type=picture_size, help="not for DreamLLM: W,H (as in training)"),
+    option("--image", default="", help="not for DreamLLM: start from this instead of from noise"),
+    option("--strength", type=fraction, help="not for DreamLLM: how far --image may change; 1: all (0.8)"),
+    option("--config", default="", help="of a single file: its code base's YAML or JSON, if needed"),
     option("--tokenizer", default="", help="of a single file: a folder with CLIP's vocabulary"),
 )
 
@@ -595,8 +612,8 @@ COMMANDS = {  # name: (function, example, options …)
         option("--prompt", default="", help="a text to continue, or the question (empty)"),
         option("--chat", choices=TEMPLATES, help=FRAMING),
         option("--system", help="the chat's system message (the template's own)"),
-        option("--max-new", type=positive_int, default=256, help="most tokens (256, or what the context holds)"),
-        option("--tokenizer", default="", help="folder of the tokenizer's files; default: the run's own"),
+        option("--max-new", type=positive_int, default=256, help="most tokens to write (256, or the context's end)"),
+        option("--tokenizer", default="", help="the tokenizer's folder; default: the run's own"),
         *SAMPLING,
     ),
     "image": (
@@ -605,7 +622,7 @@ COMMANDS = {  # name: (function, example, options …)
         *FLOAT_MODEL,
         option("--prompt", required=True),
         option("--negative", help="what to move away from (the empty text)"),
-        option("--rescale", type=float, default=0.0, help="against too strong contrasts (0; published 0.7)"),
+        option("--rescale", type=float, default=0.0, help="against strong contrasts (0; published 0.7)"),
         *DIFFUSION,
         SEED,
         option("--count", type=positive_int, default=1, help="pictures, side by side (1)"),
@@ -619,7 +636,7 @@ COMMANDS = {  # name: (function, example, options …)
         *INTERLEAVED,
         option("--prompt", default="", help="the question; <image> in it: where a picture stands (before it)"),
         option("--template", choices=TEMPLATES, help=f"{FRAMING} (the run's own, else vicuna)"),
-        option("--out", default="chat.png", help="name of the answer's pictures, which are numbered (chat.png)"),
+        option("--out", default="chat.png", help="the answer's pictures, numbered (chat.png)"),
     ),
     "document": (
         document,
@@ -627,13 +644,13 @@ COMMANDS = {  # name: (function, example, options …)
         *INTERLEAVED,
         option("--prompt", default="", help="how the page begins (empty)"),
         option("--template", choices=TEMPLATES, help="the prompt is an instruction in this form of conversation"),
-        option("--out", default="page", metavar="FOLDER", help="an earlier page in it is replaced (page)"),
+        option("--out", default="page", metavar="FOLDER", help="an earlier page is replaced (page)"),
     ),
     "perplexity": (
         perplexity,
         "--run out/demo/lvm --input pairs.jsonl",
         *LLAMA,
-        option("--input", required=True, help='a text; or .jsonl of {"input": [pictures], "target": [pictures]} lines'),
+        option("--input", required=True, metavar="FILE", help="a text; or a .jsonl of pictures"),
         option("--tokenizer", default="", help="of the pictures or the text; default: the run's own"),
         option(
             "--window", type=positive_int, default=4096, help="tokens of a text read at once (4096, or the context)"
@@ -648,7 +665,8 @@ def main():
     for name, (function, example, *options) in COMMANDS.items():
         description = inspect.getdoc(function)
         epilog = f"example:\n  python sample.py {name} {example}"
-        command = commands.add_parser(name, help=description.splitlines()[0], description=description, epilog=epilog)
+        summary = description.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=description, epilog=epilog)
         command.set_defaults(function=function)
         for flag, properties in options:
             command.add_argument(flag, **properties)

@@ -1,4 +1,4 @@
-"""Values on a command line: the types that argparse calls. What is wrong becomes one line that says what is wanted."""
+"""Values on a command line: types for argparse, whose errors say in one line what is wanted."""
 
 import argparse
 import math
@@ -31,7 +31,8 @@ def picture_size(text):
     """A function for argparse: "W,H" → (W, H); "original" stays; "" → None."""
     if text in ("", "original"):
         return text or None
-    if not re.fullmatch(r" *0*[1-9][0-9]{0,8} *, *0*[1-9][0-9]{0,8} *", text):
+    numbers = re.fullmatch(r" *([0-9]{1,9}) *, *([0-9]{1,9}) *", text)
+    size = tuple(map(int, numbers.groups())) if numbers else (0, 0)
+    if 0 in size:
         raise argparse.ArgumentTypeError(f"{text!r} is not original or W,H, as in 128,128")
-    width, height = text.split(",")
-    return int(width), int(height)
+    return size

@@ -1,11 +1,11 @@
 """Pages: texts and pictures in reading order, as a folder that anyone can open.
 
-    [text, Pillow picture, …] ─ save_page ─▶ FOLDER/page.md          Markdown, links to …
-                                                    picture_01.png   … these
-                                                    page.html        the same in one file, pictures inside
+    [text, Pillow picture, …] ─ save_page ─▶ page.md          Markdown, with links to …
+                                             picture_01.png   … these
+                                             page.html        the same in one file, pictures inside
 
-A model writes the texts, so nothing in them is trusted to be text: mark-up is escaped, control characters are
-replaced.
+The texts come from a model, so all of them are shown as they are: mark-up is escaped, control
+characters are replaced.
 """
 
 import base64
@@ -25,11 +25,10 @@ img { display: block; width: min(100%, 24rem); margin: 1.5rem auto }
 
 
 def save_page(pieces, folder, title):
-    """Writes texts and Pillow pictures, in reading order, as a page: a folder, which appears when it is complete.
+    """Writes texts and Pillow pictures, in reading order, as a page.
 
-    It holds page.md, the picture_01.png, … that page.md links to, and page.html, which needs no other file. Texts
-    stay text: no mark-up in them takes effect. An earlier page in the folder is replaced; a folder with any other
-    file is a UserError.
+    The folder appears when it is complete. An earlier page in it is replaced; a folder with any
+    other file in it is a UserError.
     """
     markdown, body, number = [], [], 0
     with checkpoint.atomic_folder(Path(folder).resolve(), PAGE_FILE) as beside:
@@ -48,7 +47,7 @@ def save_page(pieces, folder, title):
         head = [
             "<!doctype html>",
             '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',  # fits a phone's screen
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{html.escape(plain(title).strip())}</title>",
             f"<style>{STYLE}</style>",
         ]
@@ -62,7 +61,7 @@ def plain(text):
 
 
 def as_markdown(text):
-    """Markdown that shows the characters of `text`, line by line, whatever they mean in Markdown."""
+    """Markdown that shows the characters of `text` as they are, line by line."""
     text = re.sub(r"[\\`*_~|<>\[\]#]|&(?=#?\w+;)", r"\\\g<0>", text)
     lines = []
     for line in text.splitlines():
