@@ -1,14 +1,14 @@
 """Data: pictures → visual sentences → rows of codes → batches.
 
-A language model reads sentences of words; LVM reads sentences of *pictures*. A visual sentence is a short
-list of related pictures (a photo and its depth map, eight times over; the frames of a clip; a picture with
-a hole and the whole one) and its layout alone says what the task is. A VQGAN writes each picture as a few
-hundred codes, the codes of a sentence are laid end to end, and a LLaMA continues them.
+A language model reads sentences of words; LVM reads sentences of *pictures*. A visual sentence is a short list
+of related pictures (a photo and its depth map, eight times over; the frames of a clip; a picture with a hole
+and the whole one), and its layout alone says what the task is. A VQGAN writes each picture as a few hundred
+codes, the codes of a sentence are laid end to end, and a LLaMA continues them.
 
     emoji | folder | tar ── open_source ──▶ source ──▶ Item     name, caption, category, pictures by modality
                                               │ Sentences(kind): which items, which modality, in which order
                                               ▼
-    sentence = [recipe, recipe, …]      each call makes one picture, (side, side, 3) uint8
+    sentence = [picture, picture, …]      each (side, side, 3) uint8
          │                         │
          │ tokenize: VQGAN.encode  └─ PictureRows.batch ──▶ (B, side, side, 3) uint8    trains the VQGAN
          ▼
@@ -16,131 +16,46 @@ hundred codes, the codes of a sentence are laid end to end, and a LLaMA continue
          ▲
          └─ Tokenizer.encode ── read_texts(path)      text makes rows just as well: then it is a language model
 
-Nothing here keeps a state: a batch is a pure function of (seed, step, row), so that a run resumes exactly
-and the number of machines changes nothing. numpy and Pillow only: the JAX trainer reads it too.
+Nothing here keeps a state: a batch is a pure function of (seed, step, row), so that a run resumes exactly and
+the number of machines changes nothing. numpy and Pillow only: the JAX trainer reads it too. prepare.py makes
+the rows; support/sources.py opens the pictures.
+
+    N       pictures in a sentence (data.pictures)     M       modalities (data.sources.modalities)
+    B       rows of a batch                            S       tokens of a row: the model's context
+
 Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) and 4.2 (their codes in a row).
-
-    python prepare.py tokenize --config configs/X.toml --out rows.jsonl
-    python prepare.py vocabulary --config configs/X.toml --out words         (of texts, for data.text_tokenizer)
-    python prepare.py show rows.jsonl --config configs/X.toml --out grid.png
-    python prepare.py check read_texts.jsonl --images FOLDER                  (what DreamLLM reads: read_texts.py)
-
-To see the idea first, read `Sentences`, then `TokenRows`; what stands above them is how pictures get in.
-Read next: vqgan.py (picture ⇄ codes), then model.py (the LLaMA that continues them).
 """
 
-import base64
-import binascii
 import bisect
 import collections
-import difflib
 import functools
-import glob
 import itertools
-import json
-import mmap
-import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from support import settings
+from support.chance import permutation, shuffled
 from support.pictures import jitter, random_motion
 from support.settings import UserError
-from support.sources import first_readable, open_source, warn
+from support.sources import around, first_readable, open_source, warn
+from support.token_rows import RowsFiles, rows_files
 
-# kind of visual sentence → what it holds; N is `pictures`
-KINDS = {
-    "image": "N unrelated pictures",
-    "paired": "(picture, annotation) × N/2, one modality a sentence",
-    "colorization": "(grey, colour) × N/2",
-    "inpainting": "(with a hole, whole) × N/2",
-    "multimodal": "all modalities of one picture, × N // modalities",
-    "category": "4 categories × N/4 pictures",
-    "video": "N frames, 8 apart",
-    "sequence": "N frames, 1 to 4 apart",
-    "multisequence": "2 clips × modalities × N frames",
-    "object3d": "4 objects × (N/4 views, their N/4 masks)",
-    "text": "no pictures: a document a row (.txt, .jsonl, or the emoji's names and categories)",
-}
+# ---- what an item gives to a sentence ------------------------------------------------------------
+# One function for each layout: (item, N, modalities, shared, own) → [Frame, …]. `shared` is a random generator
+# that all items of the sentence have in common, `own` is this item's alone.
 
 
-@dataclass(frozen=True)
-class SourceSettings:
-    """One [[data.sources]] table: where pictures come from and what sentences are made of them."""
+class Frame(NamedTuple):
+    """A picture that is still to be made."""
 
-    path: str = "emoji"  # "emoji", a folder, or a WebDataset .tar (a shell pattern names many); a file of text
-    kind: str = "image"  # which visual sentence: a key of KINDS
-    modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
-    weight: float = 1.0  # share of the pictures drawn while training the tokenizer, from the same sentences
-    passes: float = 1.0  # how often its pictures are permuted into sentences when tokenizing; 0.5: half of them
-    mirror: bool = False  # half of the sentences as in a mirror: a small set goes further (LVM needs none)
-    move: bool = False  # of captioned pictures: each time a little turned, shrunk and shifted, on white
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(_unknown_kind(self.kind))
-        if self.weight < 0 or self.passes <= 0:
-            raise ValueError(f"source {self.path}: weight must be at least 0 and passes more than 0")
-        if self.kind == "text" and (self.modalities or self.mirror or (self.weight, self.passes) != (1, 1)):
-            raise ValueError(f"source {self.path}: of kind text it takes nothing but a path")
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The [data] section of every configuration."""
-
-    side: int = 256  # pictures are side × side pixels
-    pictures: int = 16  # pictures in a visual sentence: the N of KINDS
-    sources: tuple[SourceSettings, ...] = ()
-    held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have their own split
-    tokenizer: str = ""  # the VQGAN of an LVM run: a run's folder or a published one
-    text_tokenizer: str = ""  # of a run on text: "bytes", or a folder with a tokenizer's files
-    vae: str = ""  # of a U-Net's run: the autoencoder whose latents it draws
-    clip: str = ""  # of a U-Net's run: the CLIP whose text tower reads its prompts
-    rows: tuple[str, ...] = ()  # JSONL files of tokenized sentences to train on, or patterns of them
-    weights: tuple[float, ...] = ()  # how rows files are mixed; empty: all rows shuffled together (LVM)
-    held_out: tuple[str, ...] = ()  # JSONL files for the held-out loss
-    workers: int = 2  # threads that prepare pictures
-
-    def __post_init__(self):
-        for name in ("side", "pictures", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction {self.held_out_fraction} must lie in [0, 1)")
-        if self.sources and not any(source.weight for source in self.sources):
-            raise ValueError("every source has weight 0: no picture could be drawn")
-        _check_weights(self.weights, self.rows)
-
-
-def _unknown_kind(kind):
-    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.4)
-    return f'unknown kind "{kind}": ' + (f'did you mean "{near[0]}"?' if near else f"one of {', '.join(KINDS)}")
-
-
-def _check_weights(weights, rows):
-    if weights and (len(weights) != len(rows) or min(weights) < 0 or sum(weights) <= 0):
-        raise ValueError(f"weights {list(weights)}: one number ≥ 0 is needed for each of {len(rows)} rows files")
-
-
-# ---- pictures --------------------------------------------------------------------------------
-
-
-# ---- motion: clips made of one still picture ---------------------------------------------------
-
-
-# ---- sources ---------------------------------------------------------------------------------
-
-
-# ---- emoji: 4,009 pictures that pip installs -----------------------------------------------------
-
-
-# ---- folders and tars -------------------------------------------------------------------------
-
-
-# ---- visual sentences --------------------------------------------------------------------------
+    modality: str
+    number: int | None = None  # which frame of a clip, or which view of an object
+    change: Callable | None = None  # (picture, rng) → picture, such as punch_hole
 
 
 def punch_hole(picture, rng):
@@ -165,176 +80,330 @@ def punch_hole(picture, rng):
     return masked
 
 
-class Sentences:
-    """The visual sentences of one kind that a source gives: sentence(index) is a list of recipes.
+def still(item, n, modalities, shared, own):
+    return [Frame("image")]
 
-    index counts through passes: in each the items are permuted afresh and cut into `len(self)` sentences, the
-    last one filled up from the start. All is a pure function of (seed, index). In every kind a sentence is
-    `shots` items, each giving the `per_shot` pictures that `_takes` lists.
+
+def paired(item, n, modalities, shared, own):
+    return [Frame("image"), Frame(shared.choice(modalities).item())]
+
+
+def colorization(item, n, modalities, shared, own):
+    return [Frame("grey"), Frame("image")]
+
+
+def inpainting(item, n, modalities, shared, own):
+    return [Frame("image", change=punch_hole), Frame("image")]
+
+
+def multimodal(item, n, modalities, shared, own):
+    return [Frame(modality) for modality in shared.permutation(modalities).tolist()]
+
+
+def times(item, n, stride, rng):
+    """n frame numbers, evenly apart, from a random start; the stride shrinks to fit the clip."""
+    stride = int(min(stride, (item.frames - 1) // max(n - 1, 1)))
+    start = int(rng.integers(0, item.frames - (n - 1) * stride))
+    return [start + stride * i for i in range(n)]
+
+
+def video(item, n, modalities, shared, own):
+    return [Frame("image", t) for t in times(item, n, 8, own)]
+
+
+def sequence(item, n, modalities, shared, own):
+    stride = own.integers(1, 5)
+    return [Frame("image", t) for t in times(item, n, stride, own)]
+
+
+def multisequence(item, n, modalities, shared, own):
+    modalities, blocks = shared.permutation(modalities).tolist(), shared.random() < 0.5
+    chosen = times(item, n, shared.integers(1, 5), own)
+    if blocks:
+        return [Frame(modality, t) for modality in modalities for t in chosen]
+    return [Frame(modality, t) for t in chosen for modality in modalities]
+
+
+def object3d(item, n, modalities, shared, own):
+    views = np.sort(own.choice(item.views, n // 4, replace=False)).tolist()
+    return [Frame("image", v) for v in views] + [Frame("mask", v) for v in views]
+
+
+# ---- in which order a source's items come --------------------------------------------------------
+
+
+class Shuffled:
+    """Items in random order, cut into sentences of `count`; the last one is filled up from the start."""
+
+    def __init__(self, source, items, count):
+        self.items, self.count = items, count
+        self.sentences = -(-len(items) // count)  # in a pass
+
+    def permute(self, rng):
+        """Indices of the source's items, (sentences, count): one pass."""
+        return np.resize(rng.permutation(self.items), (self.sentences, self.count))
+
+    def substitutes(self, item):
+        """The indices, ascending, of those that may replace a broken item."""
+        return self.items
+
+
+class FourCategories(Shuffled):
+    """Sentences of four blocks, each of one category: every item comes at least once in a pass."""
+
+    def __init__(self, source, items, count):
+        self.size = count // 4  # items in a block
+        self.members = collections.defaultdict(list)  # category → its items
+        for i in items:
+            self.members[source[i].category].append(i)
+        blocks = [-(-len(members) // self.size) for members in self.members.values()]
+        self.sentences = max(-(-sum(blocks) // 4), *blocks)
+
+    def permute(self, rng):
+        # Taking a block from the four fullest categories each time needs the fewest sentences.
+        whole = {}
+        for category, members in self.members.items():
+            count = -(-len(members) // self.size)
+            whole[category] = np.resize(rng.permutation(members), (count, self.size))
+        left = {category: list(blocks) for category, blocks in whole.items()}
+        sentences = []
+        while any(left.values()):
+            mixed = rng.permutation(list(left)).tolist()  # so that chance decides among equals
+            fullest = sorted(mixed, key=lambda category: -len(left[category]))[:4]
+            # a category that has run out repeats one of its blocks
+            blocks = [left[c].pop() if left[c] else rng.choice(whole[c]) for c in fullest]
+            sentences.append(np.concatenate([blocks[i] for i in rng.permutation(4)]))  # (N,)
+        return np.stack(sentences)[rng.permutation(len(sentences))]
+
+    def substitutes(self, item):
+        return self.members[item.category]
+
+
+# ---- visual sentences ----------------------------------------------------------------------------
+
+
+class Items(NamedTuple):
+    """Which items of a source serve."""
+
+    serves: Callable  # (item, N) → bool
+    called: str  # in errors
+    categories: int = 1  # in which they must be, at least
+
+
+ANY = Items(lambda item, n: True, "pictures")
+CLIPS = Items(lambda item, n: item.frames >= n, "clips of {n} frames or more")
+OBJECTS = Items(lambda item, n: item.views >= n // 4, "objects with {views} views or more")
+CATEGORIZED = Items(lambda item, n: item.category, "4 categories (sub-folders) or more", categories=4)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of visual sentence: all that is to be known of it."""
+
+    holds: str  # in words
+    layout: Callable  # (N, M) → how many items make a sentence, and how many pictures each of them gives
+    frames: Callable  # the pictures that an item gives: see above
+    items: Items = ANY
+    order: type = Shuffled
+    divisor: int = 1  # of N
+    modalities: int = 0  # the least M; 0: it takes none
+    needs: tuple[str, ...] = ()  # modalities that it takes without being told to
+
+
+KINDS = {
+    "image": Kind("N unrelated pictures", lambda n, m: (n, 1), still),
+    "paired": Kind(
+        "(picture, annotation) × N/2, one modality a sentence",
+        lambda n, m: (n // 2, 2),
+        paired,
+        divisor=2,
+        modalities=1,
+    ),
+    "colorization": Kind("(grey, colour) × N/2", lambda n, m: (n // 2, 2), colorization, divisor=2),
+    "inpainting": Kind("(with a hole, whole) × N/2", lambda n, m: (n // 2, 2), inpainting, divisor=2),
+    "multimodal": Kind(
+        "all modalities of one picture, × N // modalities", lambda n, m: (n // m, m), multimodal, modalities=2
+    ),
+    "category": Kind("4 categories × N/4 pictures", lambda n, m: (n, 1), still, CATEGORIZED, FourCategories, divisor=4),
+    "video": Kind("N frames, 8 apart", lambda n, m: (1, n), video, CLIPS),
+    "sequence": Kind("N frames, 1 to 4 apart", lambda n, m: (1, n), sequence, CLIPS),
+    "multisequence": Kind(
+        "2 clips × modalities × N frames", lambda n, m: (2, m * n), multisequence, CLIPS, modalities=2
+    ),
+    "object3d": Kind(
+        "4 objects × (N/4 views, their N/4 masks)",
+        lambda n, m: (4, n // 2),
+        object3d,
+        OBJECTS,
+        divisor=4,
+        needs=("mask",),
+    ),
+}
+
+
+class Sentences:
+    """The visual sentences of one kind that a source gives: sentence(index) is a list of (side, side, 3) uint8.
+
+    index counts through passes of `len(self)` sentences; in each of them the items come in a new order. `count` is
+    how many sentences `passes` make. All is a pure function of (seed, index).
     """
 
-    def __init__(self, source, kind, modalities=(), pictures=16, side=None, seed=0, mirror=False):
+    def __init__(self, source, kind, modalities=(), pictures=16, side=None, seed=0, mirror=False, passes=1.0):
         if kind not in KINDS:
-            raise UserError(_unknown_kind(kind))
+            raise UserError(f'unknown kind "{kind}" of visual sentence: one of {", ".join(KINDS)}')
         if side not in (None, source.side):
             raise UserError(f"{source.path}: was opened at {source.side} pixels, not {side}")
-        self.source, self.kind, self.modalities, self.pictures = source, kind, tuple(modalities), pictures
-        self.mirror = mirror
-        self.seed = (seed, zlib.crc32(kind.encode()))
-        n, m = pictures, len(self.modalities)
-        frames = n if kind in ("video", "sequence", "multisequence") else 1
-        views = n // 4 if kind == "object3d" else 0
-        self.items = [  # the source's items that serve, ascending
-            i
-            for i, item in enumerate(source)
-            if item.frames >= frames and item.views >= views and (item.category or kind != "category")
-        ]
-        self._check(frames)
-        if frames > 1:
-            self.shots, self.per_shot = (2, m * n) if kind == "multisequence" else (1, n)
-        elif kind == "object3d":
-            self.shots, self.per_shot = 4, n // 2
-        else:
-            pair = kind in ("paired", "colorization", "inpainting")
-            self.per_shot = 2 if pair else m if kind == "multimodal" else 1
-            self.shots = n // self.per_shot
-        self._length = -(-len(self.items) // self.shots)
-        if kind == "category":
-            self.members = collections.defaultdict(list)  # category → its items
-            for i in self.items:
-                self.members[source[i].category].append(i)
-            chunks = [-(-len(members) // (n // 4)) for members in self.members.values()]
-            self._length = max(-(-sum(chunks) // 4), *chunks)
-        self._order = functools.lru_cache(8)(self._permute)
+        self.source, self.kind, self.modalities, self.pictures = source, KINDS[kind], tuple(modalities), pictures
+        self.mirror, self.seed = mirror, (seed, zlib.crc32(kind.encode()))
+        items = [i for i, item in enumerate(source) if self.kind.items.serves(item, pictures)]
+        if need := self._unmet(items):
+            offers = ", ".join(sorted(source.offers))
+            raise UserError(f"{source.path}: {kind} sentences ({self.kind.holds}) need {need}; it offers {offers}")
+        short = sum(1 < item.frames < pictures for item in source)
+        if short and self.kind.items is CLIPS:
+            warn(f"{source.path}: {kind} sentences leave out {short} clips of fewer than {pictures} frames")
+        self.items_per_sentence, self.pictures_per_item = self.kind.layout(pictures, len(self.modalities))
+        self.order = self.kind.order(source, items, self.items_per_sentence)
+        self.count = max(1, round(len(self) * passes))
+        self._permuted = functools.lru_cache(8)(lambda number: self.order.permute(self._rng(number, 0, 2)))
 
-    def _check(self, frames):
-        """Refuses, in one line, what the source cannot give."""
-        kind, n, m, source = self.kind, self.pictures, len(self.modalities), self.source
-        divisor = {"paired": 2, "colorization": 2, "inpainting": 2, "category": 4, "object3d": 4}.get(kind, 1)
-        least = {"paired": 1, "multimodal": 2, "multisequence": 2}.get(kind, 0)
-        wanted = self.modalities if least else ("mask",) if kind == "object3d" else ()
-        given = set.intersection(*(source[i].modalities for i in self.items)) if self.items else set()
-        missing = [modality for modality in wanted if modality not in given]
-        categories = {source[i].category for i in self.items}
-        clips = f"clips of {n} frames or more" if frames > 1 else f"objects with {n // 4} views or more"
-        for wrong, need in (
-            (kind == "category" and len(categories) < 4, "4 categories (sub-folders) or more"),
-            (not self.items, clips),
-            (n % divisor, f"data.pictures to be a multiple of {divisor}, not {n}"),
-            (m < least, f"{least} modalities or more, not {m}"),
-            (missing, f"{', '.join(missing)} of every item"),
-            (kind == "multimodal" and m > n, f"data.pictures to be {m} or more, not {n}"),
-        ):
-            if wrong:
-                offers = ", ".join(sorted(source.offers))
-                raise UserError(f"{source.path}: {kind} sentences ({KINDS[kind]}) need {need}; it offers {offers}")
-        short = sum(1 < item.frames < frames for item in source)
-        if short:
-            warn(f"{source.path}: {kind} sentences leave out {short} clips of fewer than {n} frames")
+    def _unmet(self, items):
+        """What the kind needs that these items of the source, N or M do not give, in words; None: nothing."""
+        kind, n, m = self.kind, self.pictures, len(self.modalities)
+        if len({self.source[i].category for i in items}) < kind.items.categories:
+            return kind.items.called.format(n=n, views=n // 4)
+        if n % kind.divisor:
+            return f"data.pictures to be a multiple of {kind.divisor}, not {n}"
+        if m < kind.modalities:
+            return f"{kind.modalities} modalities or more, not {m}"
+        wanted = kind.needs + (self.modalities if kind.modalities else ())
+        offered = set.intersection(*(self.source[i].modalities for i in items))
+        if missing := [modality for modality in wanted if modality not in offered]:
+            return f"{', '.join(missing)} of every item"
+        if kind.layout(n, m)[0] < 1:
+            return f"data.pictures to be {m} or more, not {n}"
+        return None
 
     def __len__(self):
-        return self._length
+        return self.order.sentences
 
     def sentence(self, index):
-        """The recipes of one sentence: each, called, makes one (side, side, 3) uint8 picture."""
-        places = itertools.product(range(self.shots), range(self.per_shot))
-        return [functools.partial(self.picture, index, shot, k) for shot, k in places]
+        """The pictures of one sentence, in order."""
+        pictures = []
+        for number in range(self.items_per_sentence):
+            item, frames = self._choose(index, number)
+            pictures += [self._render(item, frame, index, number) for frame in frames]
+        return pictures
 
-    def picture(self, index, shot, k):
-        """Picture k of one shot of sentence `index`."""
-        picture = self._upright(index, shot, k)
-        return picture[:, ::-1].copy() if self.mirror and self._rng(index, 0, 3).random() < 0.5 else picture
+    def picture(self, index, number, k):
+        """Picture k of the item `number` in sentence `index`, without the others: (side, side, 3) uint8."""
+        item, frames = self._choose(index, number)
+        return self._render(item, frames[k], index, number)
 
-    def _upright(self, index, shot, k):
-        number, row = divmod(index, len(self))
-        wanted = int(self._order(number)[row, shot])
-        # where a broken picture's stand-in comes from: its own category, if that is the point
-        pool = self.members[self.source[wanted].category] if self.kind == "category" else self.items
-        start = bisect.bisect_left(pool, wanted)
-        item, taken = first_readable(self.source, pool, start, lambda item: self._takes(item, index, shot))
-        modality, frame = taken[k]
-        if self.kind == "inpainting" and k == 0:
-            return punch_hole(item.image, self._rng(index, shot + 1, 1))
-        motion = random_motion(self._rng(index, shot + 1, 1)) if frame is not None else None
-        return item.picture(modality, frame, motion)
+    def _choose(self, index, number):
+        """→ (Item, [Frame, …]): an item of a sentence, or what replaces it if it is broken."""
+        pass_number, row = divmod(index, len(self))
+        wanted = int(self._permuted(pass_number)[row, number])
+        pool = self.order.substitutes(self.source[wanted])
+        for i in around(pool, bisect.bisect_left(pool, wanted)):
+            item, shared, own = self.source[i], self._rng(index, 0), self._rng(index, number + 1)
+            frames = self.kind.frames(item, self.pictures, self.modalities, shared, own)
+            if self.source.readable(item, [(frame.modality, frame.number) for frame in frames]):
+                return item, frames
+        raise UserError(f"{self.source.path}: not one of its {len(pool)} pictures can be read")
+
+    def _render(self, item, frame, index, number):
+        rng = self._rng(index, number + 1, 1)
+        motion = None if frame.number is None else random_motion(rng)
+        picture = item.picture(frame.modality, frame.number, motion)
+        if frame.change:
+            picture = frame.change(picture, rng)
+        if self.mirror and self._rng(index, 0, 3).random() < 0.5:  # the whole sentence
+            picture = picture[:, ::-1].copy()
+        return picture
 
     def _rng(self, *key):
         return np.random.default_rng((*self.seed, *key))
 
-    def _takes(self, item, index, shot):
-        """[(modality, frame)]: the pictures that one item gives to a sentence, in order."""
-        n = self.pictures
-        every, own = (index, 0), (index, shot + 1)  # keys: what all shots of the sentence share; what one has
-        match self.kind:
-            case "paired":
-                return [("image", None), (self._rng(*every).choice(self.modalities).item(), None)]
-            case "colorization":
-                return [("grey", None), ("image", None)]
-            case "inpainting":
-                return [("image", None), ("image", None)]  # the first gets its hole later
-            case "multimodal":
-                return [(modality, None) for modality in self._rng(*every).permutation(self.modalities).tolist()]
-            case "video":
-                return [("image", t) for t in self._times(item, 8, self._rng(*own))]
-            case "sequence":
-                rng = self._rng(*own)
-                return [("image", t) for t in self._times(item, rng.integers(1, 5), rng)]
-            case "multisequence":
-                rng = self._rng(*every)
-                tasks, blocks = rng.permutation(self.modalities).tolist(), rng.random() < 0.5
-                times = self._times(item, rng.integers(1, 5), self._rng(*own))
-                if blocks:
-                    return [(task, t) for task in tasks for t in times]
-                return [(task, t) for t in times for task in tasks]
-            case "object3d":
-                views = np.sort(self._rng(*own).choice(item.views, n // 4, replace=False)).tolist()
-                return [("image", v) for v in views] + [("mask", v) for v in views]
-        return [("image", None)]  # image, category
 
-    def _times(self, item, stride, rng):
-        """N frame numbers, evenly apart, from a random start; the stride shrinks to fit the clip."""
-        n = self.pictures
-        stride = int(min(stride, (item.frames - 1) // max(n - 1, 1)))
-        start = int(rng.integers(0, item.frames - (n - 1) * stride))
-        return [start + stride * i for i in range(n)]
-
-    def _permute(self, number):
-        """(sentences, shots): which item of the source stands where in pass `number`."""
-        rng = self._rng(number, 0, 2)
-        if self.kind != "category":
-            order = rng.permutation(self.items)
-            return np.resize(order, (len(self), self.shots))  # filled up from its own start
-        # Each category is cut into chunks of N/4 pictures; four chunks of different ones make a sentence.
-        # Taking from the four fullest categories each time needs the fewest sentences.
-        whole = {}
-        for category, members in self.members.items():
-            count = -(-len(members) // (self.pictures // 4))
-            whole[category] = np.resize(rng.permutation(members), (count, self.pictures // 4))
-        chunks, rows = {category: list(some) for category, some in whole.items()}, []
-        while any(chunks.values()):
-            ties = rng.permutation(list(chunks)).tolist()
-            four = sorted(ties, key=lambda category: -len(chunks[category]))[:4]
-            # a category that has run out lends a chunk once more
-            picked = [chunks[c].pop() if chunks[c] else rng.choice(whole[c]) for c in four]
-            rows.append(np.concatenate([picked[i] for i in rng.permutation(4)]))  # (N,)
-        return np.stack(rows)[rng.permutation(len(rows))]
+# ---- settings --------------------------------------------------------------------------------
 
 
-def _open_sentences(data, seed, split):
-    """One Sentences for each of the [[data.sources]]."""
+@dataclass(frozen=True)
+class SourceSettings:
+    """One [[data.sources]] table: where pictures come from and what sentences are made of them."""
+
+    path: str = "emoji"  # "emoji", a folder, or a WebDataset .tar (a shell pattern names many); a file of text
+    kind: str = "image"  # which visual sentence: a key of KINDS; or "text", which has no pictures
+    modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
+    weight: float = 1.0  # share of the pictures drawn while training the tokenizer, from the same sentences
+    passes: float = 1.0  # how often its pictures are permuted into sentences when tokenizing; 0.5: half of them
+    mirror: bool = False  # half of the sentences as in a mirror: a small set goes further (LVM needs none)
+    move: bool = False  # of captioned pictures: each time a little turned, shrunk and shifted, on white
+
+    def __post_init__(self):
+        settings.one_of(self, (*KINDS, "text"), "kind")
+        settings.within(self, 0, 1e9, "weight")
+        settings.above(self, 0, "passes")
+        settings.within(self, 0, 1e6, "passes")
+        if self.kind == "text" and (self.modalities or self.mirror or (self.weight, self.passes) != (1, 1)):
+            raise ValueError(f"source {self.path}: of kind text it takes nothing but a path")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The [data] section of every configuration."""
+
+    side: int = 256  # pictures are side × side pixels
+    pictures: int = 16  # pictures in a visual sentence: the N of KINDS
+    sources: tuple[SourceSettings, ...] = ()
+    held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have their own split
+    tokenizer: str = ""  # the VQGAN of an LVM run: a run's folder or a published one
+    text_tokenizer: str = ""  # of a run on text: "bytes", or a folder with a tokenizer's files
+    vae: str = ""  # of a U-Net's run: the autoencoder whose latents it draws
+    clip: str = ""  # of a U-Net's run: the CLIP whose text tower reads its prompts
+    rows: tuple[str, ...] = ()  # JSONL files of tokenized sentences to train on, or patterns of them
+    weights: tuple[float, ...] = ()  # how rows files are mixed; empty: all rows shuffled together (LVM)
+    held_out: tuple[str, ...] = ()  # JSONL files for the held-out loss
+    workers: int = 2  # threads that prepare pictures
+
+    def __post_init__(self):
+        settings.within(self, 1, 2**14, "side")
+        settings.within(self, 1, 2**16, "pictures")
+        settings.within(self, 1, 1024, "workers")
+        settings.fraction(self, "held_out_fraction")
+        if self.sources and not any(source.weight for source in self.sources):
+            raise ValueError("every source has weight 0: no picture could be drawn")
+        check_weights(self.weights, self.rows)
+
+
+def check_weights(weights, rows):
+    if not weights:
+        return
+    if len(weights) != len(rows) or not all(0 <= w <= 1e9 for w in weights) or not any(weights):
+        raise ValueError(f"weights {list(weights)}: one number ≥ 0 is needed for each of {len(rows)} rows files")
+
+
+# ---- batches of pictures -------------------------------------------------------------------------
+
+
+def open_sources(data, split):
+    """{path: its source} of all [[data.sources]]."""
     if not data.sources:
         raise UserError("no pictures: the configuration has no [[data.sources]]")
     if any(source.kind == "text" for source in data.sources):
         raise UserError("a source of kind text has no pictures: remove it from [[data.sources]]")
-    opened = {s.path: open_source(s.path, data.side, split, data.held_out_fraction) for s in data.sources}
-    return [
-        Sentences(opened[s.path], s.kind, s.modalities, data.pictures, data.side, seed, s.mirror) for s in data.sources
-    ]
+    paths = dict.fromkeys(source.path for source in data.sources)
+    return {path: open_source(path, data.side, split, data.held_out_fraction) for path in paths}
 
 
-def count_sentences(sentences, source):
-    """How many sentences the passes of one [[data.sources]] make."""
-    return max(1, round(len(sentences) * source.passes))
+def open_sentences(data, seed, split="train"):
+    """The Sentences of each of the [[data.sources]]."""
+    opened, sentences = open_sources(data, split), []
+    for s in data.sources:
+        source = opened[s.path]
+        sentences.append(Sentences(source, s.kind, s.modalities, data.pictures, data.side, seed, s.mirror, s.passes))
+    return sentences
 
 
 class PictureRows:
@@ -342,110 +411,80 @@ class PictureRows:
 
     def __init__(self, data, seed, split="train"):
         self.seed = seed
-        self.sentences = _open_sentences(data, seed, split)
-        self.counts = [count_sentences(s, source) for s, source in zip(self.sentences, data.sources, strict=True)]
+        self.sentences = open_sentences(data, seed, split)
         weights = np.array([source.weight for source in data.sources])
-        self.upto = np.cumsum(weights / weights.sum())  # a uniform number below upto[i] draws source i
+        self.cumulative_weights = np.cumsum(weights / weights.sum())
 
     def batch(self, step, microstep, rows):
         """Rows `rows` (a range) of a batch: (len(rows), side, side, 3) uint8, from their numbers only."""
-        return np.stack([self._draw(step, microstep, row) for row in rows])
+        return np.stack([self._picture(step, microstep, row) for row in rows])
 
-    def _draw(self, step, microstep, row):
+    def _picture(self, step, microstep, row):
         rng = np.random.default_rng((self.seed, step, microstep, row, 3))
-        source = min(int(np.searchsorted(self.upto, rng.random(), side="right")), len(self.upto) - 1)
-        sentences = self.sentences[source]
-        index = int(rng.integers(self.counts[source]))
-        shot, k = int(rng.integers(sentences.shots)), int(rng.integers(sentences.per_shot))
-        return sentences.picture(index, shot, k)
+        which = int(np.searchsorted(self.cumulative_weights, rng.random(), side="right"))
+        sentences = self.sentences[min(which, len(self.sentences) - 1)]
+        index = int(rng.integers(sentences.count))
+        number = int(rng.integers(sentences.items_per_sentence))
+        return sentences.picture(index, number, int(rng.integers(sentences.pictures_per_item)))
+
+
+class HeldOutPictures:
+    """The held-out pictures of all [[data.sources]], opened once, at a run's start.
+
+    A UserError at opening names the source that has none: a run can say so, and go on without.
+    """
+
+    def __init__(self, data):
+        self.entries = []  # (source, index in it)
+        for source in open_sources(data, "held_out").values():
+            self.entries += [(source, i) for i in range(len(source))]
+
+    def __len__(self):
+        return len(self.entries)
+
+    def take(self, n):
+        """n pictures, always the same, spaced evenly through the sources: (n, side, side, 3) uint8."""
+        chosen = [self.entries[i * len(self) // n] for i in range(n)]
+        return np.stack([first_readable(source, start).image for source, start in chosen])
 
 
 class CaptionRows:
     """Captioned pictures, to train what joins pictures and texts: every pair once in a pass, in a new order each."""
 
     def __init__(self, data, batch_size, seed, split="train"):
-        opened = {s.path: open_source(s.path, data.side, split, data.held_out_fraction) for s in data.sources}
         self.seed, self.batch_size = seed, batch_size
-        self.places = [  # (source, index in it, whether to move its picture)
-            (opened[s.path], i, s.move and split == "train")
-            for s in data.sources
-            for i, item in enumerate(opened[s.path])
-            if item.caption
-        ]
-        if not self.places:
+        opened = open_sources(data, split)
+        self.pairs = []  # (Item with a caption, whether to move its picture)
+        for s in data.sources:
+            moves = s.move and split == "train"
+            self.pairs += [(item, moves) for item in opened[s.path] if item.caption]
+        if not self.pairs:
             raise UserError('no captions: [[data.sources]] must name pictures with NAME.txt beside them, or "emoji"')
-        self._order = functools.lru_cache(2)(self._permute)
 
     def __len__(self):
-        return len(self.places)
+        return len(self.pairs)
+
+    def items(self):
+        """All Items with a caption whose pictures can be read, in the order of the sources."""
+        return [item for item, _ in self.pairs if item.source.readable(item)]
 
     def batch(self, number, rows):
         """Rows `rows` (a range) of batch `number`: (len(rows), side, side, 3) uint8, [caption, …]."""
-        pictures, captions = zip(*(self.pair(number * self.batch_size + row) for row in rows), strict=True)
-        return np.stack(pictures), list(captions)
+        pairs = [self.pair(number * self.batch_size + row) for row in rows]
+        return np.stack([picture for picture, _ in pairs]), [caption for _, caption in pairs]
 
     def pair(self, position):
         """The picture and caption at one position of the endless sequence of passes."""
-        item, moves = self.item(position)
-        if not moves:
-            return item.image, item.caption
-        return jitter(item.image, np.random.default_rng((self.seed, position, 5))), item.caption
-
-    def item(self, position):
-        """What stands at a position: the Item, and whether its picture is to be moved."""
         number, place = divmod(position, len(self))
-        # a broken picture is replaced by what follows it
-        order, n = self._order(number), len(self)
-        places = (self.places[order[(place + k) % n]] for k in range(n))
-        sound = ((source[i], moves) for source, i, moves in places if source.readable(source[i], [("image", None)]))
-        item, moves = next(sound, (None, False))
-        if item is None:
-            raise UserError(f"not one of the {len(self)} captioned pictures can be read")
-        return item, moves
-
-    def _permute(self, number):
-        return np.random.default_rng((self.seed, number, 6)).permutation(len(self))
-
-
-def held_out_pictures(data, n):
-    """n fixed held-out pictures, spaced evenly through the sources: (n, side, side, 3) uint8."""
-    paths = dict.fromkeys(source.path for source in data.sources)
-    sources = [open_source(path, data.side, "held_out", data.held_out_fraction) for path in paths]
-    places = [(source, i) for source in sources for i in range(len(source))]
-    chosen = [places[i * len(places) // n] for i in range(n)]
-    items = [first_readable(s, range(len(s)), i, lambda item: [("image", None)])[0] for s, i in chosen]
-    return np.stack([item.image for item in items])
-
-
-# ---- text --------------------------------------------------------------------------------------
+        for i in around(permutation((self.seed, 6), len(self), number), place):
+            item, moves = self.pairs[i]
+            if item.source.readable(item):
+                rng = np.random.default_rng((self.seed, position, 5))
+                return jitter(item.image, rng) if moves else item.image, item.caption
+        raise UserError(f"not one of the {len(self)} captioned pictures can be read")
 
 
 # ---- rows of codes -----------------------------------------------------------------------------
-
-
-def encode_row(codes):
-    """A sentence's codes as a line of a rows file: base64 of little-endian int32, in JSON, with newline."""
-    text = base64.b64encode(np.ascontiguousarray(codes, dtype="<i4").tobytes()).decode()
-    return json.dumps({"tokens": text}) + "\n"
-
-
-def decode_row(line, vocab_size=None):
-    """A line of a rows file → codes (n,) int32 in [0, vocab_size); ValueError says what is wrong with it."""
-    try:
-        text = json.loads(line)["tokens"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError('not a JSON row {"tokens": "…"}') from None
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise ValueError(f"bad base64 ({error})") from None
-    if not data or len(data) % 4:
-        raise ValueError(f"{len(data)} bytes are no whole number of int32 codes")
-    codes = np.frombuffer(data, "<i4").astype(np.int32)
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or (vocab_size and high >= vocab_size):
-        raise ValueError(f"code {low if low < 0 else high} lies outside the vocabulary of {vocab_size}")
-    return codes
 
 
 class TokenRows:
@@ -455,90 +494,60 @@ class TokenRows:
     covers stream[m·B·S : (m+1)·B·S + 1]: its first B·S tokens are the inputs, the last B·S the targets, both
     as (B, S). Any window is found from the sums of row lengths: a run resumes at any microstep.
 
-    Without `weights` an epoch is all rows, shuffled together. With them, file i gives round(total·w_i/Σw)
-    rows to an epoch, taken onward from its own endless stream of permutations. Opening reads and checks all
-    rows (seconds per gigabyte); broken ones are named, counted in `skipped` and left out.
+    Rows lie in pools. Without `weights` there is one, and an epoch is all of it. With them each file is a pool:
+    file i gives round(total·w_i/Σw) rows to an epoch, taken onward from its own endless stream of permutations.
+
+    rows      all readable rows of the files (RowsFiles: how broken ones are left out); `skipped`: how many are not
+    pools     [(indices of its rows, how many of them make an epoch)]
+    tokens    in all rows together
     """
 
     def __init__(self, paths, context, batch_size, seed, weights=(), vocab_size=None, shuffle=True):
-        try:
-            _check_weights(weights, paths)
-        except ValueError as error:
-            raise UserError(f"[data] {error}") from None
         if not paths:
             raise UserError("no rows to read: set data.rows (python prepare.py tokenize writes them)")
-        self.context, self.batch_size, self.seed, self.shuffle = context, batch_size, seed, shuffle
-        self.skipped = 0
-        files = [sorted(glob.glob(str(path))) or [path] for path in paths]  # an entry may be a pattern
-        weights = [w / len(names) for w, names in zip(weights, files, strict=False) for _ in names]
-        paths = list(itertools.chain.from_iterable(files))
-        self._maps = [self._map(path) for path in paths]
-        index = [self._index(path, text, vocab_size) for path, text in zip(paths, self._maps, strict=True)]
-        self.file = np.concatenate([np.full(len(rows), i) for i, rows in enumerate(index)])  # (rows,)
-        table = np.concatenate(index)  # (rows, 3)
-        self.start, self.end, self.length = table.T  # where each row's line is, and how many tokens it holds
-        self.tokens = int(self.length.sum())
-        total = len(table)
-        # how many rows of each file make an epoch; () = all rows of all files
-        shares = np.array(weights) / sum(weights) if weights else np.array([])
-        self.take = [max(1, round(total * share)) if share else 0 for share in shares.tolist()]
-        for path, take, rows in zip(paths, self.take, index, strict=False):
-            if take and not len(rows):
-                raise UserError(f"{path}: no sound rows in it, but it has a weight")
-        if not total:
-            raise UserError(f"{', '.join(map(str, paths))}: no sound rows in it")
-        self._epoch = functools.lru_cache(2)(self._permute)
-        self._epoch_starts = [0]  # of weighted epochs, whose lengths differ
-
-    @staticmethod
-    def _map(path):
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+            check_weights(weights, paths)
+        except ValueError as error:
+            raise UserError(f"[data] {error}") from None
+        self.context, self.batch_size, self.seed, self.shuffle = context, batch_size, seed, shuffle
+        self.rows = RowsFiles(itertools.chain.from_iterable(map(rows_files, paths)), vocab_size)
+        self.skipped, self.tokens = self.rows.skipped, self.rows.tokens
+        self.weighted = bool(weights)
+        self.pools = self._weighted_pools(paths, weights) if weights else [(np.arange(len(self.rows)), len(self.rows))]
+        self._epoch = functools.lru_cache(2)(self._permute)
+        self._epoch_starts = [0]  # of epochs whose lengths differ
 
-    def _index(self, path, text, vocab_size):
-        """(rows, 3) int64: start and end of each sound line, and the tokens in it."""
-        rows, start, number = [], 0, 0
-        while start < len(text):
-            end = text.find(b"\n", start)
-            end = len(text) if end < 0 else end
-            number += 1
-            try:
-                rows.append((start, end, len(decode_row(text[start:end], vocab_size))))
-            except ValueError as error:
-                self.skipped += 1
-                warn(f"skipped {path}:{number}: {error}")
-            start = end + 1
-        return np.array(rows, np.int64).reshape(-1, 3)
+    def _weighted_pools(self, entries, weights):
+        shares = []  # of each file: an entry's weight, divided evenly among its files
+        for entry, weight in zip(entries, weights, strict=True):
+            count = len(rows_files(entry))
+            shares += [weight / count] * count
+        pools = []
+        for number, share in enumerate((np.array(shares) / sum(shares)).tolist()):
+            indices = np.flatnonzero(self.rows.file == number)
+            if share and not len(indices):
+                raise UserError(f"{self.rows.paths[number]}: no readable rows in it, but it has a weight")
+            pools.append((indices, max(1, round(len(self.rows) * share)) if share else 0))
+        return pools
 
     def _permute(self, epoch):
         """(order of the rows in an epoch, running sum of their lengths)."""
-        if not self.take:
-            order = np.arange(len(self.file))
-        else:
-            order = np.concatenate([self._onward(i, epoch * take, take) for i, take in enumerate(self.take)])
+        order = np.concatenate([self._from_pool(number, epoch) for number in range(len(self.pools))])
         if self.shuffle:
             order = order[np.random.default_rng((self.seed, epoch, 4)).permutation(len(order))]
-        return order, np.cumsum(self.length[order])
+        return order, np.cumsum(self.rows.length[order])
 
-    def _onward(self, file, start, count):
-        """`count` rows of one file, from place `start` of its endless stream of permutations."""
-        rows = np.flatnonzero(self.file == file)
-        picked = []
-        while count:
-            number, place = divmod(start, len(rows))
-            rng = np.random.default_rng((self.seed, number, file, 5))
-            order = rng.permutation(rows) if self.shuffle else rows
-            picked.append(order[place : place + count])
-            start, count = start + len(picked[-1]), count - len(picked[-1])
-        return np.concatenate([np.zeros(0, np.int64), *picked])
+    def _from_pool(self, number, epoch):
+        """The rows that one pool gives to an epoch."""
+        indices, count = self.pools[number]
+        start = epoch * count
+        if self.weighted and self.shuffle:
+            return indices[shuffled((self.seed, number, 5), len(indices), start, count)]
+        return indices[np.arange(start, start + count) % max(1, len(indices))]
 
     def _locate(self, position):
-        """Place in the stream → (epoch, place in the epoch)."""
-        if not self.take:
+        """Position in the stream → (epoch, position in the epoch)."""
+        if all(len(indices) == count for indices, count in self.pools):  # all epochs are equally long
             return divmod(position, self.tokens)
         starts = self._epoch_starts[:]  # a copy, put back whole: threads of prefetch() may do this at once
         while starts[-1] <= position:
@@ -555,8 +564,7 @@ class TokenRows:
         while filled < count:
             order, ends = self._epoch(epoch)
             for i in range(int(np.searchsorted(ends, place, side="right")), len(order)):
-                row = order[i]
-                codes = decode_row(self._maps[self.file[row]][self.start[row] : self.end[row]])
+                codes = self.rows[order[i]]
                 codes = codes[place - int(ends[i]) + len(codes) :][: count - filled]
                 tokens[filled : filled + len(codes)] = codes
                 filled, place = filled + len(codes), place + len(codes)
@@ -573,6 +581,9 @@ class TokenRows:
         return window[:-1].reshape(-1, self.context), window[1:].reshape(-1, self.context)
 
 
+# ---- threads -----------------------------------------------------------------------------------
+
+
 def prefetch(make, indices, workers, depth=4):
     """make(i) for each i, in order, made by threads a few ahead of their use; exceptions surface here."""
     indices = iter(indices)
@@ -585,6 +596,3 @@ def prefetch(make, indices, workers, depth=4):
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-# ---- commands ----------------------------------------------------------------------------------

@@ -1,6 +1,21 @@
-"""Pictures and texts → rows, vocabularies; show; check."""
+"""Prepare: pictures and texts → rows of tokens, vocabularies; and looks at what was prepared.
 
-import collections
+    [[data.sources]] ──▶ Sentences ──▶ VQGAN.encode ────▶ rows.jsonl     tokenize: a visual sentence a row
+    [[data.sources]] ──▶ read_texts ─▶ Tokenizer.encode ▶ rows.jsonl     tokenize, where the sources are texts
+    [[data.sources]] ──▶ read_texts ─▶ train_bpe ───────▶ tokenizer.json vocabulary
+    rows.jsonl ────────▶ VQGAN.decode ──────────────────▶ grid.png       show (without rows: the sentences themselves)
+    rows, folder, tar ─▶ every row, every picture ──────▶ what is wrong  check, for DreamLLM's data
+
+    python prepare.py tokenize --config configs/X.toml --out rows.jsonl [--split held_out] [--shard i/n]
+    python prepare.py vocabulary --config configs/X.toml --out FOLDER
+    python prepare.py show [rows.jsonl] --config configs/X.toml --out grid.png
+    python prepare.py check rows.jsonl --images FOLDER
+
+Beside rows.jsonl, tokenize writes rows.jsonl.info.json: what the rows were made with (support/token_rows.py).
+"""
+
+import argparse
+import functools
 import hashlib
 import itertools
 import os
@@ -9,100 +24,139 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from data import KINDS, DataSettings, _open_sentences, count_sentences, decode_row, encode_row, prefetch
+from data import KINDS, DataSettings, open_sentences, prefetch
 from support import settings
-from support.checkpoint import atomic_file, out_file, out_folder
-from support.pictures import SUFFIXES, save_grid
+from support.checkpoint import out_file, out_folder
+from support.options import positive_int
+from support.pictures import SUFFIXES, save_grid, to_float, to_uint8
 from support.rows import FilePairs, json_rows, open_picture, read_row
 from support.settings import UserError
 from support.sources import SPLITS, open_source, read_texts
+from support.token_rows import INFO, RowsInfo, decode_row, encode_row, new_rows
 from support.tokenizer import Tokenizer, train_bpe, write_merges
 from vqgan import VQGAN
 
-# ---- (from data) ----
+# ---- tokenize: pictures ------------------------------------------------------------------------
 
 
-def tokenize(arguments):
-    """Sentences → rows of codes, one JSON line each."""
-    out_file(arguments.out)
-    data, seed = _read_config(arguments)
-    shard, shards = _shard(arguments.shard)
+def tokenize(args):
+    """The visual sentences, or the texts, of [[data.sources]] as rows of a file."""
+    for path in (args.out, f"{args.out}{INFO}"):
+        out_file(path)
+    data, seed = read_config(args)
     if any(source.kind == "text" for source in data.sources):
-        return tokenize_text(arguments, data, shard, shards)
-    import torch
-
-    sentences = _open_sentences(data, seed, arguments.split)
-    model, device = _load_tokenizer(arguments.tokenizer or data.tokenizer, arguments.device)
-    counts = [count_sentences(s, source) for s, source in zip(sentences, data.sources, strict=True)]
-    starts = np.cumsum([0, *counts])  # sentence i of all is sentence i - starts[which] of source `which`
-    numbers = range(shard, int(starts[-1]), shards)
-
-    def make(number):
-        which = int(np.searchsorted(starts, number, side="right")) - 1
-        pictures = [recipe() for recipe in sentences[which].sentence(number - int(starts[which]))]
-        return [(hashlib.blake2b(p.tobytes(), digest_size=16).digest(), p) for p in pictures]
-
-    @torch.inference_mode()
-    def encode(pictures):
-        # always a full batch, so that a picture's codes cannot depend on how many came with it
-        filled = [pictures[i % len(pictures)] for i in range(arguments.batch)]
-        images = torch.from_numpy(np.stack(filled)).to(device).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        return model.encode(images.float() / 255).flatten(1)[: len(pictures)].cpu().numpy()  # (n, h·w), row-major
-
-    # Pictures come back in many sentences: codes are kept. In one table, because small arrays that stay, among
-    # large ones that go, keep the memory of both.
-    known, table = {}, np.empty((100_000, np.prod(model.grid(data.side))), np.int32)  # a picture's digest → its row
+        return tokenize_texts(args, data)
+    sentences = open_sentences(data, seed, args.split)
+    path = args.tokenizer or data.tokenizer
+    model, device = load_tokenizer(path, args.device)
+    shard, shards = args.shard
+    numbers = range(shard, sum(s.count for s in sentences), shards)
+    cache = CodeCache(model, device, args.batch, data.side)
     tokens = pictures = 0
     began = time.time()
-    made = prefetch(make, numbers, data.workers)
+    made = prefetch(lambda number: with_digests(sentence(sentences, number)), numbers, data.workers)
     made = iter(tqdm(made, total=len(numbers), desc="tokenize", unit=" sentences", mininterval=1))
-    with atomic_file(arguments.out) as beside, open(beside, "w", newline="\n") as file:
+    with new_rows(args.out, RowsInfo.of_pictures(path, model, data.side)) as file:
         while group := list(itertools.islice(made, 16)):  # 16 sentences at a time: enough to fill batches
-            if len(known) + sum(map(len, group)) > len(table):  # enough for a small set; a large one starts anew
-                known.clear()
-            fresh = {digest: picture for row in group for digest, picture in row if digest not in known}
-            digests = list(fresh)
-            for i in range(0, len(digests), arguments.batch):
-                some = digests[i : i + arguments.batch]
-                rows = range(len(known), len(known) + len(some))
-                table[rows] = encode([fresh[digest] for digest in some])
-                known.update(zip(some, rows, strict=True))
+            codes = cache.codes(list(itertools.chain.from_iterable(group)))  # (pictures, h·w)
+            tokens, pictures = tokens + codes.size, pictures + len(codes)
+            start = 0
             for row in group:
-                codes = table[[known[digest] for digest, _ in row]].ravel()
-                file.write(encode_row(codes))
-                tokens, pictures = tokens + len(codes), pictures + len(row)
+                file.write(encode_row(codes[start : start + len(row)].ravel()))
+                start += len(row)
     rate = pictures / max(time.time() - began, 1e-9)
-    skipped = sum({id(s.source): s.source.skipped for s in sentences}.values())
-    print(f"{arguments.out}: {len(numbers)} rows, {tokens} tokens, {rate:.1f} pictures/s, {skipped} skipped")
+    skipped = sum(source.skipped for source in {s.source for s in sentences})
+    print(f"{args.out}: {len(numbers)} rows, {tokens} tokens, {rate:.1f} pictures/s, {skipped} skipped")
 
 
-def tokenize_text(arguments, data, shard, shards):
-    """Documents → rows of ids: what begins a text (if its tokenizer has such an id), the text, what ends it."""
+def sentence(sentences, number):
+    """The pictures of sentence `number`, counted through the Sentences of all sources."""
+    for some in sentences:
+        if number < some.count:
+            return some.sentence(number)
+        number -= some.count
+
+
+def with_digests(pictures):
+    """[(digest, picture), …]: equal pictures have equal digests."""
+    return [(hashlib.blake2b(p.tobytes(), digest_size=16).digest(), p) for p in pictures]
+
+
+class CodeCache:
+    """A VQGAN's codes of pictures, which come back in many sentences: each is encoded once.
+
+    rows     {a picture's digest: its row in the table}
+    table    (100,000, h·w) int32, made in one piece: many small arrays would fragment the heap
+    """
+
+    def __init__(self, model, device, batch, side):
+        self.model, self.device, self.batch = model, device, batch
+        self.rows = {}
+        self.table = np.empty((100_000, np.prod(model.grid(side))), np.int32)
+
+    def codes(self, pictures):
+        """[(digest, (side, side, 3) uint8), …] → (pictures, h·w) int32, row-major."""
+        self._make_room(len(pictures))
+        fresh = {digest: picture for digest, picture in pictures if digest not in self.rows}
+        digests = list(fresh)
+        for i in range(0, len(digests), self.batch):
+            some = digests[i : i + self.batch]
+            rows = range(len(self.rows), len(self.rows) + len(some))
+            self.table[rows] = self._encode([fresh[digest] for digest in some])
+            self.rows.update(zip(some, rows, strict=True))
+        return self.table[[self.rows[digest] for digest, _ in pictures]]
+
+    def _make_room(self, count):
+        if len(self.rows) + count > len(self.table):  # full: forget all (a small data set never gets here)
+            self.rows.clear()
+        if count > len(self.table):
+            self.table = np.empty((count, self.table.shape[1]), np.int32)
+
+    @torch.inference_mode()
+    def _encode(self, pictures):
+        # always a full batch, so that a picture's codes cannot depend on how many came with it
+        filled = [pictures[i % len(pictures)] for i in range(self.batch)]
+        codes = self.model.encode(to_float(np.stack(filled), self.device))  # (batch, h, w)
+        return codes.flatten(1)[: len(pictures)].cpu().numpy()
+
+
+# ---- tokenize: texts; vocabulary -----------------------------------------------------------------
+
+
+def tokenize_texts(args, data):
+    """Texts as rows of ids: what begins a text (if its tokenizer has such an id), the text, what ends it."""
     if any(source.kind != "text" for source in data.sources):
         raise UserError("[[data.sources]] mixes text and pictures: make a rows file of each, in runs of their own")
-    path = arguments.tokenizer or data.text_tokenizer
+    path = args.tokenizer or data.text_tokenizer
     if not path:
         raise UserError('no tokenizer for text: set data.text_tokenizer to "bytes", or to a folder that has one')
     tokenizer = Tokenizer.from_pretrained(path)
-    texts = (t for s in data.sources for t in read_texts(s.path, arguments.split, data.held_out_fraction))
+    shard, shards = args.shard
+    texts = itertools.islice(all_texts(data, args.split), shard, None, shards)
     rows = tokens = 0
-    with atomic_file(arguments.out) as beside, open(beside, "w", newline="\n") as file:
-        for text in tqdm(itertools.islice(texts, shard, None, shards), desc="tokenize", unit=" texts", mininterval=1):
+    with new_rows(args.out, RowsInfo.of_text(path, tokenizer)) as file:
+        for text in tqdm(texts, desc="tokenize", unit=" texts", mininterval=1):
             ids = tokenizer.encode(text, bos=True, eos=True)
             file.write(encode_row(ids))
             rows, tokens = rows + 1, tokens + len(ids)
         if not rows:
-            raise UserError(f"none of the texts falls into the {arguments.split} split: change data.held_out_fraction")
-    print(f"{arguments.out}: {rows} rows, {tokens} tokens")
+            raise UserError(f"none of the texts falls into the {args.split} split: change data.held_out_fraction")
+    print(f"{args.out}: {rows} rows, {tokens} tokens")
 
 
-def vocabulary(arguments):
-    """Texts → a vocabulary of their commonest pieces, as a tokenizer's files."""
-    out = out_folder(arguments.out, r"tokenizer(_config)?\.json")
-    data, _ = _read_config(arguments)
-    model = settings.read(arguments.config, arguments.overrides).get("model", {})
+def all_texts(data, split):
+    for source in data.sources:
+        yield from read_texts(source.path, split, data.held_out_fraction)
+
+
+def vocabulary(args):
+    """The commonest pieces of the texts of [[data.sources]] as a tokenizer's files."""
+    out = out_folder(args.out, r"tokenizer(_config)?\.json")
+    data, _ = read_config(args)
+    model = settings.read(args.config, args.overrides).get("model", {})
     if "vocab_size" not in model:
         raise UserError("how many tokens? set model.vocab_size")
     size = settings.convert(int, model["vocab_size"], "model.vocab_size")
@@ -110,7 +164,7 @@ def vocabulary(arguments):
         raise UserError("a vocabulary is made of texts: set the kind of all [[data.sources]] to text")
     if size < 258:
         raise UserError(f"model.vocab_size {size}: 256 bytes, what begins and what ends a text need 258")
-    texts = [t for s in data.sources for t in read_texts(s.path, "train", data.held_out_fraction)]
+    texts = list(all_texts(data, "train"))
     if not texts:
         raise UserError("none of the texts falls into the train split: change data.held_out_fraction")
     merges = train_bpe(texts, size - 258)
@@ -121,192 +175,243 @@ def vocabulary(arguments):
     print(f'{out}: {size} tokens; the longest is "{longest}"')
 
 
-def show(arguments):
-    """Rows of codes → a sheet of pictures, one sentence a row, evenly spaced through the file."""
-    import torch
+# ---- show ------------------------------------------------------------------------------------------
 
-    out_file(arguments.out, SUFFIXES)
-    data = _read_config(arguments)[0] if arguments.config else None
-    model, device = _load_tokenizer(arguments.tokenizer or (data and data.tokenizer), arguments.device)
-    side = arguments.side or (data.side if data else model.config.resolution)
-    height, width = model.grid(side)
-    try:
-        with open(arguments.rows_file, "rb") as file:
-            total = sum(1 for _ in file)
-            chosen = {i * total // arguments.rows for i in range(arguments.rows)}
-            file.seek(0)
-            lines = [(number, line) for number, line in enumerate(file, 1) if number - 1 in chosen]
-    except OSError as error:
-        raise UserError(f"{arguments.rows_file}: {error.strerror}") from None
-    if not lines:
-        raise UserError(f"{arguments.rows_file}: no rows in it")
+
+def show(args):
+    """A sheet of pictures, a sentence in each row, evenly spaced through a rows file or through all sentences."""
+    out_file(args.out, SUFFIXES)
+    data, seed = read_config(args) if args.config else (None, 0)
+    if args.rows_file:
+        sheet, total = decoded_rows(args, data)
+    elif data:
+        sentences = open_sentences(data, seed)
+        total = sum(s.count for s in sentences)
+        sheet = [sentence(sentences, number) for number in evenly(total, args.rows)]
+    else:
+        raise UserError("nothing to show: name a rows file, or a --config with [[data.sources]]")
+    save_grid(sheet, args.out)
+    print(f"{args.out}: {len(sheet)} of {total} rows")
+
+
+def evenly(total, count):
+    """At most `count` different numbers below `total`, evenly spaced, ascending."""
+    return sorted({i * total // count for i in range(count)}) if total else []
+
+
+def decoded_rows(args, data):
+    """→ ([the pictures of a row, …], how many rows there are)."""
+    info = RowsInfo.read(args.rows_file)
+    if info and info.kind == "text":
+        raise UserError(f"{args.rows_file}: holds text, which has no pictures")
+    path = args.tokenizer or (data and data.tokenizer) or (info and info.tokenizer)
+    model, device = load_tokenizer(path, args.device)
+    side = args.side or (info and info.side) or (data and data.side) or model.config.resolution
+    lines, total = some_lines(args.rows_file, args.rows)
     sheet = []
-    for number, line in lines:
+    for number, line in lines.items():
         try:
-            codes = decode_row(line, model.config.num_embeddings)
-            if len(codes) % (height * width):
-                raise ValueError(f"{len(codes)} codes do not make pictures of {height}×{width}; set --side")
+            sheet.append(decode_pictures(line, model, device, side))
         except ValueError as error:
-            raise UserError(f"{arguments.rows_file}:{number}: {error}") from None
-        grids = torch.from_numpy(codes).long().view(-1, height, width)  # (pictures, h, w)
-        with torch.inference_mode():
-            images = torch.cat([model.decode(some.to(device)).cpu() for some in grids.split(16)])
-        sheet.append(list((images * 255).round().byte().permute(0, 2, 3, 1).numpy()))  # (pictures, H, W, 3)
-    save_grid(sheet, arguments.out)
-    print(f"{arguments.out}: {len(sheet)} of {total} rows")
+            raise UserError(f"{args.rows_file}:{number + 1}: {error}") from None
+    return sheet, total
 
 
-def check(arguments):
-    """What DreamLLM could not read of a file, line by line."""
-    counts, wrong = check_rows(arguments.file, arguments.images)
+def some_lines(path, count):
+    """→ ({number: line} of `count` lines of a file, evenly spaced; how many it has)."""
+    try:
+        with open(path, "rb") as file:
+            total = sum(1 for _ in file)
+            numbers = set(evenly(total, count))
+            file.seek(0)
+            lines = {number: line for number, line in enumerate(file) if number in numbers}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not lines:
+        raise UserError(f"{path}: no rows in it")
+    return lines, total
+
+
+@torch.inference_mode()
+def decode_pictures(line, model, device, side):
+    """A line of a rows file → its pictures, (pictures, side, side, 3) uint8; ValueError if they are none."""
+    height, width = model.grid(side)
+    codes = decode_row(line, model.config.num_embeddings)
+    if len(codes) % (height * width):
+        raise ValueError(f"{len(codes)} codes do not make pictures of {height}×{width}; set --side")
+    grids = torch.from_numpy(codes).long().view(-1, height, width)
+    return np.concatenate([to_uint8(model.decode(some.to(device))) for some in grids.split(16)])
+
+
+# ---- check -----------------------------------------------------------------------------------------
+
+
+def check(args):
+    """All that training DreamLLM would skip of a file, a .tar or a folder, line by line."""
+    wrong = []
+    if os.path.isdir(args.file) or args.file.endswith(".tar"):
+        counts = check_pictures(args.file, wrong.append)
+    else:
+        counts = check_rows(args.file, Path(args.images or Path(args.file).parent), wrong.append)
     for line in wrong[:20]:
         print(line)
     if len(wrong) > 20:
         print(f"… and {len(wrong) - 20} more")
     if wrong:
-        raise UserError(counts)
-    print(counts)
+        raise UserError(f"{counts}, {len(wrong)} bad")
+    print(f"{counts}, 0 bad")
 
 
-def _read_config(arguments):
+def check_rows(path, folder, report):
+    """Reads every row of a JSON file and opens every picture that it names in `folder`; → a line of counts."""
+    problems = {}  # picture → what is wrong with it, or None
+    formats, rows = [], 0
+    for line, _, raw in json_rows(path):
+        rows += 1
+        try:
+            form, row = read_row(raw)
+            formats = formats or [form]
+            if form != formats[0]:
+                raise ValueError(f"a row of {form} among those of {formats[0]}")
+            for name in row.pictures:
+                if name not in problems:
+                    problems[name] = problem(functools.partial(open_picture, folder, name))
+                if problems[name]:
+                    raise ValueError(problems[name])
+        except ValueError as error:
+            report(f"{path}:{line}: {error}")
+    if not rows:
+        raise UserError(f"{path}: no rows in it")
+    good = sum(not reason for reason in problems.values())
+    return f"{path}: {formats[0] if formats else 'unknown format'}, {rows} rows, {good} pictures"
+
+
+def check_pictures(path, report):
+    """Opens every captioned picture of a folder or a .tar; → a line of counts."""
+    pairs = FilePairs(open_source(path, None, "train", 0, lambda line: report(line.removeprefix("skipped "))))
+    for index in range(len(pairs)):
+        if reason := problem(lambda index=index: pairs.open(pairs.read(index, None).picture)):
+            report(reason if reason.startswith(pairs.path) else f"{pairs.where(index)}: {reason}")
+    form = "folder" if os.path.isdir(path) else "WebDataset"
+    return f"{path}: {form}, {len(pairs)} captioned pictures"
+
+
+def problem(open_it):
+    """Why a picture cannot be opened, or None."""
+    try:
+        open_it()
+    except (UserError, ValueError) as error:
+        return str(error)
+    return None
+
+
+# ---- the command line ------------------------------------------------------------------------------
+
+
+def read_config(args):
     """(DataSettings, seed) of the configuration; its other sections belong to other programs."""
-    values = settings.read(arguments.config, arguments.overrides)
+    values = settings.read(args.config, args.overrides)
     data = settings.build(DataSettings, values.get("data", {}), "data")
-    return data, settings.convert(int, values.get("train", {}).get("seed", 0), "train.seed")
+    train = values.get("train", {})
+    seed = train.get("seed", 0) if isinstance(train, dict) else 0
+    seed = settings.convert(int, seed, "train.seed")
+    if seed < 0:
+        raise UserError(f"train.seed {seed} must be at least 0")
+    return data, seed
 
 
-def _load_tokenizer(path, device):
-    import torch
-
+def load_tokenizer(path, device):
     if not path:
         raise UserError("no tokenizer: set data.tokenizer or give --tokenizer (a VQGAN's folder)")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return VQGAN.from_pretrained(path, dtype=torch.float32, device=device).eval(), device
 
 
-def _shard(text):
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+def shard(text):
+    """A function for argparse: "i/n" → (i, n)."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"--shard {text}: written i/n with i from 0 to n-1, as in 0/4")
+        raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 0 to n-1, as in 0/4")
     return int(match[1]), int(match[2])
 
 
-def main():
-    kinds = "\n".join(f"  {kind:14} {text}" for kind, text in KINDS.items())
-    parser = settings.Parser(
-        prog="python prepare.py",
-        description="Pictures to visual sentences, rows of codes, and back; texts to rows of ids.",
-        epilog=f"kinds of visual sentences (N = data.pictures):\n{kinds}",
-    )
-    commands = parser.add_subparsers(required=True, metavar="tokenize | vocabulary | show | check")
-    encoding = commands.add_parser(
+def add_tokenize(commands):
+    parser = commands.add_parser(
         "tokenize",
         help="pictures → visual sentences → rows.jsonl (or texts → rows.jsonl)",
         description="Encode the visual sentences (or texts) of a configuration's [data] section, one JSON row each.",
         epilog="example: python prepare.py tokenize --config configs/lvm.toml --out rows-0.jsonl --shard 0/4",
     )
-    encoding.add_argument("--config", required=True, help="a TOML file with [data] and [[data.sources]]")
-    encoding.add_argument("--out", required=True, help="the rows file to write")
-    encoding.add_argument("--split", default="train", choices=SPLITS, help="which pictures (default: train)")
-    encoding.add_argument("--shard", default="0/1", help="i/n: every n-th sentence from i on")
-    encoding.add_argument("--batch", type=int, default=16, help="pictures encoded at once (default: 16)")
-    encoding.set_defaults(run=tokenize)
-    spelling = commands.add_parser(
+    parser.add_argument("--config", required=True, help="a TOML file with [data] and [[data.sources]]")
+    parser.add_argument("--out", required=True, help="the rows file to write")
+    parser.add_argument("--split", default="train", choices=SPLITS, help="which pictures (default: train)")
+    parser.add_argument("--shard", type=shard, default="0/1", help="i/n: every n-th sentence from i on")
+    parser.add_argument("--batch", type=positive_int, default=16, help="pictures encoded at once (default: 16)")
+    add_model(parser, "the VQGAN's folder, or a text tokenizer's")
+    parser.set_defaults(run=tokenize)
+
+
+def add_vocabulary(commands):
+    parser = commands.add_parser(
         "vocabulary",
         help="texts → a tokenizer of their own",
         description="Find the commonest pieces of a configuration's texts (byte-pair encoding of their train split), "
         "model.vocab_size in all, and write them as tokenizer.json: a folder for data.text_tokenizer.",
         epilog="example: python prepare.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary",
     )
-    spelling.add_argument("--config", required=True, help="a TOML file with [[data.sources]] of kind text")
-    spelling.add_argument("--out", required=True, help="the folder to write")
-    spelling.set_defaults(run=vocabulary)
-    showing = commands.add_parser(
+    parser.add_argument("--config", required=True, help="a TOML file with [[data.sources]] of kind text")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.set_defaults(run=vocabulary)
+
+
+def add_show(commands):
+    parser = commands.add_parser(
         "show",
-        help="rows.jsonl → a picture of its sentences",
-        description="Decode rows, evenly spaced through the file, to a sheet: one sentence a row.",
+        help="rows.jsonl, or the sentences of a configuration → a picture of them",
+        description="Draw a sheet, one sentence a row, evenly spaced: of a rows file, which is decoded, or without "
+        "one of the visual sentences of a configuration's [[data.sources]], as tokenize will encode them.",
         epilog="example: python prepare.py show rows.jsonl --tokenizer out/vqgan --out grid.png",
     )
-    showing.add_argument("rows_file", metavar="rows.jsonl")
-    showing.add_argument("--out", required=True, help="the picture to write")
-    showing.add_argument("--config", help="where data.tokenizer and data.side are read")
-    showing.add_argument("--rows", type=int, default=8, help="how many rows (default: 8)")
-    showing.add_argument("--side", type=int, help="of a picture (default: data.side, or the tokenizer's)")
-    showing.set_defaults(run=show)
-    checking = commands.add_parser(
+    parser.add_argument("rows_file", metavar="rows.jsonl", nargs="?", help="the rows (default: the sentences)")
+    parser.add_argument("--out", required=True, help="the picture to write")
+    parser.add_argument("--config", help="where data.tokenizer, data.side and [[data.sources]] are read")
+    parser.add_argument("--rows", type=positive_int, default=8, help="how many rows (default: 8)")
+    parser.add_argument("--side", type=positive_int, help="of a picture (default: the rows', data.side)")
+    add_model(parser, "the VQGAN's folder")
+    parser.set_defaults(run=show)
+
+
+def add_check(commands):
+    parser = commands.add_parser(
         "check",
         help="name every row of a DreamLLM's data that cannot be used",
         description="Check captioned pictures (a folder, a .tar, or JSONL), MMC4, OBELICS or LLaVA rows: every row is "
         "read, every picture opened. Exit code 2 if any is bad.",
         epilog="example: python prepare.py check llava.json --images coco",
     )
-    checking.add_argument("file", metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder")
-    checking.add_argument("--images", help="the folder of the pictures that rows name (default: the file's own)")
-    checking.set_defaults(run=check)
-    for command, what in ((encoding, "the VQGAN's folder, or a text tokenizer's"), (showing, "the VQGAN's folder")):
-        command.add_argument("--tokenizer", help=f"{what} (default: the configuration's)")
-        command.add_argument("--device", help="default: cuda where there is one")
-    arguments = parser.parse_with_overrides()
-    if min(getattr(arguments, "batch", 1), getattr(arguments, "rows", 1)) < 1:
-        raise UserError("--batch and --rows must be at least 1")
-    arguments.run(arguments)
+    parser.add_argument("file", metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder")
+    parser.add_argument("--images", help="the folder of the pictures that rows name (default: the file's own)")
+    parser.set_defaults(run=check)
 
 
-# ---- (from documents) ----
+def add_model(parser, what):
+    parser.add_argument("--tokenizer", help=f"{what} (default: the configuration's)")
+    parser.add_argument("--device", help="default: cuda where there is one")
 
 
-def check_rows(path, images=None):
-    """All that is wrong with a file of rows, a .tar or a folder: (one line of counts, [what is wrong where, …]).
-
-    Every row is read, and every picture that it names is opened, under the folder `images` (default: the
-    file's own). What is broken in a way that training would skip is listed; nothing is raised but for a file
-    that cannot be opened, or has nothing in it.
-    """
-    if os.path.isdir(path) or path.endswith(".tar"):
-        return _check_pictures(path)
-    folder = Path(images) if images else Path(path).parent
-    wrong, forms, rows, bad = [], collections.Counter(), 0, 0
-    seen = {}  # picture → what is wrong with it
-    for line, _, raw in json_rows(path):
-        rows += 1
-        try:
-            form, said = read_row(raw)
-            forms[form] += 1
-            if form != (first := next(iter(forms))):
-                raise ValueError(f"a row of {form} among those of {first}")
-            for name in said.pictures:
-                if name not in seen:
-                    seen[name] = what_is_wrong(folder, name)
-                if seen[name]:
-                    raise ValueError(seen[name])
-        except ValueError as error:
-            bad += 1
-            wrong.append(f"{path}:{line}: {error}")
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    form = next(iter(forms), "unknown format")
-    return f"{path}: {form}, {rows} rows, {sum(not s for s in seen.values())} pictures, {bad} bad", wrong
-
-
-def what_is_wrong(folder, name):
-    try:
-        open_picture(folder, name)
-    except (UserError, ValueError) as error:
-        return str(error)
-
-
-def _check_pictures(path):
-    wrong = []
-    report = lambda text: wrong.append(text.removeprefix("skipped "))  # noqa: E731
-    pairs = FilePairs(open_source(path, None, "train", 0, report))
-    for index in range(len(pairs)):
-        try:
-            pairs.open(pairs.read(index, None).picture)
-        except (UserError, ValueError) as error:
-            reason = str(error)
-            wrong.append(reason if reason.startswith(pairs.path) else f"{pairs.where(index)}: {reason}")
-    form = "folder" if os.path.isdir(path) else "WebDataset"
-    return f"{path}: {form}, {len(pairs)} captioned pictures, {len(wrong)} bad", wrong
+def main():
+    kinds = "\n".join(f"  {name:14} {kind.holds}" for name, kind in KINDS.items())
+    parser = settings.Parser(
+        prog="python prepare.py",
+        description="Pictures to visual sentences, rows of codes, and back; texts to rows of ids.",
+        epilog=f"kinds of visual sentences (N = data.pictures):\n{kinds}\n"
+        f"  {'text':14} no pictures: a document a row (.txt, .jsonl, or the emoji's names and categories)",
+    )
+    commands = parser.add_subparsers(required=True, metavar="tokenize | vocabulary | show | check")
+    for add in (add_tokenize, add_vocabulary, add_show, add_check):
+        add(commands)
+    args = parser.parse_with_overrides()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import decode_row
 from model import LLaMA
 from support import settings
+from support.token_rows import decode_row
 
 
 @torch.inference_mode()

