@@ -114,7 +114,7 @@ def measure_analogy(lvm, name, count, out, candidates, temperature):
     kind, modalities, score, more_is_better = ANALOGIES[name]
     source = open_source("emoji", lvm.side, "held_out")
     sentences = Sentences(source, kind, modalities, lvm.window - lvm.window % 2, lvm.side, SEED)
-    pictures = np.stack([[recipe() for recipe in sentences.sentence(i)] for i in range(count)])  # (n, N, S, S, 3)
+    pictures = np.stack([sentences.sentence(i) for i in range(count)])  # (n, N, S, S, 3)
     query, truth = pictures[:, -2], pictures[:, -1]
     drawn = draw(lvm, pictures[:, :-1], 1, candidates, temperature)[:, :, 0]  # (n, K, S, S, 3)
     answers = {"lvm": drawn.mean(1), "repeat_query": query, "mean_of_answers": pictures[:, 1:-1:2].mean(1)}
@@ -143,7 +143,7 @@ def measure_motion(lvm, count, out, temperature):
     """The second half of a held-out clip, continued from its first half, once."""
     source = open_source("emoji", lvm.side, "held_out")
     sentences = Sentences(source, "video", (), lvm.window, lvm.side, SEED)
-    clips = np.stack([[recipe() for recipe in sentences.sentence(i)] for i in range(count)])  # (n, N, S, S, 3)
+    clips = np.stack([sentences.sentence(i) for i in range(count)])  # (n, N, S, S, 3)
     half = lvm.window // 2
     frames = draw(lvm, clips[:, :half], lvm.window - half, 1, temperature)[:, 0]
     still = np.broadcast_to(clips[:, half - 1 : half], frames.shape)

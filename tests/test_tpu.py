@@ -7,12 +7,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,13 +22,13 @@ from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 from test_train import assert_same_bits, copy_up_to, metrics, refused
 
-import data
 import tasks
 import train
 import train_tpu
 from bench import plan
 from model import LLaMA
 from support import checkpoint, settings
+from support.token_rows import encode_row
 from support.tokenizer import Tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -58,7 +58,7 @@ def compiled(tmp_path_factory):
 def rows(tmp_path_factory):
     """The [data] of a run on 100 rows that count upwards by ones and twos."""
     path, rng = tmp_path_factory.mktemp("rows") / "rows.jsonl", np.random.default_rng(0)
-    path.write_text("".join(data.encode_row(rng.integers(1, 3, 90).cumsum() % 66) for _ in range(100)))
+    path.write_text("".join(encode_row(rng.integers(1, 3, 90).cumsum() % 66) for _ in range(100)))
     return [f'data.rows=["{path}"]', f'data.held_out=["{path}"]']
 
 
@@ -68,17 +68,21 @@ def on_mesh(mesh):
 
 def run_tpu(run, mesh, *overrides):
     """Trains configs/tiny_llama.toml, made TINY, on as many of the eight devices as the mesh has."""
-    s, given = train_tpu.read_run(CONFIG, [f"run.dir={run}", *TINY, *on_mesh(mesh), *overrides])
-    return train_tpu.train(s, given, jax.devices()[: math.prod(mesh)])
+    s, explicit_keys = train_tpu.read_run(CONFIG, [f"run.dir={run}", *TINY, *on_mesh(mesh), *overrides])
+    return train_tpu.train(s, explicit_keys, jax.devices()[: math.prod(mesh)])
 
 
 def opened(folder, mesh, *overrides):
-    """What train() holds at its start from `folder`: (settings, LLaMAConfig, mesh, {name: Weight}, state)."""
-    s, given = train_tpu.read_run(CONFIG, ["run.dir=", *TINY, *on_mesh(mesh), *overrides])
-    c = train_tpu.model_config(s, set() if folder else given, folder)
-    grid = train_tpu.make_mesh(s.mesh, jax.devices()[: math.prod(mesh)])
-    table = train_tpu.declare(c, grid.shape["tensor"])
-    return s, c, grid, table, train_tpu.start(s, c, grid, table, folder)[0]
+    """What train() holds at its start from `folder`: (settings, Layout, state)."""
+    s, explicit_keys = train_tpu.read_run(CONFIG, ["run.dir=", *TINY, *on_mesh(mesh), *overrides])
+    c = train_tpu.model_config(s, set() if folder else explicit_keys, folder)
+    layout = train_tpu.lay_out(c, train_tpu.make_mesh(s.mesh, jax.devices()[: math.prod(mesh)]))
+    return s, layout, train_tpu.start(s, layout, folder)
+
+
+def loss_of(s, layout, tokens):
+    """params → the mean loss on these tokens."""
+    return lambda params: train_tpu.mean_loss(params, tokens, s, layout.config, layout.table)
 
 
 def assert_close_weights(a, b, tolerance):
@@ -160,12 +164,12 @@ settings.run_main(train_tpu.main)
 def test_weights_are_split_as_declared():
     """Each device holds 1/(fsdp·tensor) of every matrix, of its moments too, after an update as before."""
     for mesh in ((1, 8, 1), (1, 1, 4), (2, 2, 2)):
-        s, c, grid, table, state = opened(None, mesh)
-        with jax.set_mesh(grid):
-            _, step, _, _, batch = train_tpu.prepare(s, c, grid)
-            tokens = jax.device_put(np.full(batch.shape, 7, np.int32), batch.sharding)
-            state, _ = step(state, tokens, train_tpu.rates(s, 0))
-        for kind, name in ((kind, name) for kind in state for name in table):
+        s, layout, state = opened(None, mesh)
+        with jax.set_mesh(layout.mesh):
+            program = train_tpu.prepare(s, layout)
+            tokens = jax.device_put(np.full(program.batch.shape, 7, np.int32), program.batch.sharding)
+            state, _ = program.update(state, tokens, train_tpu.step_constants(s, 0))
+        for kind, name in ((kind, name) for kind in state for name in layout.table):
             array, parts = state[kind][name], mesh[1] * mesh[2]
             held = {shard.data.nbytes for shard in array.addressable_shards}
             assert held == {array.nbytes // (1 if name.endswith("norm") else parts)}, (mesh, kind, name)
@@ -197,8 +201,9 @@ def test_both_trainers_follow_the_same_curve(both):
 
 def test_both_trainers_leave_the_same_files(both):
     torchs, ours, _ = both
-    files = [{p.relative_to(run) for p in run.rglob("*") if p.name != "tensorboard"} for run in (torchs, ours)]
-    assert {p for p in files[0] if "tensorboard" not in str(p)} == files[1]
+    files = [{p.relative_to(run) for p in run.rglob("*")} for run in (torchs, ours)]
+    files = [{p for p in found if "tensorboard" not in str(p)} for found in files]
+    assert files[0] == files[1]
     for path in sorted(p for p in files[1] if p.suffix == ".safetensors"):
         a, b = load_file(torchs / path), load_file(ours / path)
         assert {k: (v.shape, v.dtype) for k, v in a.items()} == {k: (v.shape, v.dtype) for k, v in b.items()}
@@ -243,19 +248,17 @@ def test_train_py_opens_files_in_shards(both, tmp_path, monkeypatch):
     assert_same_curve(begun, torchs, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama_hf_lvm", "llama_hf_31"])
+@pytest.mark.parametrize("name", ["llama_hf_lvm", "llama_hf_31", "llama_meta_mp2"])
 def test_published_folders_are_opened(name):
-    """Grouped heads, tied embeddings, stretched rotary wavelengths and sharded files: the loss of model.py."""
+    """Grouped heads, tied embeddings, stretched rotary wavelengths, sharded files, pieces: the loss of model.py."""
     folder = GOLDEN / name
     reference = LLaMA.from_pretrained(folder, dtype=torch.float32)
     s, _ = train_tpu.read_run(CONFIG, ["run.dir=", *on_mesh((2, 2, 2))])
-    c = train_tpu.model_config(s, set(), folder)
-    mesh = train_tpu.make_mesh(s.mesh, jax.devices())
-    table = train_tpu.declare(c, 2)
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, c.vocab_size, (2, 4, 48)))
-    with jax.set_mesh(mesh), torch.inference_mode():
-        params = train_tpu.read_weights(folder, table, c, mesh)
-        found = jax.jit(lambda p, t: train_tpu.mean_loss(p, t, s, c, table))(params, tokens.numpy().astype(np.int32))
+    layout = train_tpu.lay_out(train_tpu.model_config(s, set(), folder), train_tpu.make_mesh(s.mesh, jax.devices()))
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, layout.config.vocab_size, (2, 4, 48)))
+    with jax.set_mesh(layout.mesh), torch.inference_mode():
+        params = train_tpu.read_weights(folder, layout)
+        found = jax.jit(loss_of(s, layout, tokens.numpy().astype(np.int32)))(params)
         expected = torch.nn.functional.cross_entropy(reference(tokens[0]).flatten(0, 1), tokens[1].flatten())
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
@@ -295,12 +298,12 @@ def test_a_checkpoint_opens_on_any_mesh(eight_devices, rows, tmp_path):
     weights = {k.removeprefix("model."): v for k, v in load_file(folder / "model.safetensors").items()}
     moments = load_file(folder / "training" / "optimizer.model.safetensors")
     for mesh in ((1, 1, 1), (1, 4, 2), (1, 1, 4)):
-        _, c, _, table, state = opened(folder, mesh)
-        for name, layer, there, shape in train_tpu.places(table, c):
+        _, layout, state = opened(folder, mesh)
+        for name, layer, file_name, shape in train_tpu.tensor_names(layout):
             for kind in ("params", "exp_avg", "exp_avg_sq"):
-                saved = weights[there] if kind == "params" else moments[f"{there}.{kind}"]
+                saved = weights[file_name] if kind == "params" else moments[f"{file_name}.{kind}"]
                 held = np.asarray(state[kind][name] if layer is None else state[kind][name][layer])
-                assert np.array_equal(held[: shape[0]], saved.numpy()), (mesh, kind, there)
+                assert np.array_equal(held[: shape[0]], saved.numpy()), (mesh, kind, file_name)
     run = copy_up_to(eight_devices, 5, tmp_path / "run")
     run_tpu(run, (1, 4, 2), "train.steps=10", "train.save_every=5", *rows)
     assert_close_weights(run / "latest", eight_devices / "latest", 1e-5)
@@ -315,10 +318,9 @@ def test_recomputing_changes_no_gradient(one_device):
     found = {}
     for options in ([], ["mesh.keep=nothing"], ["mesh.keep=products"], ["train.dtype=bfloat16"]):
         recompute = f"train.activation_checkpointing={'true' if options else 'false'}"
-        s, c, mesh, table, state = opened(one_device / "step_00000005", (1, 1, 1), recompute, *options)
-        with jax.set_mesh(mesh):
-            gradient = jax.jit(jax.value_and_grad(lambda p, s=s, c=c, t=table: train_tpu.mean_loss(p, tokens, s, c, t)))
-            loss, gradients = gradient(state["params"])
+        s, layout, state = opened(one_device / "step_00000005", (1, 1, 1), recompute, *options)
+        with jax.set_mesh(layout.mesh):
+            loss, gradients = jax.jit(jax.value_and_grad(loss_of(s, layout, tokens)))(state["params"])
         found["".join(options)] = float(loss), {name: np.asarray(g) for name, g in gradients.items()}
     loss, gradients = found.pop("")
     for options, (other_loss, other) in found.items():
@@ -337,14 +339,11 @@ PLANNED = ["model.dim=64", "model.hidden_dim=192", "model.n_layers=5", "model.ma
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
 def test_the_planned_flops_are_those_of_the_formula(mesh):
     """Loops within loops (microsteps, layers, pieces of the head), counted as often as they run: within 5 %."""
-    s, given = train_tpu.read_run(CONFIG, ["run.dir=", *TINY, *PLANNED, *on_mesh(mesh)])
-    c = train_tpu.model_config(s, given, None)
-    grid = train_tpu.make_mesh(s.mesh, jax.devices()[: math.prod(mesh)])
-    with jax.set_mesh(grid):
-        _, step, _, state, batch = train_tpu.prepare(s, c, grid)
-        lowered = step.lower(state, batch, jax.ShapeDtypeStruct((4,), "float32"))
+    s, layout, _ = opened(None, mesh, *PLANNED)
+    with jax.set_mesh(layout.mesh):
+        lowered = train_tpu.prepare(s, layout).lower()
         cost, temporaries = plan.compile_and_count(lowered, math.prod(mesh))
-    expected = plan.model_flops(c, 2 * 8 * 128)
+    expected = plan.model_flops(layout.config, 2 * 8 * 128)
     assert cost["flops"] * math.prod(mesh) == pytest.approx(expected, rel=0.05)
     assert temporaries > 0
     sent = {kind for kind in plan.COLLECTIVES if cost[kind]}
@@ -431,7 +430,7 @@ def test_only_a_llama_is_trained_here():
 
 def test_a_checkpoint_of_another_shape_is_named(one_device, tmp_path):
     folder = one_device / "step_00000005"
-    _, c, mesh, table, _ = opened(folder, (1, 1, 1))
+    _, layout, _ = opened(folder, (1, 1, 1))
     tensors = checkpoint.read_tensors(folder)
     missing = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
     wrong = tensors | {"lm_head.weight": torch.zeros(5, 32)}
@@ -440,7 +439,8 @@ def test_a_checkpoint_of_another_shape_is_named(one_device, tmp_path):
         [(missing, "norm.weight is missing"), (wrong, "lm_head.weight is (5, 32)"), (extra, "bias belongs to no part")]
     ):
         checkpoint.write_tensors(tmp_path / str(number) / "model.safetensors", found)
-        assert said in refused(train_tpu.read_weights, Path(tmp_path / str(number)), table, c, mesh)
+        shutil.copy(folder / "config.json", tmp_path / str(number))
+        assert said in refused(train_tpu.read_weights, tmp_path / str(number), layout)
     assert json.loads((folder / "state.json").read_text()) == {"step": 5}
 
 
