@@ -1,34 +1,32 @@
-"""Latent diffusion: pictures out of noise, one small step at a time, steered by text. Stable Diffusion 1.5, 2.1, XL.
+"""Latent diffusion: pictures out of noise, one small step at a time, steered by text. Stable Diffusion 1, 2, XL.
 
-An autoencoder squeezes a picture to a grid of latents 8 times smaller each way. Training adds noise to the latents, a
-random amount t of it, and a U-Net learns to say what was added. Drawing runs the other way: from pure noise, predict
-the noise, take a little of it off, and again. The U-Net sees the prompt through cross-attention, so noise that could
-become anything becomes what the words say. Its loss is a plain squared error; nothing here is a game of two networks.
+An autoencoder compresses a picture to a grid of latents, 8 times smaller each way. Training adds noise to the latents,
+as much as a random time t says, and a U-Net learns to predict it. Sampling starts from pure noise: it predicts the
+noise, removes a little of it, and repeats. The U-Net sees the prompt through cross-attention. Its loss is a plain
+squared error.
 
     image (B, 3, H, W) in [-1, 1] ── AutoencoderKL.encode · scaling_factor ──▶ x0 (B, 4, H/8, W/8)
                                                                                 │ add_noise(x0, noise, t)
     prompt ── text encoder ──▶ context (B, 77, D) ──┐                           ▼
     t (B,) ── sin, cos, MLP ──▶ (B, 4·width) ───────┴──▶ UNet ──▶ prediction of noise, v or x0, the shape of x0
 
-    drawing:   noise ── sampler: UNet at each of n falling t ──▶ x0 ── / scaling_factor · decode ──▶ image
+    sampling:  noise ── sampler: UNet at each of n falling t ──▶ x0 ── / scaling_factor · decode ──▶ image
 
-    symbol  B batch   x0 clean latents   ε noise   ᾱ alphas_cumprod   α = √ᾱ   σ = √(1-ᾱ)   x_t = α·x0 + σ·ε
-            v = α·ε - σ·x0   SNR = α²/σ²   λ = log(α/σ)
+    symbol  B batch   x0 clean latents   ε noise   T number of times   ᾱ alphas_cumprod   α = √ᾱ   σ = √(1-ᾱ)
+            x_t = α·x0 + σ·ε   v = α·ε - σ·x0   SNR = α²/σ²   λ = log(α/σ)   σ' = σ/α
 
 Papers: latent diffusion, Rombach et al. 2022; SDXL, Podell et al. 2023; DDPM, Ho et al. 2020; v-prediction, Salimans &
-Ho 2022; guidance, Ho & Salimans 2022. Each sampler names its own. Modules bear the names of the diffusers files, so a
-checkpoint's keys can be read beside the code; single files (CompVis, Stability) are renamed at the door.
+Ho 2022; guidance, Ho & Salimans 2022. Each sampler names its own. Modules bear the names of the diffusers files, so
+that a checkpoint's keys can be read beside the code; published/stable_diffusion.py renames those of single files.
 
-Text encoders are handed in, never imported. What is asked of one: `.tokenize(texts) → (B, 77) int64`,
-`.hidden(tokens, layer=-1 | -2, final_norm=True) → (B, 77, D)`, `.pooled(tokens) → (B, P)`; to be saved, what clip.CLIP
-has: `.save_pretrained(folder)`, `.tokenizer`, `.config.text.context_length`.
-
-Read before: clip.py. Read next: documents.py, then DreamLLM in model.py: a language model steers this U-Net.
+A text encoder has `.tokenize(texts) → (B, 77) int64`, `.hidden(tokens, layer=-1 | -2, final_norm=True) → (B, 77, D)`
+and `.pooled(tokens) → (B, P)`. To be saved, it also has what clip.CLIP has: `.save_pretrained(folder)`, `.tokenizer`,
+`.config.text.context_length`.
 """
 
-import dataclasses
-import json
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +39,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
+from published import stable_diffusion as published
 from support import checkpoint, settings
 from support.settings import UserError
 
@@ -56,30 +55,41 @@ class UNetConfig:
     sample_size: int = 64  # side of the latents it was trained on; others work too
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level
     layers_per_block: int = 2
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block; 0: no attention there
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block; 0: no attention
     mid_depth: int = 1  # … and in the middle
     heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: int = 768
-    use_linear_projection: bool = False  # into and out of the transformer: linear, or a 1×1 convolution
+    use_linear_projection: bool = False  # around the transformer blocks: linear layers, or 1×1 convolutions
     norm_num_groups: int = 32
     # SDXL's second conditioning, one vector a picture: pooled text beside six numbers about its size, each
     # of which becomes `addition_time_embed_dim` sines and cosines. 0: none
     addition_time_embed_dim: int = 0
     projection_class_embeddings_input_dim: int = 0  # pooled text + 6 · addition_time_embed_dim
-    upcast_attention: bool = False  # a note to other readers: fused attention sums in float32 as it is
+    upcast_attention: bool = False  # kept only so that diffusers reads it back; ours sums in float32 anyway
 
     def __post_init__(self):
+        check_levels(self)
+        settings.within(self, 1, 2**16, "in_channels", "out_channels", "sample_size", "heads", "cross_attention_dim")
+        settings.within(self, 0, 100, "depth")
+        settings.within(self, 1, 100, "mid_depth")
+        settings.within(self, 0, 2**16, "addition_time_embed_dim", "projection_class_embeddings_input_dim")
         levels = len(self.block_out_channels)
         for name in ("depth", "heads"):
             if len(getattr(self, name)) != levels:
-                raise ValueError(f"{name} {getattr(self, name)} must have {levels} entries, as block_out_channels has")
+                raise ValueError(f"{name} must have {levels} entries, as block_out_channels has")
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
-            if width % heads or width % self.norm_num_groups:
-                raise ValueError(f"heads {heads} and norm_num_groups {self.norm_num_groups} must divide width {width}")
+            if width % heads:
+                raise ValueError(f"heads {heads} must divide width {width}, an entry of block_out_channels")
         if self.depth[-1] not in (0, self.mid_depth):
             raise ValueError(f"mid_depth {self.mid_depth} must be the last level's depth {self.depth[-1]}")
-        if bool(self.addition_time_embed_dim) != bool(self.projection_class_embeddings_input_dim):
-            raise ValueError("addition_time_embed_dim and projection_class_embeddings_input_dim go together")
+        if self.block_out_channels[0] % 2 or self.addition_time_embed_dim % 2:
+            raise ValueError("block_out_channels[0] and addition_time_embed_dim must be even: half sines, half cosines")
+        added, pooled_and_added = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if bool(added) != bool(pooled_and_added) or (added and pooled_and_added <= 6 * added):
+            raise ValueError(
+                "addition_time_embed_dim and projection_class_embeddings_input_dim must both be 0, "
+                "or the second more than 6 times the first"
+            )
 
     @classmethod
     def named(cls, name):
@@ -87,6 +97,19 @@ class UNetConfig:
         if name not in UNETS:
             raise UserError(f'no U-Net "{name}"; there are {", ".join(UNETS)}')
         return cls(**UNETS[name])
+
+
+def check_levels(config):
+    """The bounds that both networks' configurations share."""
+    if not 1 <= len(config.block_out_channels) <= 10:
+        raise ValueError(f"block_out_channels must have 1 to 10 entries, not {len(config.block_out_channels)}")
+    settings.within(config, 1, 2**16, "block_out_channels", "norm_num_groups")
+    settings.within(config, 1, 100, "layers_per_block")
+    for width in config.block_out_channels:
+        if width % config.norm_num_groups:
+            raise ValueError(
+                f"norm_num_groups {config.norm_num_groups} must divide width {width}, an entry of block_out_channels"
+            )
 
 
 # fmt: off
@@ -115,8 +138,11 @@ class AutoencoderKLConfig:
     scaling_factor: float = 0.18215  # 1 / standard deviation of the latents: the U-Net sees them at about 1
 
     def __post_init__(self):
-        if any(width % self.norm_num_groups for width in self.block_out_channels):
-            raise ValueError(f"norm_num_groups {self.norm_num_groups} must divide each of {self.block_out_channels}")
+        check_levels(self)
+        settings.within(self, 1, 2**16, "sample_size", "latent_channels")
+        settings.within(self, 1e-6, 1e6, "scaling_factor")
+        if (self.in_channels, self.out_channels) != (3, 3):
+            raise ValueError("in_channels and out_channels must be 3: pictures are RGB")
 
     @property
     def factor(self):
@@ -138,14 +164,14 @@ VAES = {"sd": {}, "sdxl": {"sample_size": 1024, "scaling_factor": 0.13025}}
 
 
 class ResBlock(nn.Module):
-    """(B, i, h, w) → (B, o, h, w): x + conv(silu(norm(conv(silu(norm(x))) + what the time says)))."""
+    """(B, i, h, w) → (B, o, h, w): x + conv(silu(norm(conv(silu(norm(x))) + time embedding)))."""
 
-    def __init__(self, i, o, groups, eps, time=0):
+    def __init__(self, i, o, groups, eps, time_width=0):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, i, eps), nn.Conv2d(i, o, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(groups, o, eps), nn.Conv2d(o, o, 3, padding=1)
-        if time:
-            self.time_emb_proj = nn.Linear(time, o)
+        if time_width:
+            self.time_emb_proj = nn.Linear(time_width, o)
         if i != o:
             self.conv_shortcut = nn.Conv2d(i, o, 1)
 
@@ -158,7 +184,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens x (B, N, D) look at themselves, or at the tokens of a context (B, M, D'). → (B, N, D)."""
+    """Tokens x (B, N, D) attend to each other, or to a context (B, M, D') → (B, N, D)."""
 
     def __init__(self, width, heads, context_width=0, bias=False):
         super().__init__()
@@ -175,7 +201,7 @@ class Attention(nn.Module):
 
 
 class PixelAttention(Attention):
-    """The autoencoder's only attention: every position of (B, D, h, w) looks at every other, one head."""
+    """The autoencoder's only attention: every position of (B, D, h, w) attends to all, one head."""
 
     def __init__(self, width, groups):
         super().__init__(width, 1, bias=True)
@@ -199,7 +225,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Tokens of the picture look at each other, then at the prompt, then think by themselves."""
+    """Tokens of the picture (B, N, D) attend to each other, then to the prompt (B, M, D'); then an MLP. → (B, N, D)."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
@@ -218,14 +244,13 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """(B, D, h, w), with a context (B, M, D') → (B, D, h, w): the positions become h·w tokens, and come back."""
 
-    def __init__(self, width, heads, depth, c):
+    def __init__(self, width, heads, depth, config):
         super().__init__()
-        self.norm = nn.GroupNorm(c.norm_num_groups, width, eps=1e-6)
-        project = nn.Linear if c.use_linear_projection else lambda i, o: nn.Conv2d(i, o, 1)
+        self.norm = nn.GroupNorm(config.norm_num_groups, width, eps=1e-6)
+        project = nn.Linear if config.use_linear_projection else functools.partial(nn.Conv2d, kernel_size=1)
         self.proj_in, self.proj_out = project(width, width), project(width, width)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(width, heads, c.cross_attention_dim) for _ in range(depth)
-        )
+        blocks = [TransformerBlock(width, heads, config.cross_attention_dim) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
 
     def forward(self, x, context):
         h = rearrange(self.norm(x), "b d h w -> b (h w) d")
@@ -242,6 +267,8 @@ def positionwise(layer, tokens):
 
 
 class Downsample(nn.Module):
+    """(B, D, h, w) → (B, D, h/2, w/2)."""
+
     def __init__(self, width, padding):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
@@ -253,6 +280,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, D, h, w) → (B, D, *size), size the height and width that are wanted."""
+
     def __init__(self, width):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
@@ -262,7 +291,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; where there are, an attention after each, and the way to the next."""
+    """The residual blocks of one resolution, with an attention after each if there are any, and the way to the next."""
 
     def __init__(self, resnets, attentions=(), down=None, up=None):
         super().__init__()
@@ -273,12 +302,12 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([up])
 
     def forward(self, x, n, emb=None, context=None):
-        """Residual block n and its attention."""
+        """Residual block n and its attention: x (B, i, h, w), context (B, M, D') → (B, o, h, w)."""
         x = self.resnets[n](x, emb)
         return self.attentions[n](x, context) if n < len(self.attentions) else x
 
     def forward_all(self, x):
-        """All of them, for the autoencoder, which knows no time and no text."""
+        """All of them, for the autoencoder, which has no time and no text."""
         for n in range(len(self.resnets)):
             x = self(x, n)
         return x
@@ -296,6 +325,8 @@ def sinusoids(t, dim):
 
 
 class VectorMLP(nn.Module):
+    """(B, i) → (B, o)."""
+
     def __init__(self, i, o):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(i, o), nn.Linear(o, o)
@@ -307,46 +338,52 @@ class VectorMLP(nn.Module):
 class UNet(nn.Module):
     """(noisy latents, time, context) → what the schedule calls the prediction: ε, v or x0.
 
-    Down to smaller and wider grids and up again; every step up also gets what the way down left at that size.
+    It goes down to smaller and wider grids, then up again. Each residual block on the way up also gets the output of
+    its counterpart on the way down: the skips.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
+        self.config = config
         self.activation_checkpointing = False  # recompute each block in the backward pass, to save memory
-        widths, layers, last = c.block_out_channels, c.layers_per_block, len(c.block_out_channels) - 1
-        time, groups, eps = 4 * widths[0], c.norm_num_groups, 1e-5
+        widths, layers = config.block_out_channels, config.layers_per_block
+        last, time_width, eps = len(widths) - 1, 4 * widths[0], 1e-5
 
         def resnet(i, o):
-            return ResBlock(i, o, groups, eps, time)
+            return ResBlock(i, o, config.norm_num_groups, eps, time_width)
 
         def attentions(level, count):
-            o, heads, depth = widths[level], c.heads[level], c.depth[level]
-            return [SpatialTransformer(o, heads, depth, c) for _ in range(count if depth else 0)]
+            heads, depth = config.heads[level], config.depth[level]
+            count = count if depth else 0
+            return [SpatialTransformer(widths[level], heads, depth, config) for _ in range(count)]
 
-        self.time_embedding = VectorMLP(widths[0], time)
-        if c.addition_time_embed_dim:
-            self.add_embedding = VectorMLP(c.projection_class_embeddings_input_dim, time)
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = VectorMLP(widths[0], time_width)
+        if config.addition_time_embed_dim:
+            self.add_embedding = VectorMLP(config.projection_class_embeddings_input_dim, time_width)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
 
-        self.down_blocks, x, skips = nn.ModuleList(), widths[0], [widths[0]]
-        for n, o in enumerate(widths):
-            resnets = [resnet(x if k == 0 else o, o) for k in range(layers)]
-            down = Downsample(o, padding=1) if n < last else None
-            self.down_blocks.append(Level(resnets, attentions(n, layers), down))
-            x, skips = o, skips + [o] * (layers + (n < last))
+        before, skips = widths[0], [widths[0]]  # width of the block before, widths of the skips
+        self.down_blocks = nn.ModuleList()
+        for level, width in enumerate(widths):
+            resnets = [resnet(before if k == 0 else width, width) for k in range(layers)]
+            down = Downsample(width, padding=1) if level < last else None
+            self.down_blocks.append(Level(resnets, attentions(level, layers), down))
+            before = width
+            skips += [width] * (layers + (level < last))
 
-        self.mid_block = Level([resnet(x, x), resnet(x, x)], [SpatialTransformer(x, c.heads[last], c.mid_depth, c)])
+        resnets = [resnet(before, before) for _ in range(2)]
+        self.mid_block = Level(resnets, [SpatialTransformer(before, config.heads[last], config.mid_depth, config)])
 
         self.up_blocks = nn.ModuleList()
-        for n, o in reversed(list(enumerate(widths))):
-            resnets = [resnet((x if k == 0 else o) + skips.pop(), o) for k in range(layers + 1)]
-            self.up_blocks.append(Level(resnets, attentions(n, layers + 1), up=Upsample(o) if n > 0 else None))
-            x = o
-        self.conv_norm_out = nn.GroupNorm(groups, x, eps)
-        self.conv_out = nn.Conv2d(x, c.out_channels, 3, padding=1)
+        for level, width in reversed(list(enumerate(widths))):
+            resnets = [resnet((before if k == 0 else width) + skips.pop(), width) for k in range(layers + 1)]
+            attention = attentions(level, layers + 1)
+            self.up_blocks.append(Level(resnets, attention, up=Upsample(width) if level > 0 else None))
+            before = width
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, before, eps)
+        self.conv_out = nn.Conv2d(before, config.out_channels, 3, padding=1)
 
-        # As in the published training code, every residual branch starts out as nothing, and the prediction too.
+        # As in the published training code, every residual branch starts at zero, and so does the prediction.
         for module in self.modules():
             for name in ("conv2", "proj_out", "conv_out"):
                 if hasattr(module, name):
@@ -380,7 +417,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def embed(self, t, text_embeds, time_ids):
-        """t (B,), and SDXL's two → (B, 4·width): what every residual block is told."""
+        """t (B,), SDXL's text_embeds (B, P) and time_ids (B, 6) → the time embedding (B, 4·width)."""
         dtype = self.time_embedding.linear_1.weight.dtype
         emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
         if self.config.addition_time_embed_dim:
@@ -405,21 +442,30 @@ class UNet(nn.Module):
 
         A single file says nothing of its heads: unless it is one of the published sizes, give its UNetConfig.
         """
-        path = part_of(path, "unet")
+        path = published.subfolder(path, "unet", published.UNET, published.PIPELINE)
         tensors = checkpoint.read_tensors(path)
         if path.is_dir():
-            config = unet_config_from_diffusers(checkpoint.read_json(path / "config.json"), path / "config.json")
+            config = read_config(UNetConfig, path)
         else:
-            tensors = under(tensors, "model.diffusion_model.", path)
+            tensors = published.strip_prefix(tensors, published.UNET_PREFIX, path)
             config = config or UNetConfig.named(published_unet(tensors, path))
-            tensors = renamed(tensors, unet_names(config))
-        with torch.device("meta"):
-            model = cls(config)
-        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
+            tensors = published.rename_unet(tensors, config)
+        return checkpoint.load(cls, config, tensors, path, dtype, device)
 
     def save_pretrained(self, path):
         """Writes config.json and diffusion_pytorch_model.safetensors, as diffusers' UNet2DConditionModel has them."""
-        save_part(self, unet_config_to_diffusers(self.config), path)
+        checkpoint.write_json(Path(path) / "config.json", published.unet_json(self.config))
+        checkpoint.write_tensors(Path(path) / "diffusion_pytorch_model.safetensors", self.state_dict())
+
+
+def published_unet(tensors, path):
+    """The name of the published U-Net that these tensors, under their single-file names, are."""
+    width, context = published.unet_shape(tensors, path)
+    for name in UNETS:
+        config = UNetConfig.named(name)
+        if (config.block_out_channels[0], config.cross_attention_dim) == (width, context):
+            return name
+    raise UserError(f"{path}: no published U-Net has width {width} and context {context}: it needs config=")
 
 
 # ---- the autoencoder -------------------------------------------------------------------------
@@ -428,18 +474,19 @@ class UNet(nn.Module):
 class Encoder(nn.Module):
     """images (B, 3, H, W) → (B, 2·z, h, w)."""
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        widths, groups = c.block_out_channels, c.norm_num_groups
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
-        self.down_blocks, x = nn.ModuleList(), widths[0]
-        for n, o in enumerate(widths):
-            resnets = [ResBlock(x if k == 0 else o, o, groups, 1e-6) for k in range(c.layers_per_block)]
-            self.down_blocks.append(Level(resnets, down=Downsample(o, 0) if n + 1 < len(widths) else None))
-            x = o
-        self.mid_block = Level([ResBlock(x, x, groups, 1e-6) for _ in range(2)], [PixelAttention(x, groups)])
-        self.conv_norm_out = nn.GroupNorm(groups, x, eps=1e-6)
-        self.conv_out = nn.Conv2d(x, 2 * c.latent_channels, 3, padding=1)
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks, before = nn.ModuleList(), widths[0]
+        for level, width in enumerate(widths):
+            layers = range(config.layers_per_block)
+            resnets = [ResBlock(before if k == 0 else width, width, groups, 1e-6) for k in layers]
+            self.down_blocks.append(Level(resnets, down=Downsample(width, 0) if level + 1 < len(widths) else None))
+            before = width
+        self.mid_block = middle(before, groups)
+        self.conv_norm_out = nn.GroupNorm(groups, before, eps=1e-6)
+        self.conv_out = nn.Conv2d(before, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -453,19 +500,20 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, z, h, w) → images (B, 3, H, W)."""
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        widths, groups = c.block_out_channels[::-1], c.norm_num_groups
-        x = widths[0]
-        self.conv_in = nn.Conv2d(c.latent_channels, x, 3, padding=1)
-        self.mid_block = Level([ResBlock(x, x, groups, 1e-6) for _ in range(2)], [PixelAttention(x, groups)])
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        before = widths[0]
+        self.conv_in = nn.Conv2d(config.latent_channels, before, 3, padding=1)
+        self.mid_block = middle(before, groups)
         self.up_blocks = nn.ModuleList()
-        for n, o in enumerate(widths):
-            resnets = [ResBlock(x if k == 0 else o, o, groups, 1e-6) for k in range(c.layers_per_block + 1)]
-            self.up_blocks.append(Level(resnets, up=Upsample(o) if n + 1 < len(widths) else None))
-            x = o
-        self.conv_norm_out = nn.GroupNorm(groups, x, eps=1e-6)
-        self.conv_out = nn.Conv2d(x, c.out_channels, 3, padding=1)
+        for level, width in enumerate(widths):
+            layers = range(config.layers_per_block + 1)
+            resnets = [ResBlock(before if k == 0 else width, width, groups, 1e-6) for k in layers]
+            self.up_blocks.append(Level(resnets, up=Upsample(width) if level + 1 < len(widths) else None))
+            before = width
+        self.conv_norm_out = nn.GroupNorm(groups, before, eps=1e-6)
+        self.conv_out = nn.Conv2d(before, config.out_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.mid_block.forward_all(self.conv_in(x))
@@ -476,21 +524,28 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
+def middle(width, groups):
+    """The autoencoder's smallest grid: a residual block, attention, a residual block."""
+    resnets = [ResBlock(width, width, groups, 1e-6) for _ in range(2)]
+    return Level(resnets, [PixelAttention(width, groups)])
+
+
 class AutoencoderKL(nn.Module):
     """images ⇄ latents; each image becomes a normal distribution over latents (Kingma & Welling 2014)."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
-        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+        self.config, channels = config, config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] → (mean, log of the variance), each (B, z, H/factor, W/factor), not scaled."""
-        if images.shape[-1] % self.config.factor or images.shape[-2] % self.config.factor:
+        height, width = images.shape[-2:]
+        if width % self.config.factor or height % self.config.factor:
             raise UserError(
-                f"a picture of {images.shape[-1]}×{images.shape[-2]} has no whole number of latents: "
+                f"a picture of {width}×{height} has no whole number of latents: "
                 f"its sides must be multiples of {self.config.factor}"
             )
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
@@ -511,33 +566,31 @@ class AutoencoderKL(nn.Module):
 
         A single file says nothing of its scaling factor; without `config` it is taken to be SD 1's and 2's.
         """
-        path = part_of(path, "vae")
+        path = published.subfolder(path, "vae", published.VAE, published.PIPELINE)
         tensors = checkpoint.read_tensors(path)
         if path.is_dir():
-            config = vae_config_from_diffusers(checkpoint.read_json(path / "config.json"), path / "config.json")
+            config = read_config(AutoencoderKLConfig, path)
         else:
-            tensors = under(tensors, "first_stage_model.", path)
-            config = config or AutoencoderKLConfig()
-        tensors = renamed(tensors, vae_names(config))
-        # attention as 1×1 convolutions in single files, as linear layers in diffusers': (D, D, 1, 1) → (D, D)
-        tensors = {k: v.flatten(1) if ".attentions." in k and v.ndim == 4 else v for k, v in tensors.items()}
-        with torch.device("meta"):
-            model = cls(config)
-        return checkpoint.load_into(model, tensors, path, dtype, device).eval()
+            tensors = published.strip_prefix(tensors, published.VAE_PREFIX, path)
+            config = config or AutoencoderKLConfig.named("sd")
+        return checkpoint.load(cls, config, published.rename_vae(tensors, config), path, dtype, device)
 
     def save_pretrained(self, path):
         """Writes config.json and diffusion_pytorch_model.safetensors, as diffusers' AutoencoderKL has them."""
-        save_part(self, vae_config_to_diffusers(self.config), path)
+        checkpoint.write_json(Path(path) / "config.json", published.vae_json(self.config))
+        checkpoint.write_tensors(Path(path) / "diffusion_pytorch_model.safetensors", self.state_dict())
 
 
 def reparameterize(mean, logvar, noise):
-    """A sample of the distribution that encode() gave, made of noise ~ N(0, 1): gradients reach mean and logvar."""
+    """A sample of the distribution that encode() returns, from noise ~ N(0, 1); gradients reach mean and logvar."""
     return mean + (logvar / 2).exp() * noise
 
 
 def kl_divergence(mean, logvar):
-    """KL(N(mean, e^logvar) ‖ N(0, 1)), summed over each picture's latents, mean over the batch. Published weight: 1e-6
-    beside a reconstruction error that is summed over pixels too."""
+    """KL(N(mean, e^logvar) ‖ N(0, 1)), summed over each picture's latents, mean over the batch.
+
+    Its published weight is 1e-6, beside a reconstruction error that is summed over pixels too.
+    """
     return 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
 
 
@@ -549,6 +602,11 @@ class AutoencoderLoss:
     l2: float = 0.0
     kl: float = 1e-6
 
+    def __post_init__(self):
+        settings.within(self, 0, 1e6, "l1", "l2", "kl")
+        if not (self.l1 or self.l2):
+            raise ValueError("l1 and l2 are both 0: nothing would be reconstructed")
+
     def __call__(self, images, reconstruction, mean, logvar):
         """→ the loss, {"nll", "kl"}; images and reconstruction (B, 3, H, W) in [-1, 1]."""
         error = (reconstruction.float() - images).abs()
@@ -559,6 +617,55 @@ class AutoencoderLoss:
 
 # ---- the noise schedule ----------------------------------------------------------------------
 
+
+def linear_betas(first, last, T):
+    """Ho et al. 2020."""
+    return torch.linspace(first, last, T, dtype=torch.float32, device="cpu")
+
+
+def scaled_linear_betas(first, last, T):
+    """Latent diffusion: linear in √β."""
+    return torch.linspace(first**0.5, last**0.5, T, dtype=torch.float32, device="cpu") ** 2
+
+
+def cosine_betas(first, last, T):
+    """Nichol & Dhariwal 2021, eq. 17."""
+    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
+    return torch.tensor([min(1 - f[t + 1] / f[t], 0.999) for t in range(T)], device="cpu")
+
+
+BETA_SCHEDULES = {  # (beta_start, beta_end, T) → β (T,) float32
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "squaredcos_cap_v2": cosine_betas,
+}
+
+
+class Prediction(NamedTuple):
+    """One of the things that a U-Net may predict from x_t = α·x0 + σ·ε, and what follows from it."""
+
+    target: Callable  # (x0, ε, α, σ) → what it learns to predict
+    x0_and_noise: Callable  # (prediction, x_t, α, σ) → (x0, ε)
+    relative_error: Callable  # SNR → the squared error of the prediction, over that of the x0 which follows from it
+
+
+PREDICTIONS = {
+    "epsilon": Prediction(
+        target=lambda x0, noise, alpha, sigma: noise,
+        x0_and_noise=lambda noise, x, alpha, sigma: ((x - sigma * noise) / alpha, noise),
+        relative_error=lambda snr: snr,
+    ),
+    "v_prediction": Prediction(  # Salimans & Ho 2022
+        target=lambda x0, noise, alpha, sigma: alpha * noise - sigma * x0,
+        x0_and_noise=lambda v, x, alpha, sigma: (alpha * x - sigma * v, alpha * v + sigma * x),
+        relative_error=lambda snr: snr + 1,
+    ),
+    "sample": Prediction(
+        target=lambda x0, noise, alpha, sigma: x0,
+        x0_and_noise=lambda x0, x, alpha, sigma: (x0, (x - alpha * x0) / sigma),
+        relative_error=lambda snr: 1,
+    ),
+}
 SPACINGS = ("", "leading", "linspace", "trailing")
 
 
@@ -573,94 +680,85 @@ class NoiseSchedule:
     num_train_timesteps: int = 1000  # T
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"  # linear | scaled_linear | squaredcos_cap_v2
-    prediction_type: str = "epsilon"  # epsilon | v_prediction | sample
-    rescale_betas_zero_snr: bool = False  # nothing of the picture is left at T-1: dark and bright ones can be drawn
+    beta_schedule: str = "scaled_linear"  # one of BETA_SCHEDULES
+    prediction_type: str = "epsilon"  # one of PREDICTIONS
+    rescale_betas_zero_snr: bool = False  # nothing of the picture is left at T-1: dark and bright ones can be sampled
     timestep_spacing: str = ""  # which times a sampler visits; "": its own published choice
     steps_offset: int = 1  # added to "leading" times
     set_alpha_to_one: bool = False  # DDIM's last step goes to ᾱ = 1 (true), or only to ᾱ_0 (false)
 
     def __post_init__(self):
-        T, first, last = self.num_train_timesteps, self.beta_start, self.beta_end
-        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f'prediction_type "{self.prediction_type}" must be epsilon, v_prediction or sample')
-        if self.timestep_spacing not in SPACINGS:
-            raise ValueError(f'timestep_spacing "{self.timestep_spacing}" must be leading, linspace or trailing')
-        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
-            raise ValueError("with rescale_betas_zero_snr the last ε says nothing: predict v_prediction or sample")
-        if self.beta_schedule == "linear":  # Ho et al. 2020
-            betas = torch.linspace(first, last, T, dtype=torch.float32, device="cpu")
-        elif self.beta_schedule == "scaled_linear":  # latent diffusion: linear in √β
-            betas = torch.linspace(first**0.5, last**0.5, T, dtype=torch.float32, device="cpu") ** 2
-        elif self.beta_schedule == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, eq. 17
-            f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
-            betas = torch.tensor([min(1 - f[t + 1] / f[t], 0.999) for t in range(T)], device="cpu")
-        else:
-            raise ValueError(f'beta_schedule "{self.beta_schedule}" must be linear, scaled_linear or squaredcos_cap_v2')
+        settings.within(self, 1, 100_000, "num_train_timesteps")
+        settings.within(self, 0, self.num_train_timesteps, "steps_offset")
+        settings.above(self, 0, "beta_start", "beta_end")
+        settings.fraction(self, "beta_start", "beta_end")
+        settings.one_of(self, BETA_SCHEDULES, "beta_schedule")
+        settings.one_of(self, PREDICTIONS, "prediction_type")
+        settings.one_of(self, SPACINGS, "timestep_spacing")
+        betas = BETA_SCHEDULES[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
         alphas_cumprod = (1 - betas).cumprod(0)
         if self.rescale_betas_zero_snr:  # Lin et al. 2023, algorithm 1: move √ᾱ so that the last is 0, the first stays
             root = alphas_cumprod.sqrt()
             alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        if not alphas_cumprod[0] < 1 or not (alphas_cumprod[:-1] > 0).all():
+            raise ValueError(
+                f"beta_start {self.beta_start} and beta_end {self.beta_end} must add noise at the first and leave "
+                f"something of the picture before the last of num_train_timesteps {self.num_train_timesteps}"
+            )
+        if alphas_cumprod[-1] == 0 and self.prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type epsilon says nothing of a picture of which the last time (rescale_betas_zero_snr, "
+                "large betas) leaves nothing: predict v_prediction or sample"
+            )
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
 
     @classmethod
     def from_config(cls, saved, path="scheduler_config.json"):
         """A diffusers scheduler_config.json (a dict) as a schedule: any of our samplers may then follow it."""
-        if saved.get("_class_name") not in SCHEDULERS:
-            raise UserError(f"{path}: {saved.get('_class_name')} is not supported; {', '.join(SCHEDULERS)} are")
-        unsupported(saved, SCHEDULER_FIXED, path)
-        # what diffusers takes where the file is silent
-        fields = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-        fields |= {"steps_offset": 0, "set_alpha_to_one": True}
-        fields |= {f.name: saved[f.name] for f in dataclasses.fields(cls) if saved.get(f.name) is not None}
-        return settings.build(cls, fields, str(path))
+        return settings.build(cls, published.schedule_fields(saved, path))
 
     def to_config(self):
         """What scheduler_config.json says of this schedule."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "timestep_spacing" or v}
-        return {"_class_name": "DDIMScheduler"} | fields | {"clip_sample": False, "trained_betas": None}
+        return published.schedule_json(self)
 
     # -- training --
 
-    def alpha_sigma(self, t, like):
-        """α_t and σ_t for t (B,) or one number, shaped to multiply `like` (B, …)."""
-        a = self.alphas_cumprod.to(like.device)[t]
-        a = a.view(-1, *[1] * (like.ndim - 1)) if a.ndim else a
-        return a.sqrt(), (1 - a).sqrt()
+    def alpha_sigma(self, abar):
+        """α and σ of x_t = α·x0 + σ·ε where ᾱ is `abar`."""
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def alpha_sigma_at(self, t, like):
+        """α and σ at t (B,) or one number, shaped to multiply `like` (B, …)."""
+        abar = self.alphas_cumprod.to(like.device)[t]
+        return self.alpha_sigma(abar.view(-1, *[1] * (like.ndim - 1)) if abar.ndim else abar)
 
     def add_noise(self, x0, noise, t):
         """x_t = α·x0 + σ·ε (Ho et al. 2020, eq. 4); t (B,) int64, or one for all."""
-        alpha, sigma = self.alpha_sigma(t, x0)
+        alpha, sigma = self.alpha_sigma_at(t, x0)
         return alpha * x0 + sigma * noise
 
     def target(self, x0, noise, t):
-        """What the U-Net should predict from x_t: ε, v = α·ε - σ·x0 (Salimans & Ho 2022), or x0."""
-        alpha, sigma = self.alpha_sigma(t, x0)
-        return {"epsilon": noise, "v_prediction": alpha * noise - sigma * x0, "sample": x0}[self.prediction_type]
+        """What the U-Net should predict from x_t: ε, v or x0."""
+        return PREDICTIONS[self.prediction_type].target(x0, noise, *self.alpha_sigma_at(t, x0))
 
     def loss_weight(self, t, gamma):
         """Min-SNR weights (Hang et al. 2023) for t (B,): as though the error of x0 counted min(SNR, γ) times."""
-        a = self.alphas_cumprod.to(t.device)[t]
-        snr = a / (1 - a)
-        # the squared errors of ε and v are SNR and SNR + 1 times that of x0
-        return snr.clamp(max=gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[self.prediction_type]
+        abar = self.alphas_cumprod.to(t.device)[t]
+        snr = abar / (1 - abar)
+        return snr.clamp(max=gamma) / PREDICTIONS[self.prediction_type].relative_error(snr)
 
-    # -- drawing --
+    # -- sampling --
 
-    def x0_and_noise(self, prediction, x, a):
-        """What the prediction says of x = √ᾱ·x0 + √(1-ᾱ)·ε: (x0, ε); `a` is ᾱ, one number."""
-        alpha, sigma = a.sqrt(), (1 - a).sqrt()
-        if self.prediction_type == "epsilon":
-            return (x - sigma * prediction) / alpha, prediction
-        if self.prediction_type == "v_prediction":
-            return alpha * x - sigma * prediction, alpha * prediction + sigma * x
-        return prediction, (x - alpha * prediction) / sigma
+    def x0_and_noise(self, prediction, x, abar):
+        """What the prediction says of x = α·x0 + σ·ε: (x0, ε); ᾱ is one number."""
+        return PREDICTIONS[self.prediction_type].x0_and_noise(prediction, x, *self.alpha_sigma(abar))
 
     def timesteps(self, steps, spacing, strength=1.0, skip_last=False):
-        """The times a sampler visits, falling, as float64; `spacing` is its own choice, if the schedule makes none.
+        """The times a sampler visits, (n,) falling; float64, since those of "linspace" lie between whole ones.
 
-        strength below 1 keeps only the last so many (image to image); `skip_last` divides the time into one step
-        more and leaves the last out, as DPM-Solver++'s published code does.
+        spacing: the sampler's default, unless the schedule sets one. strength below 1 keeps only the last so many
+        (image to image). skip_last divides the time into one step more and leaves the last out, as DPM-Solver++'s
+        published code does.
         """
         T, spacing = self.num_train_timesteps, self.timestep_spacing or spacing
         if not 1 <= steps <= T - skip_last or not 0 < strength <= 1:
@@ -676,6 +774,15 @@ class NoiseSchedule:
             times = (torch.arange(1, n + 1, dtype=torch.float64) * T / n).round() - 1
         return times.clamp(max=T - 1).flip(0)[:steps][steps - max(1, int(steps * strength)) :]
 
+    def sigmas(self, times):
+        """σ' = σ/α at times (n,) that need not be whole, and 0 for the end: (n + 1,)."""
+        abar = self.alphas_cumprod.clamp(min=2**-24)  # zero-SNR schedules: σ' stays finite
+        table = ((1 - abar) / abar).sqrt()  # (T,)
+        whole = times.floor().long()
+        after = (whole + 1).clamp(max=self.num_train_timesteps - 1)
+        sigmas = torch.lerp(table[whole], table[after], (times - whole).float())
+        return torch.cat((sigmas, torch.zeros(1)))
+
 
 def diffusion_loss(
     unet, schedule, latents, noise, t, context, text_embeds=None, time_ids=None, min_snr=0.0, perturbation=0.0
@@ -684,7 +791,7 @@ def diffusion_loss(
 
     latents, noise (B, C, h, w), scaled; t (B,) int64 in 0..T-1; `unet`: anything called as a UNet is. min_snr: γ of
     the min-SNR weights, published 5; 0: every time counts the same. perturbation (B, C, h, w): more noise, that the
-    U-Net is not told of (Ning et al. 2023: 0.1 · N(0, 1)), so that it learns to mend its own mistakes.
+    U-Net is not told of (Ning et al. 2023: 0.1 · N(0, 1)), so that it learns to correct its own errors.
     """
     noised = schedule.add_noise(latents, noise + perturbation, t)
     prediction = unet(noised, t, context, text_embeds, time_ids)
@@ -692,24 +799,43 @@ def diffusion_loss(
     return (errors * schedule.loss_weight(t, min_snr)).mean() if min_snr else errors.mean()
 
 
-def offset_noise(noise, draws, strength):
-    """noise (B, C, h, w) + strength · draws (B, C, 1, 1), both ~ N(0, 1): each channel's brightness is noised as well,
-    so that it is learned (Guttenberg 2023, published strength 0.1)."""
-    return noise + strength * draws
+def offset_noise(noise, offsets, strength):
+    """noise (B, C, h, w) + strength · offsets (B, C, 1, 1), both ~ N(0, 1).
+
+    So each channel's mean is noised as well, and brightness is learned (Guttenberg 2023, published strength 0.1).
+    """
+    return noise + strength * offsets
 
 
 # ---- samplers --------------------------------------------------------------------------------
-# Each is a generator: it yields x after every step, and the last x is the drawing. They share their arguments:
+# Each is a generator: it yields x after every step, and the last x is the sample. They share their arguments:
 #   predict(x, t) → prediction       the U-Net, its conditioning and guidance
 #   noise() → N(0, 1) like x          the noise to start from, then that of each step where the algorithm adds some
 #   image, strength                  image to image: latents to start from, and the share of the way they are noised
+# To add one, write its function and its row of SAMPLERS, below.
+
+
+def sampler_times(name, schedule, steps, strength):
+    """The times (n,) that the sampler of that name visits; a UserError if it cannot follow the schedule."""
+    sampler = SAMPLERS[name]
+    kind = schedule.prediction_type
+    if kind not in sampler.predictions:
+        fitting = [other for other in SAMPLERS if kind in SAMPLERS[other].predictions]
+        raise UserError(f'sampler "{name}" cannot follow a {kind} schedule; {", ".join(fitting) or "none"} can')
+    return schedule.timesteps(steps, sampler.spacing, strength, sampler.skip_last)
+
+
+def begin(name, schedule, steps, noise, image, strength, last=1.0):
+    """→ times (n,) int64, ᾱ at each and, at the end, `last` (n + 1,), and the first x."""
+    times = sampler_times(name, schedule, steps, strength).round().long()
+    x = noise() if image is None else schedule.add_noise(image, noise(), times[0])
+    abar = torch.cat((schedule.alphas_cumprod[times], torch.full((1,), float(last))))
+    return times, abar, x
 
 
 def sample_ddpm(predict, schedule, steps, noise, image=None, strength=1.0):
     """Ancestral sampling (Ho et al. 2020, algorithm 2), with the posterior's own variance (eq. 7)."""
-    times = schedule.timesteps(steps, "leading", strength).round().long()
-    x = noise() if image is None else schedule.add_noise(image, noise(), times[0])
-    abar = torch.cat((schedule.alphas_cumprod[times], torch.ones(1)))
+    times, abar, x = begin("ddpm", schedule, steps, noise, image, strength)
     for t, a, a_next in zip(times, abar[:-1], abar[1:], strict=True):
         x0, _ = schedule.x0_and_noise(predict(x, t), x, a)
         alpha = a / a_next  # α_t of the paper, for this one step
@@ -721,10 +847,8 @@ def sample_ddpm(predict, schedule, steps, noise, image=None, strength=1.0):
 
 def sample_ddim(predict, schedule, steps, noise, image=None, strength=1.0):
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12 with η = 0): no noise but the first. Order 1."""
-    times = schedule.timesteps(steps, "leading", strength).round().long()
-    x = noise() if image is None else schedule.add_noise(image, noise(), times[0])
-    last = torch.ones(1) if schedule.set_alpha_to_one else schedule.alphas_cumprod[:1]
-    abar = torch.cat((schedule.alphas_cumprod[times], last))
+    last = 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0]
+    times, abar, x = begin("ddim", schedule, steps, noise, image, strength, last)
     for t, a, a_next in zip(times, abar[:-1], abar[1:], strict=True):
         x0, epsilon = schedule.x0_and_noise(predict(x, t), x, a)
         x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * epsilon
@@ -732,10 +856,8 @@ def sample_ddim(predict, schedule, steps, noise, image=None, strength=1.0):
 
 
 def sample_dpmpp_2m(predict, schedule, steps, noise, image=None, strength=1.0):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): remembers the last x0 to see where it is heading. Order 2."""
-    times = schedule.timesteps(steps, "linspace", strength, skip_last=True).round().long()
-    x = noise() if image is None else schedule.add_noise(image, noise(), times[0])
-    abar = torch.cat((schedule.alphas_cumprod[times], torch.ones(1)))
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): extrapolates from this x0 and the one before. Order 2."""
+    times, abar, x = begin("dpmpp_2m", schedule, steps, noise, image, strength)
     alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     lambdas = (alpha / sigma).log()  # the last is infinite: no noise left
     before = None
@@ -751,50 +873,75 @@ def sample_dpmpp_2m(predict, schedule, steps, noise, image=None, strength=1.0):
         yield x
 
 
-def sample_euler(predict, schedule, steps, noise, image=None, strength=1.0, ancestral=False):
-    """Euler's method on dx/dσ' = ε, where x = x0 + σ'·ε and σ' = σ/α (Karras et al. 2022, algorithm 1
-    without its second half, the correction). Order 1.
+# Those in σ' = σ/α (Karras et al. 2022) keep x = x0 + σ'·ε, at SD's last time 15 times larger than the other samplers'
+# x, with zero SNR 4096 times; the U-Net still sees α·x.
 
-    x lives on that scale, at SD's last time 15 times larger than the other samplers', with zero SNR 4096 times; the
-    U-Net still sees x·α.
-    """
-    T, times = schedule.num_train_timesteps, schedule.timesteps(steps, "linspace", strength)
-    abar = schedule.alphas_cumprod.clamp(min=2**-24)  # zero-SNR schedules: σ' stays finite
-    table = ((1 - abar) / abar).sqrt()  # (T,)
-    whole = times.floor().long()  # between whole times, σ' is interpolated
-    sigmas = torch.lerp(table[whole], table[(whole + 1).clamp(max=T - 1)], (times - whole).float())
-    sigmas = torch.cat((sigmas, torch.zeros(1)))
+
+def begin_sigmas(name, schedule, steps, noise, image, strength):
+    """→ times (n,) float64, σ' at each and, at the end, 0 (n + 1,), and the first x."""
+    times = sampler_times(name, schedule, steps, strength)
+    sigmas = schedule.sigmas(times)
     if image is not None:
-        x = image + sigmas[0] * noise()
-    else:  # as published: √(σ'²+1) where the times start below T - 1
-        leading = schedule.timestep_spacing == "leading"
-        x = noise() * ((sigmas[0] ** 2 + 1).sqrt() if leading else sigmas[0])
+        return times, sigmas, image + sigmas[0] * noise()
+    # as published: √(σ'²+1) where the times start below T - 1
+    leading = schedule.timestep_spacing == "leading"
+    return times, sigmas, noise() * ((sigmas[0] ** 2 + 1).sqrt() if leading else sigmas[0])
+
+
+def slope(predict, schedule, x, t, s):
+    """dx/dσ' = ε at x = x0 + σ'·ε, σ' = s."""
+    abar = 1 / (s**2 + 1)
+    scaled = abar.sqrt() * x
+    return schedule.x0_and_noise(predict(scaled, t), scaled, abar)[1]
+
+
+def sample_euler(predict, schedule, steps, noise, image=None, strength=1.0):
+    """Euler's method on dx/dσ' = ε (Karras et al. 2022, algorithm 1 without its correction). Order 1."""
+    times, sigmas, x = begin_sigmas("euler", schedule, steps, noise, image, strength)
     for t, s, s_next in zip(times, sigmas[:-1], sigmas[1:], strict=True):
-        a = 1 / (s**2 + 1)  # ᾱ
-        _, epsilon = schedule.x0_and_noise(predict(a.sqrt() * x, t), a.sqrt() * x, a)
-        up = (s_next**2 * (s**2 - s_next**2) / s**2).sqrt() if ancestral else torch.zeros(())
-        x = x + epsilon * ((s_next**2 - up**2).sqrt() - s)
-        if ancestral:
-            x = x + up * noise()
+        x = x + slope(predict, schedule, x, t, s) * (s_next - s)
         yield x
 
 
 def sample_euler_ancestral(predict, schedule, steps, noise, image=None, strength=1.0):
     """Euler's method, but each step goes further down and adds noise back (Crowson's k-diffusion, `euler_a`)."""
-    yield from sample_euler(predict, schedule, steps, noise, image, strength, ancestral=True)
+    times, sigmas, x = begin_sigmas("euler_ancestral", schedule, steps, noise, image, strength)
+    for t, s, s_next in zip(times, sigmas[:-1], sigmas[1:], strict=True):
+        up = (s_next**2 * (s**2 - s_next**2) / s**2).sqrt()
+        down = (s_next**2 - up**2).sqrt()
+        x = x + slope(predict, schedule, x, t, s) * (down - s)
+        x = x + up * noise()
+        yield x
 
 
-SAMPLERS = {
-    "ddpm": sample_ddpm,
-    "ddim": sample_ddim,
-    "dpmpp_2m": sample_dpmpp_2m,
-    "euler": sample_euler,
-    "euler_ancestral": sample_euler_ancestral,
+class Sampler(NamedTuple):
+    """All that is to be known of a sampler."""
+
+    function: Callable
+    predictions: tuple[str, ...]  # the prediction types whose schedules it can follow
+    spacing: str  # of its times, where the schedule sets none: as published
+    skip_last: bool  # see NoiseSchedule.timesteps
+    order: int  # a path's error falls as 1/steps^order; 0: it adds noise, and only the distribution converges
+    in_sigma: bool  # x is x0 + σ'·ε instead of x_t
+
+    def __call__(self, predict, schedule, steps, noise, image=None, strength=1.0):
+        return self.function(predict, schedule, steps, noise, image, strength)
+
+
+DIFFUSION = ("epsilon", "v_prediction", "sample")  # x_t = α·x0 + σ·ε with α² + σ² = 1
+# fmt: off
+SAMPLERS = {  #               function                predictions spacing     skip_last order in_sigma
+    "ddpm":            Sampler(sample_ddpm,            DIFFUSION, "leading",  False,    0,    False),
+    "ddim":            Sampler(sample_ddim,            DIFFUSION, "leading",  False,    1,    False),
+    "dpmpp_2m":        Sampler(sample_dpmpp_2m,        DIFFUSION, "linspace", True,     2,    False),
+    "euler":           Sampler(sample_euler,           DIFFUSION, "linspace", False,    1,    True),
+    "euler_ancestral": Sampler(sample_euler_ancestral, DIFFUSION, "linspace", False,    0,    True),
 }
+# fmt: on
 
 
 def classifier_free_guidance(conditional, unconditional, scale, rescale=0.0):
-    """Classifier-free guidance (Ho & Salimans 2022): away from what would be drawn without the prompt.
+    """Classifier-free guidance (Ho & Salimans 2022): away from the prediction without the prompt.
 
     rescale in [0, 1] takes back, by so much, the contrast that guidance adds (Lin et al. 2023, eqs. 15-16).
     """
@@ -803,6 +950,18 @@ def classifier_free_guidance(conditional, unconditional, scale, rescale=0.0):
         ratio = conditional.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
         guided = guided * (rescale * ratio + 1 - rescale)
     return guided
+
+
+def seeded_noise(seed, count, shape, device):
+    """→ noise() → (count, *shape) ~ N(0, 1), new at each call. Row i is seeded with seed + i; None: by chance."""
+    generators = [torch.Generator() for _ in range(count)]  # on the CPU: the same noise for every device
+    for i, generator in enumerate(generators):
+        generator.seed() if seed is None else generator.manual_seed(seed + i)
+
+    def noise():
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+    return noise
 
 
 # ---- the whole: text → picture ---------------------------------------------------------------
@@ -816,10 +975,10 @@ class Conditioning(NamedTuple):
 
 
 class LossNoise(NamedTuple):
-    """The chance in the loss of M pictures, in the order in which the published code draws it."""
+    """The random numbers in the loss of M pictures, in the order in which the published code draws them."""
 
     sample: torch.Tensor  # (M, C, h, w) ~ N(0, 1): of the autoencoder's distribution
-    noise: torch.Tensor  # (M, C, h, w) ~ N(0, 1): what the U-Net is to find
+    noise: torch.Tensor  # (M, C, h, w) ~ N(0, 1): what the U-Net is to predict
     offset: torch.Tensor  # (M, C, 1, 1) ~ N(0, 1)
     perturbation: torch.Tensor  # (M, C, h, w) ~ N(0, 1)
     t: torch.Tensor  # (M,) int64 in 0..T-1
@@ -831,9 +990,15 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, unet, vae, schedule, text_encoder=None):
         super().__init__()
+        channels = unet.config.in_channels, unet.config.out_channels
+        if channels != (vae.config.latent_channels,) * 2:
+            raise UserError(
+                f"a U-Net of {channels[0]} channels in and {channels[1]} out does not fit an autoencoder of "
+                f"{vae.config.latent_channels} latent channels"
+            )
         self.unet, self.vae, self.schedule = unet, vae, schedule
-        encoders = [] if text_encoder is None else text_encoder if isinstance(text_encoder, list) else [text_encoder]
-        self.text_encoders = nn.ModuleList(encoders)
+        encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
+        self.text_encoders = nn.ModuleList(encoder for encoder in encoders if encoder is not None)
         if vae.quant_conv.weight.dtype == torch.float16:
             vae.float()  # the published autoencoders overflow in float16
 
@@ -862,23 +1027,52 @@ class LatentDiffusion(nn.Module):
             return Conditioning(prompts)
         return self.encode_text([prompts] if isinstance(prompts, str) else list(prompts))
 
+    def with_guidance(self, prompts, negative, guidance):
+        """→ the Conditioning of the B prompts; with guidance, 2B rows: what to move away from, then the prompts."""
+        wanted = self.to_conditioning(prompts)
+        if (width := wanted.context.shape[-1]) != self.unet.config.cross_attention_dim:
+            raise UserError(f"a context of width {width}: the U-Net takes {self.unet.config.cross_attention_dim}")
+        if guidance == 1:
+            return wanted
+        if negative is None and wanted.text_embeds is not None:
+            avoided = Conditioning(*(torch.zeros_like(part) for part in wanted))
+        else:
+            avoided = self.to_conditioning("" if negative is None else negative)
+        if (avoided.text_embeds is None) != (wanted.text_embeds is None):
+            raise UserError("negative must be of the form of the prompts: for SDXL texts, or a whole Conditioning")
+        if len(avoided.context) not in (1, len(wanted.context)):
+            raise UserError(f"{len(avoided.context)} negatives for {len(wanted.context)} prompts: give one, or as many")
+        context = torch.cat((avoided.context.expand_as(wanted.context), wanted.context))
+        if wanted.text_embeds is None:
+            return Conditioning(context)
+        return Conditioning(context, torch.cat((avoided.text_embeds.expand_as(wanted.text_embeds), wanted.text_embeds)))
+
+    def time_ids(self, height, width, count):
+        """SDXL's six numbers (count, 6) about a picture that was neither cropped nor resized."""
+        return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.unet.conv_in.weight.device)
+
     def to_latents(self, images, noise=None):
         """images (B, 3, H, W) in [0, 1] → scaled latents: a sample made of noise ~ N(0, 1), or the mean."""
         weight = self.vae.quant_conv.weight
         mean, logvar = (x.float() for x in self.vae.encode((2 * images - 1).to(weight.device, weight.dtype)))
         return (mean if noise is None else reparameterize(mean, logvar, noise)) * self.vae.config.scaling_factor
 
+    def to_images(self, latents):
+        """Scaled latents (B, C, h, w) → images (B, 3, H, W) in [0, 1], float32."""
+        z = (latents / self.vae.config.scaling_factor).to(self.vae.quant_conv.weight.dtype)
+        return (self.vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
+
     def loss_noise(self, count, height, width, generator=None):
-        """Chance for `count` pictures of height × width pixels."""
-        c, device = self.vae.config, self.unet.conv_in.weight.device
-        shape = (count, c.latent_channels, height // c.factor, width // c.factor)
+        """The LossNoise of `count` pictures of height × width pixels."""
+        config, device = self.vae.config, self.unet.conv_in.weight.device
+        shape = (count, config.latent_channels, height // config.factor, width // config.factor)
         sample, noise, perturbation = torch.randn(3, *shape, generator=generator).to(device)
         offset = torch.randn(*shape[:2], 1, 1, generator=generator).to(device)
         t = torch.randint(self.schedule.num_train_timesteps, (count,), generator=generator).to(device)
         return LossNoise(sample, noise, offset, perturbation, t, torch.rand(count, generator=generator).to(device))
 
     def loss(self, images, context, draws, min_snr=0.0, offset=0.0, perturbation=0.0):
-        """images (M, 3, H, W) in [0, 1], context (M, L, D) → diffusion_loss: what DreamLLM asks of it.
+        """images (M, 3, H, W) in [0, 1], context (M, L, D), draws: their LossNoise → diffusion_loss, for DreamLLM.
 
         Frozen weights let the gradient through to `context`. offset, perturbation: see offset_noise, diffusion_loss.
         """
@@ -888,11 +1082,6 @@ class LatentDiffusion(nn.Module):
         return diffusion_loss(
             self.unet, self.schedule, x0, noise, draws.t, context, min_snr=min_snr, perturbation=extra
         )
-
-    def to_images(self, latents):
-        """Scaled latents (B, C, h, w) → images (B, 3, H, W) in [0, 1], float32."""
-        z = (latents / self.vae.config.scaling_factor).to(self.vae.quant_conv.weight.dtype)
-        return (self.vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
 
     @torch.inference_mode()
     def generate(
@@ -914,60 +1103,35 @@ class LatentDiffusion(nn.Module):
 
         negative: what to move away from, in the same forms, one or B; None is the empty text (SDXL: zeros).
         guidance: 1 for none; one pass of the U-Net a step instead of two. size: pixels, a side or (height, width).
-        seed: picture i draws from seed + i, so that it is the same in any batch; or noise() → (B, C, h, w) ~ N(0, 1).
+        seed: picture i's noise is that of seed + i, the same in any batch; or noise() → (B, C, h, w) ~ N(0, 1).
         image (B, 3, H, W) in [0, 1]: start from it instead of from noise; strength 1 leaves nothing of it.
         """
         if sampler not in SAMPLERS:
             raise UserError(f'no sampler "{sampler}"; there are {", ".join(SAMPLERS)}')
         weight, factor = self.unet.conv_in.weight, self.vae.config.factor
-        context, text_embeds = self.to_conditioning(prompts)
-        count = len(context)
-        if image is not None:
-            height, width = image.shape[2:]
-        else:
-            size = size or self.unet.config.sample_size * factor
-            height, width = (size, size) if isinstance(size, int) else size
-        if height % factor or width % factor:
+        size = image.shape[2:] if image is not None else size or self.unet.config.sample_size * factor
+        height, width = (size, size) if isinstance(size, int) else size
+        if height % factor or width % factor or min(height, width) < factor:
             raise UserError(f"pictures of {width}×{height}: sides must be multiples of {factor}")
 
-        if guidance != 1:
-            if negative is None and text_embeds is not None:
-                without = Conditioning(torch.zeros_like(context), torch.zeros_like(text_embeds))
-            else:
-                without = self.to_conditioning("" if negative is None else negative)
-                if (without.text_embeds is None) != (text_embeds is None):
-                    raise UserError(
-                        "negative must be of the form of the prompts: for SDXL texts, or a whole Conditioning"
-                    )
-            context = torch.cat((without.context.expand_as(context), context))  # (2B, M, D), without first
-            if text_embeds is not None:
-                text_embeds = torch.cat((without.text_embeds.expand_as(text_embeds), text_embeds))
-        context = context.to(weight)
-        time_ids = None
+        context, text_embeds = self.with_guidance(prompts, negative, guidance)
+        count = len(context) if guidance == 1 else len(context) // 2
+        context, time_ids = context.to(weight), None
         if text_embeds is not None:
-            text_embeds = text_embeds.to(weight)
-            sizes = [height, width, 0, 0, height, width]
-            time_ids = torch.tensor([sizes] * len(context), device=weight.device)
+            text_embeds, time_ids = text_embeds.to(weight), self.time_ids(height, width, len(context))
 
         def predict(x, t):
             if guidance == 1:
                 return self.unet(x.to(weight), t, context, text_embeds, time_ids).float()
             prediction = self.unet(torch.cat((x, x)).to(weight), t, context, text_embeds, time_ids)
-            without, with_ = prediction.float().chunk(2)
-            return classifier_free_guidance(with_, without, guidance, rescale)
+            unconditional, conditional = prediction.float().chunk(2)
+            return classifier_free_guidance(conditional, unconditional, guidance, rescale)
 
-        if noise is None:
-            shape = (self.vae.config.latent_channels, height // factor, width // factor)
-            draws = [torch.Generator() for _ in range(count)]  # on the CPU: the same noise for every device
-            for i, generator in enumerate(draws):
-                generator.seed() if seed is None else generator.manual_seed(seed + i)
-
-            def noise():
-                return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(weight.device)
-
+        shape = (self.vae.config.latent_channels, height // factor, width // factor)
+        noise = noise or seeded_noise(seed, count, shape, weight.device)
         start = () if image is None else (self.to_latents(image.expand(count, -1, -1, -1)), strength)
-        drawing = SAMPLERS[sampler](predict, self.schedule, steps, noise, *start)
-        for x in tqdm(drawing, total=steps, disable=not progress):
+        path = SAMPLERS[sampler](predict, self.schedule, steps, noise, *start)
+        for x in tqdm(path, total=steps, disable=not progress):
             if not x.isfinite().all():
                 raise UserError("the U-Net gave NaN or infinity: try float32 or bfloat16")
         return self.to_images(x)
@@ -984,33 +1148,18 @@ class LatentDiffusion(nn.Module):
         path = checkpoint.weights_folder(path)
         if path.is_file():
             return cls.from_single_file(path, text_encoder, dtype, device, config)
+        checkpoint.expect(path, published.PIPELINE)
         for name in ("unet", "vae", "scheduler"):
             if not (path / name).is_dir():
                 raise UserError(f"{path}: has no folder {name}/, so it is no diffusers pipeline")
-        saved = path / "scheduler" / "scheduler_config.json"
-        schedule = NoiseSchedule.from_config(checkpoint.read_json(saved), saved)
         unet = UNet.from_pretrained(path / "unet", dtype, device)
         vae = AutoencoderKL.from_pretrained(path / "vae", dtype, device)
-        return cls(unet, vae, schedule, text_encoder)
+        return cls(unet, vae, read_config(NoiseSchedule, path / "scheduler"), text_encoder)
 
     @classmethod
     def from_single_file(cls, path, text_encoder=None, dtype=None, device="cpu", config=None):
-        """See from_pretrained; a config of the same name beside the file is found. Averaged weights are left aside."""
-        tensors = checkpoint.read_tensors(path)
-        beside = (path.with_suffix(ending) for ending in (".yaml", ".json"))
-        config = config or next((file for file in beside if file.exists()), None)
-        for name in tensors:
-            if not name.startswith(("model.diffusion_model.", "first_stage_model.", *ASIDE)):
-                raise UserError(f"{path}: {name} belongs to no part of a latent diffusion model")
-        if config:
-            unet_config, vae_config, schedule = original_config(config)
-        else:
-            name = published_unet(under(tensors, "model.diffusion_model.", path), path)
-            if name == "sd21":
-                raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
-            xl = name == "sdxl"
-            unet_config, vae_config = UNetConfig.named(name), AutoencoderKLConfig.named("sdxl" if xl else "sd")
-            schedule = NoiseSchedule(timestep_spacing="leading" if xl else "")
+        """See from_pretrained; a config of the same name beside the file is found. Averaged weights are not read."""
+        unet_config, vae_config, schedule = single_file_configs(path, config)
         unet = UNet.from_pretrained(path, dtype, device, unet_config)
         vae = AutoencoderKL.from_pretrained(path, dtype, device, vae_config)
         return cls(unet, vae, schedule, text_encoder)
@@ -1018,310 +1167,67 @@ class LatentDiffusion(nn.Module):
     @classmethod
     def from_tensors(cls, tensors, path, dtype=None, device="cpu"):
         """The same, without a text encoder, from tensors named unet.… and vae.…; `path`: a folder of their configs."""
-        path = Path(path)
-        unet_file, vae_file = (path / name / "config.json" for name in ("unet", "vae"))
-        with torch.device("meta"):
-            unet = UNet(unet_config_from_diffusers(checkpoint.read_json(unet_file), unet_file))
-            vae = AutoencoderKL(vae_config_from_diffusers(checkpoint.read_json(vae_file), vae_file))
-        own = {name: {} for name in ("unet", "vae")}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            if part not in own:
-                raise UserError(f"{path}: {name} belongs to no part of a latent diffusion model")
-            own[part][rest] = tensor
-        checkpoint.load_into(unet, own["unet"], path, dtype, device).eval()
-        checkpoint.load_into(vae, renamed(own["vae"], vae_names(vae.config)), path, dtype, device).eval()
-        saved = path / "scheduler" / "scheduler_config.json"
-        return cls(unet, vae, NoiseSchedule.from_config(checkpoint.read_json(saved), saved))
+        path, rest = Path(path), dict(tensors)
+        unet_config, vae_config = read_config(UNetConfig, path / "unet"), read_config(AutoencoderKLConfig, path / "vae")
+        unet, vae = checkpoint.pop_prefix(rest, "unet."), checkpoint.pop_prefix(rest, "vae.")
+        if rest:
+            raise UserError(f"{path}: {next(iter(rest))} belongs to no part of a latent diffusion model")
+        unet = checkpoint.load(UNet, unet_config, unet, path, dtype, device)
+        vae = published.rename_vae(vae, vae_config)
+        vae = checkpoint.load(AutoencoderKL, vae_config, vae, path, dtype, device)
+        return cls(unet, vae, read_config(NoiseSchedule, path / "scheduler"))
 
     def save_configs(self, path):
-        """Of a pipeline folder, what says what the weights are: the other half of from_tensors."""
-        configs = {"unet": unet_config_to_diffusers(self.unet.config), "vae": vae_config_to_diffusers(self.vae.config)}
-        for name, config in configs.items():
-            checkpoint.write_text(Path(path) / name / "config.json", as_json(config))
-        checkpoint.write_text(Path(path) / "scheduler" / "scheduler_config.json", as_json(self.schedule.to_config()))
+        """Writes the configurations of a pipeline folder without its weights, for from_tensors."""
+        checkpoint.write_json(Path(path) / "unet" / "config.json", published.unet_json(self.unet.config))
+        checkpoint.write_json(Path(path) / "vae" / "config.json", published.vae_json(self.vae.config))
+        checkpoint.write_json(Path(path) / "scheduler" / "scheduler_config.json", self.schedule.to_config())
 
     def save_pretrained(self, path):
         """Writes a diffusers pipeline folder; model_index.json last, so that it is there only when all else is."""
-        path = Path(path)
+        path, folders = Path(path), ["unet", "vae", "scheduler"]
         xl = bool(self.unet.config.addition_time_embed_dim)
-        parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+        self.save_configs(path)
         self.unet.save_pretrained(path / "unet")
         self.vae.save_pretrained(path / "vae")
-        checkpoint.write_text(path / "scheduler" / "scheduler_config.json", as_json(self.schedule.to_config()))
-        parts["scheduler"] = ["diffusers", "DDIMScheduler"]
-        for n, number in enumerate(("", "_2") if xl else ("",)):
-            there = n < len(self.text_encoders)
-            if there:
-                encoder = self.text_encoders[n]
-                encoder.save_pretrained(path / f"text_encoder{number}")
-                if encoder.tokenizer:
-                    encoder.tokenizer.save_pretrained(path / f"tokenizer{number}", encoder.config.text.context_length)
-            kind = "CLIPTextModelWithProjection" if number else "CLIPTextModel"
-            parts[f"text_encoder{number}"] = ["transformers", kind] if there else [None, None]
-            there = (path / f"tokenizer{number}").is_dir()
-            parts[f"tokenizer{number}"] = ["transformers", "CLIPTokenizer"] if there else [None, None]
-        if xl:
-            index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-        else:
-            index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-            parts |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        checkpoint.write_text(path / "model_index.json", as_json(index | parts))
+        for encoder, number in zip(self.text_encoders, ("", "_2") if xl else ("",), strict=False):
+            encoder.save_pretrained(path / f"text_encoder{number}")
+            folders.append(f"text_encoder{number}")
+            if encoder.tokenizer:
+                encoder.tokenizer.save_pretrained(path / f"tokenizer{number}", encoder.config.text.context_length)
+                folders.append(f"tokenizer{number}")
+        checkpoint.write_json(path / "model_index.json", published.pipeline_json(folders, xl))
+
+
+def read_config(cls, folder):
+    """The configuration of the class `cls` from its JSON file in `folder`."""
+    name, to_fields = {
+        UNetConfig: ("config.json", published.unet_fields),
+        AutoencoderKLConfig: ("config.json", published.vae_fields),
+        NoiseSchedule: ("scheduler_config.json", published.schedule_fields),
+    }[cls]
+    return settings.build(cls, to_fields(checkpoint.read_json(folder / name), folder / name))
+
+
+def original_config(source):
+    """The YAML or JSON a single file's code base keeps of it → (UNetConfig, AutoencoderKLConfig, NoiseSchedule)."""
+    classes, fields = (UNetConfig, AutoencoderKLConfig, NoiseSchedule), published.original_fields(source)
+    return tuple(settings.build(cls, own) for cls, own in zip(classes, fields, strict=True))
+
+
+def single_file_configs(path, config=None):
+    """The three configurations of a whole model in one file: from `config`, one beside it, or its shapes."""
+    tensors = published.read_single_file(path)
+    if config := config or published.config_beside(path):
+        return original_config(config)
+    name = published_unet(published.strip_prefix(tensors, published.UNET_PREFIX, path), path)
+    if name == "sd21":
+        raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
+    vae, spacing = ("sdxl", "leading") if name == "sdxl" else ("sd", "")
+    return UNetConfig.named(name), AutoencoderKLConfig.named(vae), NoiseSchedule(timestep_spacing=spacing)
 
 
 def to_pil(images):
     """images (B, 3, H, W) in [0, 1] → a list of B Pillow pictures."""
     pictures = (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(picture) for picture in pictures]
-
-
-# ---- diffusers folders: config.json ⇄ our configurations -------------------------------------
-
-# What our code does and their configuration could say otherwise: {key: the value we write and accept}.
-# fmt: off
-UNET_FIXED = {
-    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None,
-    "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
-    "downsample_padding": 1, "dropout": 0.0, "dual_cross_attention": False, "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5,
-    "num_class_embeds": None, "only_cross_attention": False, "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_dim": None,
-    "time_embedding_type": "positional", "timestep_post_act": None,
-}
-VAE_FIXED = {
-    "act_fn": "silu", "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
-    "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
-}
-SCHEDULER_FIXED = {
-    "clip_sample": False, "thresholding": False, "trained_betas": None, "use_karras_sigmas": False,
-    "variance_type": "fixed_small", "interpolation_type": "linear",
-}
-# fmt: on
-KINDS = ("DDIM", "DDPM", "DPMSolverMultistep", "EulerAncestralDiscrete", "EulerDiscrete", "LMSDiscrete", "PNDM")
-SCHEDULERS = tuple(f"{kind}Scheduler" for kind in KINDS)
-
-
-def unsupported(saved, fixed, path):
-    for key, value in fixed.items():
-        if saved.get(key, value) not in (value, None):
-            raise UserError(f"{path}: {key} is {saved[key]!r}; only {value!r} is supported")
-
-
-def as_json(config):
-    return json.dumps(config, indent=2) + "\n"
-
-
-def save_part(model, config, path):
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path / "config.json", as_json(config))
-    checkpoint.write_tensors(path / "diffusion_pytorch_model.safetensors", model.state_dict())
-
-
-def part_of(path, name):
-    """`path`, or its folder `name` where it is a whole pipeline's."""
-    path = checkpoint.weights_folder(path)
-    return path / name if (path / name).is_dir() else path
-
-
-def unet_config_from_diffusers(saved, path="config.json"):
-    """A diffusers UNet2DConditionModel's config.json (a dict) as a UNetConfig."""
-    if saved.get("_class_name") != "UNet2DConditionModel":
-        raise UserError(f"{path}: _class_name is {saved.get('_class_name')!r}, expected 'UNet2DConditionModel'")
-    unsupported(saved, UNET_FIXED, path)
-    fields = {f.name: saved[f.name] for f in dataclasses.fields(UNetConfig) if saved.get(f.name) is not None}
-    try:
-        kinds, levels = saved["down_block_types"], len(saved["block_out_channels"])
-        heads = saved.get("num_attention_heads") or saved["attention_head_dim"]  # a misnomer: it counts the heads
-        up = saved["up_block_types"]
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} is missing") from None
-    depths = saved.get("transformer_layers_per_block") or 1
-    heads, depths = (x if isinstance(x, list) else [x] * levels for x in (heads, depths))
-    with_attention = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-    if set(kinds) - with_attention.keys() or up != [kind.replace("Down", "Up") for kind in reversed(kinds)]:
-        raise UserError(f"{path}: levels of {kinds} and {up} are not supported")
-    fields |= {"heads": heads, "mid_depth": depths[-1]}
-    fields["depth"] = [depth if with_attention[kind] else 0 for kind, depth in zip(kinds, depths, strict=False)]
-    kind = saved.get("addition_embed_type")
-    if kind not in (None, "text_time"):
-        raise UserError(f"{path}: addition_embed_type is {kind!r}; only 'text_time' is supported")
-    return settings.build(UNetConfig, fields, str(path))
-
-
-def unet_config_to_diffusers(c):
-    kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in c.depth]
-    depths = [*(depth or 1 for depth in c.depth[:-1]), c.mid_depth]
-    fields = dataclasses.asdict(c)
-    for ours in ("depth", "mid_depth", "heads"):
-        del fields[ours]
-    # one number where all levels agree, as SD 1 and 2 have it
-    fields["attention_head_dim"] = c.heads if len(set(c.heads)) > 1 else c.heads[0]
-    fields["transformer_layers_per_block"] = depths if len(set(depths)) > 1 else depths[0]
-    fields |= {"down_block_types": kinds, "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)]}
-    fields["addition_embed_type"] = "text_time" if c.addition_time_embed_dim else None
-    for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-        fields[name] = fields[name] or None
-    return {"_class_name": "UNet2DConditionModel"} | fields | UNET_FIXED
-
-
-def vae_config_from_diffusers(saved, path="config.json"):
-    """A diffusers AutoencoderKL's config.json (a dict) as an AutoencoderKLConfig."""
-    if saved.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"{path}: _class_name is {saved.get('_class_name')!r}, expected 'AutoencoderKL'")
-    unsupported(saved, VAE_FIXED, path)
-    kinds = {*saved.get("down_block_types", ()), *saved.get("up_block_types", ())}
-    if odd := kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise UserError(f"{path}: levels of {', '.join(odd)} are not supported")
-    names = [f.name for f in dataclasses.fields(AutoencoderKLConfig)]
-    return settings.build(AutoencoderKLConfig, {n: saved[n] for n in names if saved.get(n) is not None}, str(path))
-
-
-def vae_config_to_diffusers(c):
-    levels = len(c.block_out_channels)
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    return {"_class_name": "AutoencoderKL"} | dataclasses.asdict(c) | kinds | VAE_FIXED
-
-
-# ---- single files: CompVis's and Stability's names → ours ------------------------------------
-
-# Not the U-Net's nor the autoencoder's: averaged weights, text encoders, and tables that follow from the schedule.
-ASIDE = ("model_ema.", "cond_stage_model.", "conditioner.", "denoiser.", "betas", "alphas_cumprod", "sqrt_")
-ASIDE += ("log_one_minus_", "posterior_", "lvlb_weights", "logvar", "scale_factor")
-
-
-def under(tensors, prefix, path):
-    """The tensors whose names begin with `prefix`, which goes; all, where none does: a file of one part only."""
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    own = own or {k: v for k, v in tensors.items() if not k.startswith(("loss.", *ASIDE))}
-    if not own:
-        raise UserError(f"{path}: holds nothing named {prefix}…")
-    return own
-
-
-def renamed(tensors, names):
-    """Every name whose beginning, up to a dot, is in `names` gets the new beginning; the longest one counts."""
-    out = {}
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        for n in range(len(parts), 0, -1):
-            if (old := ".".join(parts[:n])) in names:
-                name = names[old] + name[len(old) :]
-                break
-        out[name] = tensor
-    return out
-
-
-def unet_names(c):
-    """{the beginning of a name in single files: ours}: they number the U-Net's blocks in the order they run."""
-    names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
-    names |= {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
-    names |= {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
-    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
-    names["middle_block.1"] = "mid_block.attentions.0"
-    n = 1
-    for level in range(len(c.depth)):
-        for k in range(c.layers_per_block):
-            resnets[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{k}"
-            names[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{k}"
-            n += 1
-        names[f"input_blocks.{n}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
-        n += 1
-    n = 0
-    for level, depth in enumerate(reversed(c.depth)):
-        for k in range(c.layers_per_block + 1):
-            resnets[f"output_blocks.{n}.0"] = f"up_blocks.{level}.resnets.{k}"
-            names[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{k}"
-            n += 1
-        names[f"output_blocks.{n - 1}.{2 if depth else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
-    inside = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"}
-    inside |= {"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
-    return names | {f"{a}.{k}": f"{b}.{v}" for a, b in resnets.items() for k, v in inside.items()}
-
-
-def vae_names(c):
-    """{the beginning of a name in single files, or in old diffusers folders: ours}."""
-    names, last = {}, len(c.block_out_channels) - 1
-    old = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-    older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    for side in ("encoder", "decoder"):
-        attention = f"{side}.mid_block.attentions.0"
-        names[f"{side}.norm_out"] = f"{side}.conv_norm_out"
-        names |= {f"{side}.mid.block_{k + 1}": f"{side}.mid_block.resnets.{k}" for k in range(2)}
-        names |= {f"{side}.mid.attn_1.{k}": f"{attention}.{v}" for k, v in old.items()}
-        names |= {f"{attention}.{k}": f"{attention}.{v}" for k, v in older.items()}
-    for n in range(last + 1):
-        # their decoder's level 0 is the largest grid, though it runs last; ours runs first
-        pairs = {f"encoder.down.{n}": f"encoder.down_blocks.{n}", f"decoder.up.{n}": f"decoder.up_blocks.{last - n}"}
-        for theirs, ours in pairs.items():
-            for k in range(c.layers_per_block + 1):
-                names[f"{theirs}.block.{k}"] = f"{ours}.resnets.{k}"
-                names[f"{theirs}.block.{k}.nin_shortcut"] = f"{ours}.resnets.{k}.conv_shortcut"
-            names |= {f"{theirs}.downsample": f"{ours}.downsamplers.0", f"{theirs}.upsample": f"{ours}.upsamplers.0"}
-    return names
-
-
-def published_unet(tensors, path):
-    """The name of the published U-Net that these tensors, under their single-file names, are."""
-    try:
-        width = len(tensors["input_blocks.0.0.weight"])
-        context = tensors["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} is missing, so it is no U-Net of Stable Diffusion") from None
-    for name in UNETS:
-        c = UNetConfig.named(name)
-        if (c.block_out_channels[0], c.cross_attention_dim) == (width, context):
-            return name
-    raise UserError(f"{path}: no published U-Net has width {width} and context {context}: it needs config=")
-
-
-def original_config(source):
-    """The YAML or JSON a single file's code base keeps of it → (UNetConfig, AutoencoderKLConfig, NoiseSchedule)."""
-    path, content = "config", source
-    if not isinstance(source, dict):
-        path = Path(source)
-        content = checkpoint.read_json(path) if path.suffix == ".json" else checkpoint.read_yaml(path)
-    try:
-        model = content["model"]["params"]
-        u = (model.get("unet_config") or model["network_config"])["params"]  # CompVis's name, SDXL's
-        v = model["first_stage_config"]["params"]["ddconfig"]
-        widths = [u["model_channels"] * m for m in u["channel_mult"]]
-        depths = u.get("transformer_depth", 1)
-        depths = depths if isinstance(depths, list) else [depths] * len(widths)
-        unet = {
-            "in_channels": u["in_channels"],
-            "out_channels": u["out_channels"],
-            "sample_size": u.get("image_size", 64),
-            "block_out_channels": widths,
-            "layers_per_block": u["num_res_blocks"],
-            "depth": [d if 2**n in u["attention_resolutions"] else 0 for n, d in enumerate(depths)],
-            "mid_depth": depths[-1],
-            "heads": [u["num_heads"] if "num_heads" in u else width // u["num_head_channels"] for width in widths],
-            "cross_attention_dim": u["context_dim"],
-            "use_linear_projection": u.get("use_linear_in_transformer", False),
-            "addition_time_embed_dim": 256 if u.get("adm_in_channels") else 0,
-            "projection_class_embeddings_input_dim": u.get("adm_in_channels", 0),
-        }
-        vae = {
-            "sample_size": v["resolution"],
-            "block_out_channels": [v["ch"] * m for m in v["ch_mult"]],
-            "layers_per_block": v["num_res_blocks"],
-            "latent_channels": v["z_channels"],
-            "scaling_factor": model.get("scale_factor", 0.18215),
-        }
-        in_v = model.get("parameterization") == "v" or "VScaling" in json.dumps(model.get("denoiser_config"))
-        schedule = {
-            "num_train_timesteps": model.get("timesteps", 1000),
-            "beta_start": model.get("linear_start", 0.00085),  # what they call linear is linear in √β
-            "beta_end": model.get("linear_end", 0.012),
-            "prediction_type": "v_prediction" if in_v else "epsilon",
-        }
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no configuration of latent diffusion ({error!r})") from None
-    return (
-        settings.build(UNetConfig, unet, str(path)),
-        settings.build(AutoencoderKLConfig, vae, str(path)),
-        settings.build(NoiseSchedule, schedule, str(path)),
-    )

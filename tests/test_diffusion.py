@@ -26,6 +26,8 @@ from diffusion import (
     diffusion_loss,
     original_config,
 )
+from published import stable_diffusion
+from support import checkpoint
 from support.settings import UserError
 from support.tokenizer import CLIPTokenizer
 
@@ -144,10 +146,10 @@ def test_true_size_has_the_published_weights_by_name_and_shape(name, count):
     with torch.device("meta"):
         if name == "vae":
             ours = AutoencoderKL(AutoencoderKLConfig.named("sd"))
-            theirs = diffusers.AutoencoderKL.from_config(diffusion.vae_config_to_diffusers(ours.config))
+            theirs = diffusers.AutoencoderKL.from_config(stable_diffusion.vae_json(ours.config))
         else:
             ours = UNet(UNetConfig.named(name))
-            theirs = diffusers.UNet2DConditionModel.from_config(diffusion.unet_config_to_diffusers(ours.config))
+            theirs = diffusers.UNet2DConditionModel.from_config(stable_diffusion.unet_json(ours.config))
     assert sum(p.numel() for p in ours.parameters()) == count
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
@@ -158,7 +160,7 @@ def test_outputs_and_gradients_are_diffusers(name):
     diffusers = pytest.importorskip("diffusers")
     config = dataclasses.replace(UNetConfig.named(name), norm_num_groups=8, **SMALL[name])
     torch.manual_seed(0)
-    theirs = randomize(diffusers.UNet2DConditionModel.from_config(diffusion.unet_config_to_diffusers(config)))
+    theirs = randomize(diffusers.UNet2DConditionModel.from_config(stable_diffusion.unet_json(config)))
     ours = UNet(config)
     ours.load_state_dict(theirs.state_dict())
 
@@ -185,7 +187,7 @@ def test_outputs_and_gradients_are_diffusers(name):
 def test_autoencoder_gradients_are_diffusers():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    theirs = randomize(diffusers.AutoencoderKL.from_config(diffusion.vae_config_to_diffusers(TINY_VAE))).double()
+    theirs = randomize(diffusers.AutoencoderKL.from_config(stable_diffusion.vae_json(TINY_VAE))).double()
     ours = AutoencoderKL(TINY_VAE).double()
     ours.load_state_dict(theirs.state_dict())
     images, noise = randn(2, 3, 16, 16, dtype=torch.float64), randn(2, 4, 8, 8, seed=1, dtype=torch.float64)
@@ -344,15 +346,15 @@ def test_every_published_name_of_a_single_file_is_renamed_to_one_of_ours():
     c = UNetConfig.named("sdxl")
     with torch.device("meta"):
         ours = {name.rpartition(".")[0] for name in UNet(c).state_dict()}
-    targets = [ours for ours in diffusion.unet_names(c).values() if "attentions" not in ours]
+    targets = [ours for ours in stable_diffusion.unet_names(c).values() if "attentions" not in ours]
     plain = {name for name in ours if "attentions" not in name}
     assert plain <= set(targets)
     places = {name.split(".norm")[0] for name in ours if "attentions" in name and name.endswith(".norm")}
-    assert places <= set(diffusion.unet_names(c).values())
+    assert places <= set(stable_diffusion.unet_names(c).values())
 
 
 def single_file(path, changes):
-    tensors = diffusion.checkpoint.read_tensors(GOLDEN / "sd1_compvis" / "weights.ckpt") | changes
+    tensors = checkpoint.read_tensors(GOLDEN / "sd1_compvis" / "weights.ckpt") | changes
     save_file({k: v.clone() for k, v in tensors.items() if v is not None}, path)
     return path
 
@@ -375,7 +377,7 @@ def test_no_weight_of_a_single_file_is_silently_lost(changes, culprit, tmp_path)
 
 def test_a_file_of_the_autoencoder_alone_opens(tmp_path):
     """As the improved autoencoders for SD 1 are published: no prefix, and training's loss beside."""
-    tensors = diffusion.checkpoint.read_tensors(GOLDEN / "sd1_compvis" / "weights.ckpt")
+    tensors = checkpoint.read_tensors(GOLDEN / "sd1_compvis" / "weights.ckpt")
     prefix = "first_stage_model."
     own = {k.removeprefix(prefix): v.clone() for k, v in tensors.items() if k.startswith(prefix)}
     save_file(own | {"loss.logvar": torch.zeros(())}, tmp_path / "vae.safetensors")

@@ -1,0 +1,475 @@
+"""Stable Diffusion's published files ⇄ our names: diffusers folders, and single files of CompVis and Stability.
+
+    folder    config.json ──unet_fields, vae_fields, schedule_fields──▶ settings.Fields     and back: …_json
+              weights bear our names already (but for old autoencoders: vae_names)
+    one file  weights ──strip_prefix · checkpoint.renamed(unet_names, vae_names)──▶ tensors under our names
+              its YAML, if any ──original_fields──▶ three settings.Fields
+
+A key of theirs is either a field of ours or fixed: our code computes one value of it, and a file that says another is
+refused. A key that is neither has no effect on what we compute; tests/test_diffusion.py lists those, and why.
+"""
+
+import math
+import re
+from pathlib import Path
+
+from support import checkpoint, settings
+from support.settings import UserError
+
+# ---- diffusers folders -----------------------------------------------------------------------
+
+PIPELINE = "a latent diffusion pipeline"  # as checkpoint.what_is calls them
+UNET, VAE = "a U-Net of latent diffusion", "an autoencoder of latent diffusion"
+
+# {our field: their key}
+UNET_KEYS = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "sample_size": "sample_size",
+    "block_out_channels": "block_out_channels",
+    "layers_per_block": "layers_per_block",
+    "cross_attention_dim": "cross_attention_dim",
+    "use_linear_projection": "use_linear_projection",
+    "norm_num_groups": "norm_num_groups",
+    "addition_time_embed_dim": "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim": "projection_class_embeddings_input_dim",
+    "upcast_attention": "upcast_attention",
+    "heads": "attention_head_dim",  # a misnomer of theirs: it counts the heads
+    "depth": "transformer_layers_per_block",
+    "mid_depth": "transformer_layers_per_block",
+}
+VAE_KEYS = {
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "sample_size": "sample_size",
+    "block_out_channels": "block_out_channels",
+    "layers_per_block": "layers_per_block",
+    "latent_channels": "latent_channels",
+    "norm_num_groups": "norm_num_groups",
+    "scaling_factor": "scaling_factor",
+}
+SCHEDULE_KEYS = {
+    "num_train_timesteps": "num_train_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+    "beta_schedule": "beta_schedule",
+    "prediction_type": "prediction_type",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+    "timestep_spacing": "timestep_spacing",
+    "steps_offset": "steps_offset",
+    "set_alpha_to_one": "set_alpha_to_one",
+}
+# fmt: off
+UNET_FIXED = {
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None,
+    "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
+    "downsample_padding": 1, "dropout": 0.0, "dual_cross_attention": False, "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5,
+    "num_attention_heads": None, "num_class_embeds": None, "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None, "time_embedding_act_fn": None,
+    "time_embedding_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
+}
+VAE_FIXED = {
+    "act_fn": "silu", "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
+    "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
+}
+# A file without clip_sample is accepted, though diffusers' DDIM would clip: its pipelines switch that off, too.
+SCHEDULER_FIXED = {
+    "algorithm_type": "dpmsolver++", "clip_sample": False, "euler_at_final": False, "final_sigmas_type": "zero",
+    "interpolation_type": "linear", "lambda_min_clipped": -math.inf, "lower_order_final": True, "solver_order": 2,
+    "solver_type": "midpoint", "thresholding": False, "timestep_type": "discrete", "trained_betas": None,
+    "use_beta_sigmas": False, "use_dynamic_shifting": False, "use_exponential_sigmas": False,
+    "use_flow_sigmas": False, "use_karras_sigmas": False, "use_lu_lambdas": False, "variance_type": "fixed_small",
+}
+# fmt: on
+SCHEDULER_KINDS = (  # ours may follow the schedule of each
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)
+
+
+def subfolder(path, name, *wanted):
+    """A folder or file of weights: `path` itself, or its folder `name` if it is a whole pipeline.
+
+    path: also a run's folder. A folder that holds something other than `wanted` (see checkpoint.what_is) is a
+    UserError.
+    """
+    path = checkpoint.weights_folder(path)
+    if not path.is_dir():
+        return path
+    checkpoint.expect(path, *wanted)
+    return path / name if (path / name).is_dir() else path
+
+
+def unet_fields(saved, path="config.json"):
+    """A UNet2DConditionModel's config.json, as parsed → the Fields of a UNetConfig."""
+    fields = settings.published(
+        saved,
+        path,
+        UNET_KEYS,
+        wants={"_class_name": "UNet2DConditionModel"},
+        fixed=UNET_FIXED,
+        required=("block_out_channels", "heads", "cross_attention_dim"),
+    )
+    widths = settings.convert(tuple[int, ...], fields["block_out_channels"], f"{path}: block_out_channels")
+    kinds, up_kinds = saved.get("down_block_types"), saved.get("up_block_types")
+    attends = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    if not isinstance(kinds, list) or len(kinds) != len(widths) or not all(k in (*attends,) for k in kinds):
+        raise UserError(
+            f"{path}: down_block_types is {kinds!r:.60}; only {len(widths)} of {', '.join(attends)} are read"
+        )
+    if up_kinds != [kind.replace("Down", "Up") for kind in reversed(kinds)]:
+        raise UserError(f"{path}: up_block_types is {up_kinds!r:.60}; only down_block_types in reverse is supported")
+    added = saved.get("addition_embed_type")
+    if added not in (None, "text_time") or bool(added) != bool(fields.get("addition_time_embed_dim")):
+        raise UserError(
+            f"{path}: addition_embed_type is {added!r:.60}; only 'text_time' with an addition_time_embed_dim, "
+            "or neither, is supported"
+        )
+    depths = per_level(fields.get("depth", 1), widths)
+    fields["heads"] = per_level(fields["heads"], widths)
+    fields["mid_depth"] = depths[-1] if depths else 1
+    fields["depth"] = [n if attends[kind] else 0 for kind, n in zip(kinds, depths, strict=False)]
+    return fields
+
+
+def per_level(value, widths):
+    """One number for all levels, or a list of one each → a list."""
+    return value if isinstance(value, list) else [value] * len(widths)
+
+
+def unet_json(config):
+    """A UNetConfig → what config.json says of it."""
+    kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.depth]
+    depths = [*(depth or 1 for depth in config.depth[:-1]), config.mid_depth]
+    fields = {theirs: getattr(config, ours) for ours, theirs in UNET_KEYS.items()}
+    fields |= {
+        # one number where all levels agree, as SD 1 and 2 have it
+        "attention_head_dim": config.heads if len(set(config.heads)) > 1 else config.heads[0],
+        "transformer_layers_per_block": depths if len(set(depths)) > 1 else depths[0],
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+        "addition_embed_type": "text_time" if config.addition_time_embed_dim else None,
+        "addition_time_embed_dim": config.addition_time_embed_dim or None,
+        "projection_class_embeddings_input_dim": config.projection_class_embeddings_input_dim or None,
+    }
+    return {"_class_name": "UNet2DConditionModel"} | fields | UNET_FIXED
+
+
+def vae_fields(saved, path="config.json"):
+    """An AutoencoderKL's config.json, as parsed → the Fields of an AutoencoderKLConfig."""
+    wants = {"_class_name": "AutoencoderKL"}
+    fields = settings.published(saved, path, VAE_KEYS, wants, VAE_FIXED, required=("block_out_channels",))
+    levels = len(settings.convert(tuple[int, ...], fields["block_out_channels"], f"{path}: block_out_channels"))
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if saved.get(key, [kind]) != [kind] * levels:
+            raise UserError(f"{path}: {key} is {saved.get(key)!r:.60}; only {levels} times {kind!r} is supported")
+    return with_defaults(fields, {"layers_per_block": 1, "sample_size": 32})
+
+
+def vae_json(config):
+    """An AutoencoderKLConfig → what config.json says of it."""
+    fields = {theirs: getattr(config, ours) for ours, theirs in VAE_KEYS.items()}
+    levels = len(config.block_out_channels)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    return {"_class_name": "AutoencoderKL"} | fields | kinds | VAE_FIXED
+
+
+def schedule_fields(saved, path="scheduler_config.json"):
+    """A scheduler_config.json, as parsed → the Fields of a NoiseSchedule: any of our samplers may then follow it."""
+    fields = settings.published(saved, path, SCHEDULE_KEYS, {"_class_name": SCHEDULER_KINDS}, SCHEDULER_FIXED)
+    to_one = saved["_class_name"] != "PNDMScheduler"
+    defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    return with_defaults(fields, defaults | {"steps_offset": 0, "set_alpha_to_one": to_one})
+
+
+def schedule_json(schedule):
+    """A NoiseSchedule → what scheduler_config.json says of it."""
+    fields = {theirs: getattr(schedule, ours) for ours, theirs in SCHEDULE_KEYS.items()}
+    if not schedule.timestep_spacing:  # each sampler's own
+        del fields["timestep_spacing"]
+    return {"_class_name": "DDIMScheduler"} | fields | {"clip_sample": False, "trained_betas": None}
+
+
+def with_defaults(fields, defaults):
+    """Puts in diffusers' own defaults where a file leaves a key out and ours are other ones."""
+    for name, value in defaults.items():
+        fields.setdefault(name, value)
+    return fields
+
+
+def pipeline_json(folders, xl):
+    """model_index.json of a pipeline with these folders, which tells diffusers the class of each."""
+    kinds = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+    if xl:
+        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+    else:
+        index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+        kinds = {name: kind for name, kind in kinds.items() if not name.endswith("_2")}
+        kinds |= {"safety_checker": None, "feature_extractor": None}
+    for name, kind in kinds.items():
+        index[name] = kind if name in folders else [None, None]
+    return index
+
+
+# ---- single files: their weights -------------------------------------------------------------
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+# Neither the U-Net's nor the autoencoder's: averaged weights, text encoders, tables that follow from the schedule.
+# fmt: off
+NOT_WEIGHTS = (
+    "model_ema.", "cond_stage_model.", "conditioner.", "denoiser.", "betas", "alphas_cumprod", "sqrt_",
+    "log_one_minus_", "posterior_", "lvlb_weights", "logvar", "scale_factor",
+)
+# fmt: on
+
+
+def read_single_file(path):
+    """The tensors of a whole model in one file, under their own names; one that belongs to no part is a UserError."""
+    tensors = checkpoint.read_tensors(path)
+    for name in tensors:
+        if not name.startswith((UNET_PREFIX, VAE_PREFIX, *NOT_WEIGHTS)):
+            raise UserError(f"{path}: {name} belongs to no part of a latent diffusion model")
+    return tensors
+
+
+def strip_prefix(tensors, prefix, path):
+    """The tensors whose names begin with `prefix`, without it; all, where none does: a file of one part only."""
+    own = checkpoint.pop_prefix(dict(tensors), prefix)
+    own = own or {k: v for k, v in tensors.items() if not k.startswith(("loss.", *NOT_WEIGHTS))}
+    if not own:
+        raise UserError(f"{path}: holds nothing named {prefix}…")
+    return own
+
+
+def unet_shape(tensors, path):
+    """(width of the first level, width of the context) of a U-Net's tensors under their names in single files."""
+    shapes = []
+    for name in ("input_blocks.0.0.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"):
+        if name not in tensors or tensors[name].ndim < 2:
+            raise UserError(f"{path}: {name} is missing, so it is no U-Net of Stable Diffusion")
+        shapes.append(tensors[name].shape)
+    return shapes[0][0], shapes[1][1]
+
+
+def rename_unet(tensors, config):
+    """A U-Net's tensors of a single file, under our names."""
+    return checkpoint.renamed(tensors, as_patterns(unet_names(config)))
+
+
+def rename_vae(tensors, config):
+    """An autoencoder's tensors of a single file, or of an old diffusers folder, under our names and shapes."""
+    tensors = checkpoint.renamed(tensors, as_patterns(vae_names(config)))
+    for name, tensor in tensors.items():
+        if ".attentions." in name and tensor.ndim == 4:  # attention as 1×1 convolutions: (D, D, 1, 1) → (D, D)
+            tensors[name] = tensor.flatten(1)
+    return tensors
+
+
+def as_patterns(names):
+    """{beginning of a name, up to a dot: the new beginning} → a table for checkpoint.renamed, longer ones first."""
+    longest_first = sorted(names.items(), key=lambda pair: len(pair[0]), reverse=True)
+    return [(rf"^{re.escape(theirs)}\.", f"{ours}.") for theirs, ours in longest_first]
+
+
+def unet_names(config):
+    """{beginning of a name in single files: ours}. They number the blocks in the order in which they run. SD 1's:
+
+    input_blocks.0.0              conv_in
+    input_blocks.1.0.in_layers.2  down_blocks.0.resnets.0.conv1
+    input_blocks.1.1              down_blocks.0.attentions.0
+    input_blocks.2                … the level's second residual block and attention
+    input_blocks.3.0.op           down_blocks.0.downsamplers.0.conv
+    input_blocks.4                … the next level
+    middle_block.0, .1, .2        mid_block.resnets.0, .attentions.0, .resnets.1
+    output_blocks.0.0             up_blocks.0.resnets.0
+    output_blocks.2.1.conv        up_blocks.0.upsamplers.0.conv; 2.2.conv if the level has attention, which is 2.1
+    """
+    names = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    block = 1
+    for level in range(len(config.depth)):
+        for k in range(config.layers_per_block):
+            resnets[f"input_blocks.{block}.0"] = f"down_blocks.{level}.resnets.{k}"
+            names[f"input_blocks.{block}.1"] = f"down_blocks.{level}.attentions.{k}"
+            block += 1
+        names[f"input_blocks.{block}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        block += 1
+    block = 0
+    for level, depth in enumerate(reversed(config.depth)):
+        for k in range(config.layers_per_block + 1):
+            resnets[f"output_blocks.{block}.0"] = f"up_blocks.{level}.resnets.{k}"
+            names[f"output_blocks.{block}.1"] = f"up_blocks.{level}.attentions.{k}"
+            block += 1
+        names[f"output_blocks.{block - 1}.{2 if depth else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    for theirs, ours in resnets.items():
+        names |= {
+            f"{theirs}.in_layers.0": f"{ours}.norm1",
+            f"{theirs}.in_layers.2": f"{ours}.conv1",
+            f"{theirs}.emb_layers.1": f"{ours}.time_emb_proj",
+            f"{theirs}.out_layers.0": f"{ours}.norm2",
+            f"{theirs}.out_layers.3": f"{ours}.conv2",
+            f"{theirs}.skip_connection": f"{ours}.conv_shortcut",
+        }
+    return names
+
+
+def vae_names(config):
+    """{beginning of a name in single files, or in old diffusers folders: ours}."""
+    names, last = {}, len(config.block_out_channels) - 1
+    attention_names = {
+        **{"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},  # single files
+        **{"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"},  # old folders
+    }
+    for side in ("encoder", "decoder"):
+        middle = f"{side}.mid_block"
+        names |= {
+            f"{side}.norm_out": f"{side}.conv_norm_out",
+            f"{side}.mid.block_1": f"{middle}.resnets.0",
+            f"{side}.mid.block_2": f"{middle}.resnets.1",
+        }
+        for theirs, ours in attention_names.items():
+            names[f"{side}.mid.attn_1.{theirs}"] = f"{middle}.attentions.0.{ours}"
+            names[f"{middle}.attentions.0.{theirs}"] = f"{middle}.attentions.0.{ours}"
+    for n in range(last + 1):
+        # their decoder's level 0 is the largest grid, though it runs last; ours runs first
+        pairs = {f"encoder.down.{n}": f"encoder.down_blocks.{n}", f"decoder.up.{n}": f"decoder.up_blocks.{last - n}"}
+        for theirs, ours in pairs.items():
+            for k in range(config.layers_per_block + 1):
+                names[f"{theirs}.block.{k}"] = f"{ours}.resnets.{k}"
+                names[f"{theirs}.block.{k}.nin_shortcut"] = f"{ours}.resnets.{k}.conv_shortcut"
+            names |= {f"{theirs}.downsample": f"{ours}.downsamplers.0", f"{theirs}.upsample": f"{ours}.upsamplers.0"}
+    return names
+
+
+# ---- single files: the YAML or JSON that their code bases keep of them ---------------------------
+
+# {our field: their key}, and what is fixed; see above
+# fmt: off
+ORIGINAL_UNET_KEYS = {
+    "in_channels": "in_channels", "out_channels": "out_channels", "sample_size": "image_size",
+    "block_out_channels": "channel_mult", "layers_per_block": "num_res_blocks", "depth": "transformer_depth",
+    "mid_depth": "transformer_depth_middle", "heads": "num_heads", "cross_attention_dim": "context_dim",
+    "use_linear_projection": "use_linear_in_transformer", "projection_class_embeddings_input_dim": "adm_in_channels",
+}
+ORIGINAL_UNET_FIXED = {
+    "conv_resample": True, "dims": 2, "disable_self_attentions": None, "dropout": 0, "n_embed": None,
+    "num_attention_blocks": None, "num_heads_upsample": -1, "resblock_updown": False, "use_scale_shift_norm": False,
+    "use_spatial_transformer": True,
+}
+ORIGINAL_VAE_KEYS = {
+    "sample_size": "resolution", "block_out_channels": "ch_mult", "layers_per_block": "num_res_blocks",
+    "latent_channels": "z_channels", "scaling_factor": "scale_factor",
+}
+ORIGINAL_VAE_FIXED = {
+    "attn_resolutions": [], "double_z": True, "dropout": 0, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True,
+    "tanh_out": False, "use_linear_attn": False,
+}
+# fmt: on
+ORIGINAL_FIXED = {"beta_schedule": "linear", "conditioning_key": "crossattn"}  # "linear": in √β
+PARAMETERIZATIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}  # CompVis's names
+SCALINGS = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}  # Stability's, of SDXL
+
+
+def config_beside(path):
+    """The YAML or JSON of the same name as a single file, or None."""
+    for ending in (".yaml", ".json"):
+        if Path(path).with_suffix(ending).exists():
+            return Path(path).with_suffix(ending)
+    return None
+
+
+def original_fields(source):
+    """A YAML or JSON file, or its content (a dict) → the Fields of UNetConfig, AutoencoderKLConfig, NoiseSchedule."""
+    path, content = "config", source
+    if not isinstance(source, dict):
+        path = Path(source)
+        content = checkpoint.read_json(path) if path.suffix == ".json" else checkpoint.read_yaml(path)
+    model = section(content, path, "model", "params")
+    return original_unet(model, path), original_vae(model, path), original_schedule(model, path)
+
+
+def section(table, path, *names):
+    """table[names[0]][names[1]]…, or a UserError if that is no table."""
+    for name in names:
+        table = table.get(name) if isinstance(table, dict) else None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: has no section {'.'.join(names)}, so it is no configuration of latent diffusion")
+    return table
+
+
+def original_unet(model, path):
+    saved = section(model, path, "unet_config" if "unet_config" in model else "network_config", "params")
+    # the U-Net's own image_size is marked as unused in the published files, and is another one there
+    saved = {"image_size": 64, "num_heads": -1, "num_head_channels": -1} | saved
+    saved["image_size"] = model.get("image_size", saved["image_size"])
+    required = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
+    fields = settings.published(saved, path, ORIGINAL_UNET_KEYS, fixed=ORIGINAL_UNET_FIXED, required=required)
+
+    width = settings.convert(int, saved.get("model_channels"), f"{path}: model_channels")
+    multipliers = settings.convert(tuple[int, ...], saved["channel_mult"], f"{path}: channel_mult")
+    fields["block_out_channels"] = widths = [width * multiplier for multiplier in multipliers]
+    key = "num_heads" if saved["num_head_channels"] == -1 else "num_head_channels"
+    count = settings.convert(int, saved[key], f"{path}: {key}")
+    if count < 1:
+        raise UserError(f"{path}: {key} {count} must be at least 1")
+    fields["heads"] = [count if key == "num_heads" else width // count for width in widths]
+    attended = settings.convert(tuple[int, ...], saved.get("attention_resolutions"), f"{path}: attention_resolutions")
+    depths = per_level(fields.get("depth", 1), widths)
+    fields.setdefault("mid_depth", depths[-1] if depths else 1)
+    fields["depth"] = [depth if 2**n in attended else 0 for n, depth in enumerate(depths)]
+    if fields.get("projection_class_embeddings_input_dim"):
+        fields["addition_time_embed_dim"] = 256
+    return fields
+
+
+def original_vae(model, path):
+    saved = section(model, path, "first_stage_config", "params", "ddconfig")
+    saved = saved | {"scale_factor": model.get("scale_factor", 1.0)}
+    required = ("block_out_channels", "layers_per_block", "latent_channels")
+    fields = settings.published(saved, path, ORIGINAL_VAE_KEYS, fixed=ORIGINAL_VAE_FIXED, required=required)
+    width = settings.convert(int, saved.get("ch"), f"{path}: ch")
+    multipliers = settings.convert(tuple[int, ...], saved["ch_mult"], f"{path}: ch_mult")
+    fields["block_out_channels"] = [width * multiplier for multiplier in multipliers]
+    return fields
+
+
+def original_schedule(model, path):
+    keys = {"num_train_timesteps": "timesteps", "beta_start": "linear_start", "beta_end": "linear_end"}
+    keys |= {"prediction_type": "parameterization"}
+    saved = {"linear_start": 1e-4, "linear_end": 2e-2, "parameterization": "eps"} | model
+    kinds = PARAMETERIZATIONS
+    if "denoiser_config" in model:  # Stability's: what is predicted follows from the class of the "scaling"
+        denoiser = section(model, path, "denoiser_config", "params")
+        scaling = section(denoiser, path, "scaling_config").get("target")
+        saved |= {"linear_start": 0.00085, "linear_end": 0.012, "parameterization": str(scaling).rpartition(".")[2]}
+        if "params" in section(denoiser, path, "discretization_config"):
+            saved |= section(denoiser, path, "discretization_config", "params")
+        kinds = SCALINGS
+    fields = settings.published(saved, path, keys, {"parameterization": tuple(kinds)}, ORIGINAL_FIXED)
+    fields["prediction_type"] = kinds[saved["parameterization"]]
+    return fields
