@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -638,6 +638,171 @@ def test_a_tiny_clip_learns_which_text_belongs_to_which_picture():
 
 
 # ---- mistakes --------------------------------------------------------------------------------
+
+
+def put(saved, keys, value):
+    """saved[a][b] = value for keys "a.b"; without keys, the value alone."""
+    if not keys:
+        return value
+    *path, last = keys.split(".")
+    table = saved
+    for key in path:
+        table = table[key]
+    table[last] = value
+    return saved
+
+
+def refusal(open_it, *arguments):
+    with pytest.raises(UserError) as error:
+        open_it(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "says"),
+    [
+        ("", [], "config.json: expected a table"),
+        ("model_type", 5, "config.json: model_type is 5"),
+        ("projection_dim", -1, "config.json: projection_dim -1 must be at least 0"),
+        ("projection_dim", 0, "config.json: projection_dim 0 leaves the two towers without a common space"),
+        ("vision_config", [], "config.json: vision_config: expected a table"),
+        ("text_config_dict", 5, "config.json: text_config_dict: expected a table"),
+        ("vision_config.hidden_size", 128.5, "vision_config: hidden_size: expected a whole number"),
+        ("vision_config.hidden_size", 2**40, "vision_config: hidden_size 1099511627776 must be at most"),
+        ("vision_config.num_hidden_layers", "3", "vision_config: num_hidden_layers: expected a whole number"),
+        ("vision_config.num_hidden_layers", -1, "vision_config: num_hidden_layers -1 must be at least 1"),
+        ("vision_config.num_attention_heads", 0, "vision_config: num_attention_heads 0 must be at least 1"),
+        ("vision_config.num_attention_heads", 3, "num_attention_heads 3 does not divide hidden_size 128"),
+        ("vision_config.patch_size", 0, "vision_config: patch_size 0 must be at least 1"),
+        ("vision_config.num_channels", 4, "vision_config: num_channels is 4; only 3 is supported"),
+        ("vision_config.hidden_act", "relu", 'vision_config: hidden_act "relu" must be one of quick_gelu, gelu'),
+        ("text_config.layer_norm_eps", math.nan, "text_config: layer_norm_eps: nan is no number to compute with"),
+        ("text_config.eos_token_id", [5], "text_config: eos_token_id: expected a whole number, got [5]"),
+        ("text_config.eos_token_id", "5", "text_config: eos_token_id: expected a whole number"),
+        ("text_config.eos_token_id", 514, "text_config: eos_token_id 514 must be an id below vocab_size 514"),
+        ("text_config.max_position_embeddings", True, "max_position_embeddings: expected a whole number, got True"),
+    ],
+)
+def test_a_damaged_config_is_one_line_with_file_and_key(keys, value, says, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    saved = put(json.loads((tmp_path / "config.json").read_text()), keys, value)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert says in refusal(CLIP.from_pretrained, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "says"),
+    [
+        ("", 5, "preprocessor_config.json: expected a table"),
+        ("image_mean", [0.5], "preprocessor_config.json: image_mean (0.5,) must be three numbers"),
+        ("image_mean", "x", "preprocessor_config.json: image_mean: expected a list"),
+        ("image_std", [0.5, 0, 0.5], "preprocessor_config.json: image_std (0.5, 0.0, 0.5) must be greater than 0"),
+        ("image_std", [0.5, None, 0.5], "preprocessor_config.json: image_std[1]: expected a number"),
+        ("do_normalize", False, "preprocessor_config.json: do_normalize is False; only True is supported"),
+        ("resample", 2, "preprocessor_config.json: resample is 2; only 3 is supported"),
+        ("rescale_factor", 1, "preprocessor_config.json: rescale_factor is 1; only"),
+        ("size", {"height": 16, "width": 16}, "preprocessor_config.json: size is {'height': 16, 'width': 16}; only"),
+        ("crop_size", 224, "preprocessor_config.json: crop_size is 224; only the image_size of the tower, 16,"),
+    ],
+)
+def test_another_preprocessing_than_ours_is_refused(keys, value, says, tmp_path):
+    """What it does to a picture changes every feature: it is done, or refused by name."""
+    tiny().save_pretrained(tmp_path)
+    saved = put(json.loads((tmp_path / "preprocessor_config.json").read_text()), keys, value)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    assert says in refusal(CLIP.from_pretrained, tmp_path)
+
+
+def test_what_image_processors_of_transformers_write_is_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    colours = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    processor = transformers.models.clip.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16, **colours)
+    processor.save_pretrained(tmp_path)
+    assert CLIP.from_pretrained(tmp_path).config.vision.std == (0.25,) * 3
+    oldest = {"crop_size": 16, "size": 16, "feature_extractor_type": "CLIPFeatureExtractor"} | colours
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(oldest))
+    assert CLIP.from_pretrained(tmp_path).config.vision.mean == (0.5,) * 3
+
+
+OPEN_CLIP = {
+    "model_cfg": {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 16, "layers": 3, "width": 128, "mlp_ratio": 1.25, "patch_size": 8},
+        "text_cfg": {"context_length": 12, "vocab_size": 514, "width": 64, "heads": 1, "layers": 2, "mlp_ratio": 1.5},
+    },
+    "preprocess_cfg": {"size": [16, 16], "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"},
+}
+
+
+def test_an_open_clip_config_is_read_in_full():
+    assert settings.build(CLIPConfig, published.config_from_open_clip(OPEN_CLIP)) == TINY
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "says"),
+    [
+        ("", [], "open_clip_config.json: expected a table"),
+        ("model_cfg", None, "open_clip_config.json: model_cfg is missing"),
+        ("model_cfg", 5, "open_clip_config.json: model_cfg: expected a table"),
+        ("model_cfg.vision_cfg", [], "model_cfg: vision_cfg: expected a table"),
+        ("model_cfg.embed_dim", "24", "model_cfg: embed_dim: expected a whole number"),
+        ("model_cfg.quick_gelu", 1, "model_cfg: quick_gelu: expected true or false"),
+        ("model_cfg.vision_cfg.layers", [3, 4], "vision_cfg: layers: expected a whole number"),
+        ("model_cfg.vision_cfg.width", "128", "vision_cfg: width: expected a whole number"),
+        ("model_cfg.vision_cfg.head_width", 0, "vision_cfg: head_width 0 must be at least 1"),
+        ("model_cfg.vision_cfg.head_width", 40, "vision_cfg: width / head_width = 3 does not divide width 128"),
+        ("model_cfg.vision_cfg.mlp_ratio", 0, "vision_cfg: mlp_ratio · width = 0 must be at least 1"),
+        ("model_cfg.vision_cfg.mlp_ratio", math.inf, "vision_cfg: mlp_ratio: inf is no number to compute with"),
+        ("model_cfg.vision_cfg.pool_type", "avg", "vision_cfg: pool_type is 'avg'; only 'tok' is supported"),
+        ("model_cfg.text_cfg.heads", None, "text_cfg: heads is missing"),
+        ("model_cfg.text_cfg.no_causal_mask", True, "text_cfg: no_causal_mask is True; only False is supported"),
+        ("preprocess_cfg.std", [1, 1, 0], "preprocess_cfg: std (1.0, 1.0, 0.0) must be greater than 0"),
+        ("preprocess_cfg.interpolation", "bilinear", "interpolation is 'bilinear'; only 'bicubic' is supported"),
+        ("preprocess_cfg.size", 32, "preprocess_cfg: size is 32; only the image_size of the tower, 16"),
+    ],
+)
+def test_a_damaged_open_clip_config_is_one_line(keys, value, says):
+    saved = put(json.loads(json.dumps(OPEN_CLIP)), keys, value)
+    build = lambda: settings.build(CLIPConfig, published.config_from_open_clip(saved))  # noqa: E731
+    assert says in refusal(build)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.vision.heads=0", "[model.vision] heads 0 must be at least 1"),
+        ("model.vision.std=[1, 0, 1]", "[model.vision] std (1.0, 0.0, 1.0) must be greater than 0"),
+        ("model.vision.mean=[]", "[model.vision] mean () must be three numbers"),
+        ("model.text.layers=100000", "[model.text] layers 100000 must be at most 1000"),
+        ("model.text.eos=514", "[model.text] eos 514 must be an id below vocab_size 514"),
+    ],
+)
+def test_a_run_that_cannot_be_is_one_line(override, says):
+    values = settings.read(ROOT / "configs" / "tiny_clip.toml", [override])["model"]
+    assert values.pop("kind") == "clip"
+    assert says in refusal(settings.build, CLIPConfig, values, "model")
+
+
+def test_another_models_folder_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert refusal(CLIP.from_pretrained, tmp_path).endswith(
+        "holds a LLaMA, but a CLIP or a CLIP text tower or a CLIP vision tower is wanted"
+    )
+
+
+def test_weights_without_a_config_that_are_no_clips_are_one_line(tmp_path):
+    shapes = weights(tiny())
+    for name, tensor, says in (
+        ("vision_model.embeddings.patch_embedding.weight", torch.ones(3), "is (3,), expected 4 dimensions"),
+        ("text_model.encoder.layers.0.mlp.fc1.weight", torch.ones(7, 100), "is 100 wide, which does not tell"),
+        ("vision_model.embeddings.position_embedding.weight", torch.ones(0, 128), "image_size 0 must be at least 1"),
+    ):
+        save_file(shapes | {name: tensor}, tmp_path / "weights.safetensors")
+        assert says in refusal(CLIPConfig.from_weights, tmp_path / "weights.safetensors", "gelu")
 
 
 def test_mistakes_are_named_in_one_line(tmp_path):
