@@ -366,10 +366,10 @@ def test_a_llava_row_is_a_conversation():
     assert said.pictures == []
 
 
-def test_the_readmes_examples_are_rows(tmp_path):
+def test_the_examples_of_the_documentation_are_rows(tmp_path):
     """What a user copies from there is read."""
     forms = []
-    for block in re.findall(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+    for block in re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL):
         (tmp_path / "rows.json").write_text(block)
         forms.append({read_row(raw)[0] for _, _, raw in formats.json_rows(tmp_path / "rows.json")})
     assert forms == [{"captions"}, {"MMC4"}, {"OBELICS"}, {"LLaVA"}]
