@@ -42,10 +42,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from clip import CLIP, text_encoders
+from clip import text_encoders
 from diffusion import SAMPLERS, LatentDiffusion
 from documents import chat_parts
-from dreamllm import DreamLLM
+from dreamllm import END, DreamLLM
 from lvm import LVM, run_data
 from model import LLaMA
 from support import checkpoint, settings
@@ -184,7 +184,7 @@ def load_dream(args):
     """The DreamLLM at --run."""
     checkpoint.expect(args.run, "a DreamLLM")
     device, dtype = device_and_dtype(args)
-    return DreamLLM.from_pretrained(args.run, CLIP, LatentDiffusion, dtype, device, args.parts)
+    return DreamLLM.from_pretrained(args.run, dtype, device, args.parts)
 
 
 def sampling_options(args, llama, row=0):
@@ -245,7 +245,8 @@ def stream_document(args, prompt, max_pictures):
     """DreamLLM.stream_document of the model at --run with what the options say."""
     options = selected(args, "temperature", "top_k", "top_p", "guidance", "steps", "seed")
     options |= {"sampler": args.sampler or "ddpm", "progress": True}
-    return load_dream(args).stream_document(prompt, args.max_new, max_pictures, **options)
+    stream = load_dream(args).stream_document(prompt, args.max_new, max_pictures, **options)
+    return (piece for piece in stream if piece is not END)
 
 
 def read_rows(path, key, many):

@@ -314,7 +314,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.3, help="of documents' texts (0.3)")
     a = parser.parse_args()
     checkpoint.out_file(Path(a.out) / "report.json")  # before all the work
-    model = DreamLLM.from_pretrained(a.run, CLIP, LatentDiffusion, torch.float32)
+    model = DreamLLM.from_pretrained(a.run, torch.float32)
     unet = LatentDiffusion.from_pretrained(a.unet, text_encoders(a.unet), torch.float32)
     judge, out = Learned(CLIP.from_pretrained(a.clip, dtype=torch.float32)), Path(a.out)
     splits = {split: list(open_source("emoji", model.side, split)) for split in ("train", "combo", "new")}

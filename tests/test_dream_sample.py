@@ -16,8 +16,6 @@ from conftest import GOLDEN
 from PIL import Image
 
 import sample
-from clip import CLIP
-from diffusion import LatentDiffusion
 from documents import chat_parts
 from dreamllm import DreamLLM
 from support.pages import save_page
@@ -159,7 +157,7 @@ FEW = ["--device", "cpu", "--steps", 2, "--max-new", 20]  # few steps of the U-N
 def dream(tmp_path_factory):
     """(the model, the folder where it is saved)."""
     pytest.importorskip("sentencepiece")
-    model = DreamLLM.from_pretrained(GOLDEN / "dreamllm" / "checkpoint", CLIP, LatentDiffusion, torch.float32)
+    model = DreamLLM.from_pretrained(GOLDEN / "dreamllm" / "checkpoint", torch.float32)
     tokenizer, llama = model.tokenizer, model.llama
     with torch.no_grad():
         # One number of 64 towers above all others at every place, so that the final norm makes it about 7 …
@@ -173,7 +171,7 @@ def dream(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dream") / "model"
     model.save_pretrained(folder)
     # Opened as the commands open it: weights that lie elsewhere in memory may be summed in another order.
-    return DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion), folder
+    return DreamLLM.from_pretrained(folder), folder
 
 
 @pytest.fixture(scope="module")

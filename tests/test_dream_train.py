@@ -19,7 +19,7 @@ EVERYTHING = 'model.trained=["llama", "projector", "dream_queries", "condition"]
 
 
 def opened(run):
-    return DreamLLM.from_pretrained(run, CLIP, LatentDiffusion)
+    return DreamLLM.from_pretrained(run)
 
 
 def jitter(before, after):

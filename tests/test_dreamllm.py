@@ -15,10 +15,11 @@ from conftest import GOLDEN
 from PIL import Image
 from safetensors.torch import load_file
 
+import published.dreamllm
 from clip import CLIP, CLIPConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, LossNoise, NoiseSchedule, UNet, UNetConfig
-from dreamllm import DreamLLM, DreamLLMConfig, Projector, merge_texts
-from model import LLaMA, LLaMAConfig
+from dreamllm import PROJECTORS, DreamLLM, DreamLLMConfig, merge_texts
+from model import LLaMA, LLaMAConfig, rotary_frequencies
 from support import checkpoint
 from support.settings import UserError
 from support.tokenizer import ADDED, Tokenizer
@@ -30,7 +31,7 @@ pytest.importorskip("sentencepiece")
 @pytest.fixture
 def dream():
     """The golden model, fresh: some tests change it."""
-    return DreamLLM.from_pretrained(FOLDER / "checkpoint", CLIP, LatentDiffusion, torch.float32)
+    return DreamLLM.from_pretrained(FOLDER / "checkpoint", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def test_text_to_image(dream, case):
     seen = []
     dream.diffusion.unet.register_forward_hook(lambda module, inputs, output: seen.append(output))
     draws = iter([golden[f"draw.{i}.randn"] for i in range(5)])
-    images = dream.text_to_image(prompts, negative, 3.5, 4, noise=lambda: next(draws))
+    images = dream.text_to_image(prompts, negative, guidance=3.5, steps=4, noise=lambda: next(draws))
     close(torch.stack(seen), golden["unet_out"])
     close(images, golden["image"])
 
@@ -242,16 +243,16 @@ def test_a_document_repeats_from_its_seed(dream):
 
 
 def test_pictures_come_only_after_dream_start_and_are_looked_at(dream):
-    """Every token that the model reads while it writes, told from the calls of `read`."""
+    """Every token that the model reads while it writes, told from the calls of `hidden_states`."""
     eager(dream, "<dream_start>", 4)
     reads, special = [], dream.tokenizer.special
-    read = dream.read
+    read = dream.hidden_states
 
     def spy(ids, pictures=(), caches=None):
         reads.append((ids[0], list(pictures)))
         return read(ids, pictures, caches)
 
-    dream.read = spy
+    dream.hidden_states = spy
     pieces = document(dream, max_pictures=2)
     pictures = [piece for piece in pieces if isinstance(piece, Image.Image)]
     assert len(pictures) == 2
@@ -306,9 +307,9 @@ def test_every_projector_reaches_the_llama(dream, forward, kind, places):
 
 
 def test_a_smaller_grid_rounds_up():
-    projector = Projector(8, 4, "downsample")
+    projector = PROJECTORS["downsample"](8, 4)
     for side in range(1, 18):
-        assert projector(torch.zeros(1, side * side, 8)).shape[1] == projector.places(side * side)
+        assert projector(torch.zeros(1, side * side, 8)).shape[1] == projector.length(side * side)
 
 
 def test_a_tokenizer_without_its_tokens_is_refused(dream):
@@ -332,7 +333,7 @@ def test_a_vocabulary_grows_without_changing_what_is_there():
 def test_saved_and_opened_again(dream, forward, tmp_path):
     """The same numbers, the same keys as in the original's files; and our folder needs nothing beside it."""
     dream.save_pretrained(tmp_path / "saved")
-    again = DreamLLM.from_pretrained(tmp_path / "saved", CLIP, LatentDiffusion)
+    again = DreamLLM.from_pretrained(tmp_path / "saved")
     inputs = batch_of(forward)
     assert torch.equal(again(*inputs, recorded(forward))["loss"], dream(*inputs, recorded(forward))["loss"])
     assert again.config == dream.config and again.tokenizer.special == dream.tokenizer.special
@@ -363,7 +364,7 @@ def test_the_one_file_of_a_sharded_run(dream, tmp_path):
         (folder / f"{name}.bin").unlink()
     (folder / "model.safetensors").unlink()
     torch.save(whole, folder / "pytorch_model.bin")
-    again = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, torch.float32)
+    again = DreamLLM.from_pretrained(folder, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), dream.parameters(), strict=True))
 
 
@@ -375,7 +376,7 @@ def test_half_precision_draws_and_writes(tmp_path, dtype):
     shutil.copytree(FOLDER / "components", tmp_path / "components")
     weights = {k: v.bfloat16() for k, v in load_file(folder / "model.safetensors").items()}
     checkpoint.write_tensors(folder / "model.safetensors", weights)
-    dream = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, dtype)
+    dream = DreamLLM.from_pretrained(folder, dtype)
     assert dream.text_to_image(["A dog."], steps=1).isfinite().all()
     assert document(dream, [Image.new("RGB", (9, 9)), "A dog."], max_new_tokens=4) is not None
 
@@ -388,10 +389,10 @@ def test_the_parts_may_lie_elsewhere_under_their_names_on_the_hub(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copytree(FOLDER / "components" / "clip_vision", tmp_path / "models" / "clip-tiny")
     shutil.copytree(FOLDER / "components" / "stable_diffusion", tmp_path / "hub" / "components" / "stable_diffusion")
-    with pytest.raises(UserError, match="of its part openai/clip-tiny the configuration is not there"):
-        DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion)
+    with pytest.raises(UserError, match="its part openai/clip-tiny has no configuration"):
+        DreamLLM.from_pretrained(folder)
     given = [tmp_path / "models", tmp_path / "hub"]
-    assert DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, parts=given).patches == 16
+    assert DreamLLM.from_pretrained(folder, parts=given).patches == 16
 
 
 def test_damaged_folders_are_named(tmp_path):
@@ -401,7 +402,7 @@ def test_damaged_folders_are_named(tmp_path):
         shutil.copytree(FOLDER / "checkpoint", folder)
         change(folder)
         with pytest.raises(UserError) as caught:
-            DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion)
+            DreamLLM.from_pretrained(folder)
         return str(caught.value)
 
     def edit(path, **changes):
@@ -410,11 +411,13 @@ def test_damaged_folders_are_named(tmp_path):
     assert "components/clip_vision" in damaged(lambda folder: None)  # its parts are not beside it
     shutil.copytree(FOLDER / "components", tmp_path / "components")
     assert "dream_embedding.bin: no such file" in damaged(lambda f: (f / "dream_embedding.bin").unlink())
-    assert "model_type is 'llama'" in damaged(lambda f: edit(f / "config.json", model_type="llama"))
-    assert "not the configuration of a DreamLLM" in damaged(lambda f: edit(f / "config.json", plugins_init_kwargs={}))
+    assert "holds a LLaMA, but a DreamLLM is wanted" in damaged(lambda f: edit(f / "config.json", model_type="llama"))
+    assert "clip_vision_embedding: expected a table, got None" in damaged(
+        lambda f: edit(f / "config.json", plugins_init_kwargs={})
+    )
     ids = {"additional_special_tokens": {"<dream_start>": 388}}
     message = damaged(lambda f: edit(f / "config.json", special_tokens2ids_dict=ids))
-    assert "<dream_start> is 388 here but 387" in message
+    assert "<dream_start> is 388, but 387" in message
     wrong = {"dream_queries": torch.zeros(1, 7, 64)}
     assert "dream_queries is (1, 7, 64)" in damaged(lambda f: torch.save(wrong, f / "dream_embedding.bin"))
 
@@ -439,7 +442,8 @@ def test_true_size_keys_and_shapes():
             AutoencoderKL(AutoencoderKLConfig.named("sd")),
         )
         model = DreamLLM(llama, clip, LatentDiffusion(unet, vae, NoiseSchedule()), DreamLLMConfig(), tokenizer)
-        ours = {file: {k: tuple(v.shape) for k, v in tensors.items()} for file, tensors in model.published().items()}
+        files = published.dreamllm.tensors_to_hf(model, rotary_frequencies(llama.config))
+        ours = {file: {k: tuple(v.shape) for k, v in tensors.items()} for file, tensors in files.items()}
     assert {file: len(keys) for file, keys in golden.items()} == dict(zip(golden, (323, 393, 1, 935), strict=True))
     assert ours == golden
     assert (model.patches, model.side) == (256, 512)

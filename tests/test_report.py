@@ -110,7 +110,7 @@ def test_answers_together_are_the_answers_one_by_one(dreamer):
     pictures = [Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(3)]
     prompts = [[pictures[0], "who?"], ["a"], [pictures[1], "what"], [pictures[2]], ["b"]]
     options = {"max_new_tokens": 12, "max_pictures": 0, "temperature": 0}
-    one_by_one = ["".join(dreamer.stream_document(prompt, **options)) for prompt in prompts]
+    one_by_one = ["".join(dreamer.generate_document(prompt, **options)) for prompt in prompts]
     assert answer(dreamer, prompts, max_new_tokens=12) == one_by_one
     assert len(set(one_by_one)) > 3  # else nothing would have been compared
 
