@@ -15,24 +15,25 @@ them through the program and inserts the communication. The devices stand in a g
     tensor    heads, hidden units and vocabulary (Megatron:     two sums of activations a layer, each way
               Shoeybi et al. 2019)
 
-    tokens (B, T) ─ embed ─▶ x (B, T, D) ─ scan over stacked layers ─▶ x ─ norm ─ head, a piece of T at a time ─▶ loss
+    tokens (B, T) ─ embed ─▶ x (B, T, D) ─ scan over stacked layers ─▶ x ─ norm ─ head, a chunk of T at a time ─▶ loss
            B over data × fsdp          weights over fsdp × tensor         never all logits (B, T, V) at once
 
 Same configurations, rows, metrics and run folder as train.py; either finishes what the other began (pictures in
 samples/ only train.py makes). All processes must see the same files. Float32 weights and moments, `train.dtype`
 for computing. How a run starts: (1) resume; else (2) `model.init`; else (3) scratch.
 
-Read before: model.py (the same model), train.py (the same loop). Read next: bench/plan.py (what a mesh costs).
+Symbols: those of model.py; L layers, A microsteps of an update, c the LLaMAConfig, s the settings of a run.
 """
 
 import contextlib
 import dataclasses
-import json
+import functools
 import math
-import time
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,13 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
+from bench.plan import report
 from data import DataSettings, TokenRows, prefetch
-from model import SIZES, LLaMAConfig, config_from_hf, config_to_hf
+from model import SIZES, LLaMAConfig
+from published import llama
 from support import checkpoint, runs, settings
-from support.settings import MeshSettings, OptimSettings, RunSettings, TrainSettings, UserError
+from support.settings import MeshSettings, UserError
 from support.tokenizer import Tokenizer
 
 # ---- the mesh --------------------------------------------------------------------------------
@@ -56,14 +58,14 @@ ROWS = ("data", "fsdp")  # rows are split over both
 
 
 def make_mesh(m, devices):
-    """The devices as a grid (data, fsdp, tensor), neighbours on the network where it can be had.
+    """The devices as a grid (data, fsdp, tensor), where possible with adjacent devices on adjacent places.
 
     Of several TPU slices, each holds whole copies of the model: only sums over `data` cross between them.
     """
     shape = (m.data, m.fsdp or max(1, len(devices) // (m.data * m.tensor)), m.tensor)
     if math.prod(shape) != len(devices):
         raise UserError(f"mesh data {shape[0]} × fsdp {shape[1]} × tensor {shape[2]} is not {len(devices)} devices")
-    types = (AxisType.Auto,) * 3  # the partitioner decides what we do not say
+    types = (AxisType.Auto,) * 3  # the partitioner decides what is not declared
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if m.data % slices:
         raise UserError(f"mesh.data {m.data} must be a multiple of the {slices} slices")
@@ -111,23 +113,31 @@ def declare(c, tensor):
     return table
 
 
-def check(c, table, mesh, rows):
-    """What must divide for a model to lie on the mesh; otherwise a UserError names it."""
+class Layout(NamedTuple):
+    """A LLaMA on a mesh of devices."""
+
+    config: LLaMAConfig
+    table: dict[str, Weight]  # what `declare` says
+    mesh: Mesh
+
+    def shardings(self):
+        return {name: NamedSharding(self.mesh, w.axes) for name, w in self.table.items()}
+
+
+def lay_out(c, mesh):
+    """→ Layout; a UserError names what a dimension of the mesh does not divide."""
+    table = declare(c, mesh.shape["tensor"])
     for name, w in table.items():
         for size, axis in zip(w.shape, w.axes, strict=True):
             if axis and size % mesh.shape[axis]:
                 raise UserError(f"mesh.{axis} {mesh.shape[axis]} does not divide {size}, a dimension of {name}")
     if c.n_kv_heads % mesh.shape["tensor"]:
         raise UserError(f"mesh.tensor {mesh.shape['tensor']} does not divide the {c.n_kv_heads} key/value heads")
-    if rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise UserError(
-            f"train.batch_size {rows} is no multiple of mesh data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']}: "
-            "raise it, and lower train.accumulate"
-        )
+    return Layout(c, table, mesh)
 
 
 def initialize(table, seed):
-    """Fresh weights: N(0, 0.02), norms 1. The same on every mesh, for a draw depends on its place only."""
+    """Fresh weights: N(0, 0.02), norms 1. A number depends only on its position, so every mesh has the same."""
     keys = dict(zip(table, jax.random.split(jax.random.key(seed), len(table)), strict=True))
     return {n: w.std * jax.random.normal(keys[n], w.shape) if w.std else jnp.ones(w.shape) for n, w in table.items()}
 
@@ -139,11 +149,11 @@ constrain = jax.lax.with_sharding_constraint
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(weight, axes, dtype):
-    """FSDP: a weight's fsdp slices, brought together just before use, in the dtype of computing.
+    """FSDP: a weight's fsdp slices, gathered just before use, in the dtype of computing.
 
     Backward, gradients are summed over the rows and scattered to the same slices.
     """
-    sliced = constrain(weight.astype(dtype), axes)  # said explicitly: cast first, then communicate half the bytes
+    sliced = constrain(weight.astype(dtype), axes)  # declared here too: cast first, then send half the bytes
     return constrain(sliced, P(*(axis if axis == "tensor" else None for axis in axes)))
 
 
@@ -213,28 +223,28 @@ def mean_loss(params, tokens, s, c, table):
     dtype = jnp.dtype(s.train.dtype)
     angles = rotary_angles(inputs.shape[1], c)
 
-    def ready(name, weight):
+    def gathered(name, weight):
         return gather(weight, P(*tuple(table[name].axes)[-weight.ndim :]), dtype)
 
     def layer(x, weights):
-        w = {name.removeprefix("layers."): ready(name, weight) for name, weight in weights.items()}
+        w = {name.removeprefix("layers."): gathered(name, weight) for name, weight in weights.items()}
         return block(x, w, angles, c), None
 
     kept = KEPT[s.mesh.keep if s.train.activation_checkpointing else "everything"]
     layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
     # the constraint holds backward too: each device adds up its own rows' gradients, then these are summed
-    embedding = constrain(ready("embed_tokens", params["embed_tokens"]), P("tensor"))  # (V, D)
+    embedding = constrain(gathered("embed_tokens", params["embed_tokens"]), P("tensor"))  # (V, D)
     x = constrain(embedding[inputs], P(ROWS))  # (B, T, D)
     x, _ = jax.lax.scan(layer, x, {name: w for name, w in params.items() if name.startswith("layers.")})
-    x = rms_norm(x, ready("norm", params["norm"]), c.norm_eps)
+    x = rms_norm(x, gathered("norm", params["norm"]), c.norm_eps)
 
     name = "embed_tokens" if c.tie_embeddings else "lm_head"
-    # the float32 changes no value: it is the dtype in which the pieces' gradients add up
-    head = ready(name, params[name]).astype(jnp.float32)  # (V, D)
+    # the float32 changes no value: it is the dtype in which the chunks' gradients add up
+    head = gathered(name, params[name]).astype(jnp.float32)  # (V, D)
     ids = jnp.arange(len(head))
 
-    @partial(jax.checkpoint, prevent_cse=False)  # backward, a piece's logits are computed again
-    def piece(total, part):
+    @partial(jax.checkpoint, prevent_cse=False)  # backward, a chunk's logits are computed again
+    def head_chunk(total, part):
         x, targets = part  # (B, t, D), (B, t)
         logits = jnp.einsum("btd,vd->btv", x, head.astype(dtype), preferred_element_type=jnp.float32)
         logits = jnp.where(ids < c.vocab_size, constrain(logits, P(ROWS, None, "tensor")), -jnp.inf)
@@ -245,19 +255,19 @@ def mean_loss(params, tokens, s, c, table):
     length = inputs.shape[1]
     size = next(n for n in range(min(length, 512), 0, -1) if length % n == 0)
     parts = (x.reshape(len(x), -1, size, c.dim), targets.reshape(len(x), -1, size))
-    total, _ = jax.lax.scan(piece, jnp.float32(0), jax.tree.map(lambda a: a.swapaxes(0, 1), parts))
+    total, _ = jax.lax.scan(head_chunk, jnp.float32(0), jax.tree.map(lambda a: a.swapaxes(0, 1), parts))
     return total / targets.size
 
 
 # ---- one update ------------------------------------------------------------------------------
 
 
-def update(state, batch, rates, s, c, table):
+def update(state, batch, constants, s, c, table):
     """AdamW (Loshchilov & Hutter 2019) on the mean over microsteps: → the next state, {"loss", "grad_norm"}.
 
-    state   {"params" | "exp_avg" | "exp_avg_sq" | maybe "ema": {name: array}}, float32
-    batch   (A, 2, B, T): A microsteps of inputs and targets
-    rates   learning rate, 1 − β1^t, 1 − β2^t, 1 − decay of the averaged weights
+    state       {"params" | "exp_avg" | "exp_avg_sq" | maybe "ema": {name: array}}, float32
+    batch       (A, 2, B, T): A microsteps of inputs and targets
+    constants   what step_constants returns
     """
     o, params = s.optim, state["params"]
 
@@ -272,7 +282,7 @@ def update(state, batch, rates, s, c, table):
     norm = jnp.sqrt(sum(jnp.square(x).sum() for x in g.values()))
     scale = jnp.minimum(1, o.clip / (norm + 1e-6)) if o.clip else 1
 
-    lr, correction1, correction2, blend = rates
+    lr, correction1, correction2, blend = constants
     new = {kind: {} for kind in state}
     for name, w in params.items():
         m = o.beta1 * state["exp_avg"][name] + (1 - o.beta1) * scale * g[name]
@@ -285,317 +295,348 @@ def update(state, batch, rates, s, c, table):
     return new, {"loss": loss / len(batch), "grad_norm": norm}
 
 
-def rates(s, step):
-    """The numbers of `update` that change from step to step, computed in double precision."""
+def step_constants(s, step):
+    """(4,): learning rate, 1 − β1^t, 1 − β2^t, 1 − decay of the averaged weights; computed in double precision."""
     o, t = s.optim, step + 1
     decay = min(s.train.ema, t / (t + 9))  # early on the average follows quickly: it forgets the random start
     lr = settings.learning_rate(o, step, s.train.steps)
     return np.array([lr, 1 - o.beta1**t, 1 - o.beta2**t, 1 - decay], np.float32)
 
 
-def prepare(s, c, mesh):
-    """→ {name: Weight}, the compiled-on-first-use update and loss, and the abstract state and batch they take."""
-    table = declare(c, mesh.shape["tensor"])
-    check(c, table, mesh, s.train.batch_size)
-    split = {name: NamedSharding(mesh, w.axes) for name, w in table.items()}
+class Program(NamedTuple):
+    """The two functions of a run, compiled when they are first called, and the abstract arrays that they take."""
+
+    update: Any  # (state, batch, step_constants) → (the next state, {"loss", "grad_norm"})
+    loss: Any  # (params, (2, B, T)) → mean cross-entropy
+    state: dict
+    batch: jax.ShapeDtypeStruct  # (A, 2, B, T)
+
+    def lower(self):
+        """`update` as the partitioner's input."""
+        return self.update.lower(self.state, self.batch, jax.ShapeDtypeStruct((4,), "float32"))
+
+
+def prepare(s, layout):
+    """→ Program."""
+    c, table, mesh = layout
+    t, copies = s.train, mesh.shape["data"] * mesh.shape["fsdp"]
+    if t.batch_size % copies:
+        raise UserError(
+            f"train.batch_size {t.batch_size} is no multiple of mesh data {mesh.shape['data']} × fsdp "
+            f"{mesh.shape['fsdp']}: raise it, and lower train.accumulate"
+        )
+    split = layout.shardings()
     abstract = {name: jax.ShapeDtypeStruct(w.shape, "float32", sharding=split[name]) for name, w in table.items()}
-    state = dict.fromkeys(["params", "exp_avg", "exp_avg_sq"] + ["ema"] * bool(s.train.ema), abstract)
-    shape = (s.train.accumulate, 2, s.train.batch_size, c.max_seq_len)
+    state = dict.fromkeys(["params", "exp_avg", "exp_avg_sq"] + ["ema"] * bool(t.ema), abstract)
+    shape = (t.accumulate, 2, t.batch_size, c.max_seq_len)
     batch = jax.ShapeDtypeStruct(shape, "int32", sharding=NamedSharding(mesh, P(None, None, ROWS)))
     out = (dict.fromkeys(state, split), NamedSharding(mesh, P()))
     step = jax.jit(partial(update, s=s, c=c, table=table), out_shardings=out, donate_argnums=0)
-    loss = jax.jit(partial(mean_loss, s=s, c=c, table=table))
-    return table, step, loss, state, batch
+    return Program(step, jax.jit(partial(mean_loss, s=s, c=c, table=table)), state, batch)
 
 
-# ---- checkpoints: train.py's files, without the whole model ever being in one place ----------
+# ---- checkpoints: train.py's files; no process ever holds the whole model --------------------
 
-FILE_BYTES = 2 << 30  # larger tables of tensors are split into numbered files with an index, as Hugging Face's are
+FILE_BYTES = 2 << 30  # larger tables of tensors are split into several files
 
 
-def places(table, c):
-    """Where the weights lie in the files: (name, layer or None, name there, shape there) for every tensor."""
-    for name, w in table.items():
+def tensor_names(layout):
+    """(name here, layer or None, name in the files, shape there) of every tensor."""
+    for name, w in layout.table.items():
         if name.startswith("layers."):
-            for i in range(c.n_layers):
+            for i in range(layout.config.n_layers):
                 yield name, i, f"layers.{i}.{name.removeprefix('layers.')}.weight", w.shape[1:]
-        else:
-            rows = c.vocab_size if name in ("embed_tokens", "lm_head") else w.shape[0]  # the padding stays here
+        else:  # the vocabulary's padding is not in the files
+            rows = layout.config.vocab_size if name in ("embed_tokens", "lm_head") else w.shape[0]
             yield name, None, f"{name}.weight", (rows, *w.shape[1:])
 
 
-def place(tensors, ending, table, c, mesh, path):
-    """{name in the files + ending: tensor} → {name: array} on the mesh. A process reads its devices' slices only."""
-    found = {}
-    for name, layer, there, shape in places(table, c):
-        if there + ending not in tensors:
-            raise UserError(f"{path}: {there}{ending} is missing")
-        found[name, layer] = tensor = tensors[there + ending]  # mapped into memory, not yet read
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: {there}{ending} is {tuple(tensor.shape)}, expected {shape}")
+def load_sharded(tensors, ending, layout, path):
+    """{name in the files + ending: tensor} → {name: array} on the mesh. A process reads its devices' slices only.
 
-    def read(name, shape, index):
-        part = np.zeros([len(range(n)[i]) for i, n in zip(index, shape, strict=True)], np.float32)
+    Of layers.mlp.up_proj (L, F, D) a device may hold the slice [0:L, 128:256, 64:96]: for each layer i the slice
+    [128:256, 64:96] of the tensor layers.i.mlp.up_proj.weight. The tensors are mapped to memory; what is in no slice
+    is never read.
+    """
+    parts = {}  # name: its tensors, one a layer
+    for name, _, file_name, shape in tensor_names(layout):
+        tensor = tensors.get(file_name + ending)
+        if tensor is None:
+            raise UserError(f"{path}: {file_name}{ending} is missing")
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{path}: {file_name}{ending} is {tuple(tensor.shape)}, expected {shape}")
+        parts.setdefault(name, []).append(tensor)
+
+    def read_slice(name, index):
+        """The part of the array `name` that a device holds: index, a slice for each dimension."""
+        shape = layout.table[name].shape
+        array = np.zeros([len(range(n)[i]) for i, n in zip(index, shape, strict=True)], np.float32)
         if name.startswith("layers."):
             for n, layer in enumerate(range(shape[0])[index[0]]):
-                part[n] = found[name, layer][index[1:]].float().numpy()
+                array[n] = parts[name][layer][index[1:]].float().numpy()
         else:
-            rows = found[name, None][index].float().numpy()
-            part[: len(rows)] = rows  # what remains is the vocabulary's padding
-        if not np.isfinite(part).all():
+            rows = parts[name][0][index].float().numpy()
+            array[: len(rows)] = rows  # what remains is the vocabulary's padding
+        if not np.isfinite(array).all():
             raise UserError(f"{path}: {name}{ending} holds NaN or infinity")
-        return part
+        return array
 
+    shardings = layout.shardings()
     return {
-        name: jax.make_array_from_callback(w.shape, NamedSharding(mesh, w.axes), partial(read, name, w.shape))
-        for name, w in table.items()
+        name: jax.make_array_from_callback(w.shape, shardings[name], partial(read_slice, name))
+        for name, w in layout.table.items()
     }
 
 
-def read_weights(folder, table, c, mesh):
-    """The weights of a Hugging Face folder, every one of them or a UserError: {name: array}."""
-    tensors = {k.removeprefix("model."): v for k, v in checkpoint.read_tensors(folder).items()}
-    known = {there for _, _, there, _ in places(table, c)} | ({"lm_head.weight"} if c.tie_embeddings else set())
-    for name in tensors.keys() - known:
-        if not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{folder}: {name} belongs to no part of a LLaMA")
-    return place(tensors, "", table, c, mesh, folder)
+def read_weights(path, layout):
+    """The weights of a published LLaMA, every one of them or a UserError: {name: array}."""
+    _, tensors = llama.read(path)
+    known = {file_name for _, _, file_name, _ in tensor_names(layout)}
+    if layout.config.tie_embeddings:
+        known.add("lm_head.weight")  # some files hold the tied weight twice
+    if extra := tensors.keys() - known:
+        raise UserError(f"{path}: {min(extra)} belongs to no part of a LLaMA")
+    return load_sharded(tensors, "", layout, path)
 
 
 @partial(jax.jit, static_argnums=2)
-def whole(array, layer, mesh):
+def replicate(array, layer, mesh):
     """A weight, or one layer of it, on every device."""
     return constrain(array if layer is None else array[layer], NamedSharding(mesh, P()))
 
 
-def write(stem, trees, table, c, mesh, extra=None):
-    """Writes {ending: {name: array}}, and `extra` arrays, as stem.safetensors or numbered files beside an index.
+def file_tensors(layout, tree, ending=""):
+    """{name: array} → {name in the files + ending: (array, layer or None, shape there)}."""
+    return {
+        file_name + ending: (tree[name], None if layer is None else np.int32(layer), shape)
+        for name, layer, file_name, shape in tensor_names(layout)
+    }
 
-    One tensor at a time is brought together, by all processes, and kept by the one that writes its file.
+
+def write_sharded(stem, tensors, mesh, extra=None):
+    """Writes `tensors` (see file_tensors), and `extra` arrays, as stem.safetensors or as several files and an index.
+
+    All processes bring one tensor at a time together; the one that writes its file keeps it.
     """
-    tensors = []
-    for ending, tree in trees.items():
-        for name, layer, there, shape in places(table, c):
-            # transformers has all weights but the head in a module `model`
-            there = there + ending if ending or name == "lm_head" else f"model.{there}"
-            tensors.append((there, tree[name], None if layer is None else np.int32(layer), shape))
-    sizes = [4 * math.prod(shape) for *_, shape in tensors]
-    _, numbers = np.unique(np.cumsum(sizes) // FILE_BYTES, return_inverse=True)  # which file each goes to
-    last = int(numbers[-1])
-    names = [f"{stem.name}-{n + 1:05d}-of-{last + 1:05d}.safetensors" if last else f"{stem.name}.safetensors"
-             for n in range(last + 1)]  # fmt: skip
-    for number, file in enumerate(names):
+    sizes = {name: 4 * math.prod(shape) for name, (_, _, shape) in tensors.items()}
+    files = checkpoint.shards(stem.name, sizes, FILE_BYTES)
+    for number, (file, names) in enumerate(files.items()):
         mine = number % jax.process_count() == jax.process_index()
         held = dict(extra or {}) if number == 0 else {}
-        for i in np.flatnonzero(numbers == number):
-            there, array, layer, shape = tensors[i]
-            tensor = whole(array, layer, mesh)
+        for name in names:
+            array, layer, shape = tensors[name]
+            whole = replicate(array, layer, mesh)
             if mine:
-                held[there] = np.asarray(tensor.addressable_data(0))[tuple(slice(n) for n in shape)]
+                held[name] = np.asarray(whole.addressable_data(0))[tuple(map(slice, shape))]
         if mine:
             with checkpoint.atomic_file(stem.with_name(file)) as beside:
                 save_file(held, beside, metadata={"format": "pt"})
-    if last and jax.process_index() == 0:
-        where = {there: names[number] for (there, *_), number in zip(tensors, numbers, strict=True)}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where | dict.fromkeys(extra or {}, names[0])}
-        checkpoint.write_text(stem.with_name(f"{stem.name}.safetensors.index.json"), json.dumps(index) + "\n")
+    if len(files) > 1 and jax.process_index() == 0:
+        files[next(iter(files))] += extra or {}
+        checkpoint.write_index(stem.with_name(f"{stem.name}.safetensors.index.json"), files, sum(sizes.values()))
 
 
-def save(run, step, keep, state, table, c, mesh, words=None):
-    """One checkpoint, step_XXXXXXXX/: see checkpoint.py for its layout. It stands there whole or not at all.
+def save(run, step, keep, state, layout, tokenizer=None):
+    """Writes the checkpoint step_XXXXXXXX/ (see runs.py for its layout), whole or not at all.
 
-    words: the Tokenizer of a run on text, to be saved beside the weights.
+    tokenizer: of a run on text; it is saved beside the weights.
     """
     is_main = jax.process_index() == 0
     with runs.new_step(run, step, keep) if is_main else contextlib.nullcontext() as folder:
-        # the is_main's temporary name is everyone's
+        # all processes use the temporary folder of the main one
         text = np.frombuffer(str(folder).encode().ljust(4096), np.uint8)
         folder = Path(bytes(multihost_utils.broadcast_one_to_all(text)).decode().rstrip())
         for name, tree in {"": state["params"], "ema": state.get("ema")}.items():
             if tree:
                 if is_main:
                     (folder / name).mkdir(exist_ok=True)
-                    config = config_to_hf(c, words) | {"torch_dtype": "float32"}
-                    checkpoint.write_text(folder / name / "config.json", json.dumps(config, indent=2) + "\n")
-                    if words:
-                        words.save_pretrained(folder / name)
-                write(folder / name / "model", {"": tree}, table, c, mesh)
-        counts = {f"{there}.step": np.array(step, np.float32) for _, _, there, _ in places(table, c)}
-        moments = {f".{kind}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
-        write(folder / "training" / "optimizer.model", moments, table, c, mesh, counts)
+                    config = llama.config_to_hf(layout.config, tokenizer) | {"torch_dtype": "float32"}
+                    checkpoint.write_json(folder / name / "config.json", config)
+                    if tokenizer:
+                        tokenizer.save_pretrained(folder / name)
+                write_sharded(folder / name / "model", llama.to_hf_names(file_tensors(layout, tree)), layout.mesh)
+        moments = file_tensors(layout, state["exp_avg"], ".exp_avg")
+        moments |= file_tensors(layout, state["exp_avg_sq"], ".exp_avg_sq")
+        counts = {f"{file_name}.step": np.array(step, np.float32) for _, _, file_name, _ in tensor_names(layout)}
+        write_sharded(folder / "training" / "optimizer.model", moments, layout.mesh, counts)
         if is_main:
             checkpoint.write_tensors(folder / "training" / "state.safetensors", {})
-            checkpoint.write_text(folder / "state.json", json.dumps({"step": step}) + "\n")
+            checkpoint.write_json(folder / "state.json", {"step": step})
         multihost_utils.sync_global_devices(f"written {step}")
 
 
-def start(s, c, mesh, table, resume):
-    """→ (state, step) from `resume` (a step's folder), else model.init, else fresh."""
-    shardings = {name: NamedSharding(mesh, w.axes) for name, w in table.items()}
+def start(s, layout, resume):
+    """→ the state with which training begins: from `resume` (a step's folder), else model.init, else fresh."""
+    shardings = layout.shardings()
     folder = resume or (s.model.init and checkpoint.weights_folder(s.model.init))
     if folder:
-        params = read_weights(folder, table, c, mesh)
+        params = read_weights(folder, layout)
     else:
-        params = jax.jit(partial(initialize, table), out_shardings=shardings)(s.train.seed)
-    zeros = jax.jit(lambda: {n: jnp.zeros(w.shape) for n, w in table.items()}, out_shardings=shardings)
+        params = jax.jit(partial(initialize, layout.table), out_shardings=shardings)(s.train.seed)
+    zeros = jax.jit(lambda: {n: jnp.zeros(w.shape) for n, w in layout.table.items()}, out_shardings=shardings)
     state = {"params": params, "exp_avg": zeros(), "exp_avg_sq": zeros()}
     if resume:
         file = resume / "training" / "optimizer.model.safetensors"
         tensors = checkpoint.read_tensors(file)
         for kind in ("exp_avg", "exp_avg_sq"):
-            state[kind] = place(tensors, f".{kind}", table, c, mesh, file)
+            state[kind] = load_sharded(tensors, f".{kind}", layout, file)
     if s.train.ema:
         kept = resume and (resume / "ema").is_dir()
-        state["ema"] = read_weights(resume / "ema", table, c, mesh) if kept else jax.tree.map(jnp.copy, params)
-    return state, checkpoint.read_json(resume / "state.json")["step"] if resume else 0
+        state["ema"] = read_weights(resume / "ema", layout) if kept else jax.tree.map(jnp.copy, params)
+    return state
 
 
 # ---- the run ---------------------------------------------------------------------------------
 
+RUNS = {"llama": settings.run_class(LLaMAConfig, DataSettings, mesh=MeshSettings)}
 
-@dataclass(frozen=True)
-class ModelSection(LLaMAConfig):
-    kind: str = "llama"
-    init: str = ""
-    size: str = ""
-
-
-@dataclass(frozen=True)
-class Run:
-    run: RunSettings
-    model: ModelSection
-    data: DataSettings
-    train: TrainSettings
-    optim: OptimSettings = field(default_factory=OptimSettings)
-    mesh: MeshSettings = field(default_factory=MeshSettings)
+# the fields of LLaMAConfig that this file knows what to do with
+IMPLEMENTED = {"vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_seq_len"}
+IMPLEMENTED |= {"norm_eps", "rope_theta", "rope_scaling", "tie_embeddings"}
 
 
 def read_run(path, overrides=()):
     """The configuration at `path`, as train.py reads it → (settings, the keys of [model] that were written down)."""
-    values = settings.read(path, overrides)
-    model = values.setdefault("model", {})
-    if model.get("kind") != "llama":
-        raise UserError(f'{path}: model.kind is "{model.get("kind", "")}", but train_tpu.py trains "llama" only')
-    if size := model.get("size"):
-        if size not in SIZES:
-            raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(SIZES)}')
-        values["model"] = SIZES[size] | model
-    return settings.build(Run, values), set(values["model"])
+    return settings.read_run(path, overrides, RUNS, {"llama": SIZES})
 
 
-def model_config(s, explicit_keys, folder):
-    """The LLaMAConfig of the run: that of `folder`, if it starts from one; the keys written down must agree."""
-    names = [f.name for f in dataclasses.fields(LLaMAConfig)]
+def model_config(s, explicit_keys, resume):
+    """The LLaMAConfig of the run: that of `resume` (a step's folder), else of model.init, else of [model].
+
+    The keys that were written down must agree with it, and every field must be one that this file implements.
+    """
+    names = [field.name for field in dataclasses.fields(LLaMAConfig)]
     c = LLaMAConfig(**{name: getattr(s.model, name) for name in names})
-    if folder:
-        saved = config_from_hf(checkpoint.read_json(folder / "config.json"), folder / "config.json")
+    if start := resume or s.model.init:
+        checkpoint.expect(start, "a LLaMA")
+        folder = checkpoint.weights_folder(start)
+        saved = settings.build(LLaMAConfig, llama.read(folder)[0])
         settings.must_agree(explicit_keys & set(names), c, saved, folder)
         c = saved
+    for field in dataclasses.fields(LLaMAConfig):
+        value = getattr(c, field.name)
+        if field.name not in IMPLEMENTED and value != field.default:
+            raise UserError(f"model.{field.name} = {value}: train_tpu.py does not implement it, train.py does")
     return c
 
 
-def open_batches(rows, sharding):
-    """→ batch(numbers) → the microsteps of these numbers, (len, 2, B, T) int32. A process reads its devices' rows."""
+def open_data(s, c):
+    """→ (training rows, held-out rows or None, the Tokenizer of a run on text or None)."""
+    if not s.data.rows:
+        raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
+    shared = (c.max_seq_len, s.train.batch_size, s.train.seed)
+    rows, held_out, tokenizer = TokenRows(s.data.rows, *shared, s.data.weights, c.vocab_size), None, None
+    if s.data.held_out:
+        held_out = TokenRows(s.data.held_out, *shared, vocab_size=c.vocab_size)
+    elif s.train.eval_every and jax.process_index() == 0:
+        print("no held-out metrics: data.held_out is empty", file=sys.stderr)
+    if s.data.text_tokenizer:
+        tokenizer = Tokenizer.from_pretrained(s.data.text_tokenizer)
+        if tokenizer.vocab_size > c.vocab_size:
+            sizes = f"{tokenizer.vocab_size} tokens, but model.vocab_size is {c.vocab_size}"
+            raise UserError(f"data.text_tokenizer has {sizes}")
+    return rows, held_out, tokenizer
 
-    def batch(numbers):
-        shape = (len(numbers), 2, rows.batch_size, rows.context)
-        ours = {i[2].indices(shape[2])[:2] for i in sharding.addressable_devices_indices_map(shape).values()}
-        parts = {r: np.stack([np.stack(rows.batch(n, range(*r))) for n in numbers]).astype(np.int32) for r in ours}
-        return jax.make_array_from_callback(shape, sharding, lambda i: parts[i[2].indices(shape[2])[:2]])
 
-    return batch
+def sharded_batch(rows, numbers, sharding):
+    """The batches of these numbers on the mesh, (len(numbers), 2, B, T) int32. A process reads its devices' rows."""
+
+    @functools.cache  # several devices hold the same rows
+    def read(start, stop):
+        batches = [np.stack(rows.batch(number, range(start, stop))) for number in numbers]
+        return np.stack(batches).astype(np.int32)
+
+    shape = (len(numbers), 2, rows.batch_size, rows.context)
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(*index[2].indices(shape[2])[:2]))
+
+
+def held_out_metrics(s, held_out, program, params):
+    """The mean loss over held-out batches, and its exponential."""
+    tokens = held_out.batch_size * held_out.context
+    count = min(s.train.eval_batches, max(1, held_out.tokens // tokens))
+    total = 0.0
+    for number in range(count):
+        total += float(program.loss(params, sharded_batch(held_out, [number], program.batch.sharding)[0]))
+    return {"held_out_loss": total / count, "held_out_perplexity": math.exp(min(total / count, 50))}
+
+
+def announce(s, layout, run, resume, first):
+    """Prints what is trained from which start, and makes the run's folder."""
+    count = sum(math.prod(shape) for *_, shape in tensor_names(layout))
+    origin = f"resumed from {resume}" if resume else f"from {s.model.init}" if s.model.init else "from scratch"
+    grid = " × ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    print(f"llama, {count:,} parameters, {origin}, on {layout.mesh.devices.flat[0].platform}, {grid}; run: {run}")
+    # a folder that the model was loaded from decides about its shape
+    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(layout.config)))
+    runs.start_run(run, s, first)
 
 
 def train(s, explicit_keys, devices=None):
     """Runs (or resumes) the training that the settings `s` describe, on all devices or these. → the run's folder."""
     t, run, is_main = s.train, Path(s.run.dir), jax.process_index() == 0
-    mesh = make_mesh(s.mesh, devices or jax.devices())
-    resume = checkpoint.latest_step_folder(run)
-    c = model_config(s, explicit_keys, resume or (s.model.init and checkpoint.weights_folder(s.model.init)))
-    s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(c)))
-    # a TPU multiplies float32 in bfloat16 unless told otherwise
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if t.dtype == "float32" else "default"):
-        table, update_step, loss_of, _, abstract_batch = prepare(s, c, mesh)
-        if not s.data.rows:
-            raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
-
-        def open_rows(paths, **options):
-            rows = TokenRows(paths, c.max_seq_len, t.batch_size, t.seed, vocab_size=c.vocab_size, **options)
-            return rows, open_batches(rows, abstract_batch.sharding)
-
-        _, microsteps = open_rows(s.data.rows, weights=s.data.weights)
-        held_out, held_out_batch = open_rows(s.data.held_out) if s.data.held_out else (None, None)
-        state, first = start(s, c, mesh, table, resume)
-        if first >= t.steps:
-            if is_main:
-                print(f"{run} is complete: step {first} of {t.steps}")
-            return run
+    resume, progress = runs.newest_step(run, s.model.kind)
+    first = progress["step"]
+    if first >= t.steps:
         if is_main:
-            count = sum(math.prod(shape) for *_, shape in places(table, c))
-            origin = f"resumed from {resume}" if resume else f"from {s.model.init}" if s.model.init else "from scratch"
-            grid = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-            print(f"llama, {count:,} parameters, {origin}, on {mesh.devices.flat[0].platform}, {grid}; run: {run}")
-            runs.start_run(run, s, first)
+            print(runs.already_complete(run, s, explicit_keys, first))
+        return run
+    layout = lay_out(model_config(s, explicit_keys, resume), make_mesh(s.mesh, devices or jax.devices()))
+    # a TPU multiplies float32 in bfloat16 unless told otherwise
+    precision = "highest" if t.dtype == "float32" else "default"
+    with jax.set_mesh(layout.mesh), jax.default_matmul_precision(precision):
+        program = prepare(s, layout)
+        rows, held_out, tokenizer = open_data(s, layout.config)
+        state = start(s, layout, resume)
+        if is_main:
+            announce(s, layout, run, resume, first)
 
-        def evaluate(params):
-            count = min(t.eval_batches, max(1, held_out.tokens // (t.batch_size * c.max_seq_len)))
-            loss = sum(float(loss_of(params, held_out_batch([i])[0])) for i in range(count)) / count
-            return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 50))}
+        def microsteps(step):
+            return sharded_batch(rows, range(step * t.accumulate, (step + 1) * t.accumulate), program.batch.sharding)
 
-        words = Tokenizer.from_pretrained(s.data.text_tokenizer) if s.data.text_tokenizer else None
-        batches = prefetch(
-            lambda step: microsteps(range(step * t.accumulate, (step + 1) * t.accumulate)),
-            range(first, t.steps), s.data.workers,
-        )  # fmt: skip
-        bar = tqdm(total=t.steps, initial=first, disable=not is_main, unit="step", dynamic_ncols=True)
-        metrics = open(run / "metrics.jsonl", "a") if is_main else None
-        clock, since = time.perf_counter(), first
+        batches = prefetch(microsteps, range(first, t.steps), s.data.workers)
+        log = runs.Log(run, t, first, "tokens", t.batch_size * t.accumulate * rows.context, is_main)
         for step, batch in zip(range(first, t.steps), batches, strict=True):
-            state, values = update_step(state, batch, rates(s, step))  # returns at once: the devices work behind
+            state, values = program.update(state, batch, step_constants(s, step))  # returns at once: devices work on
             done = step + 1
-            evaluates = t.eval_every and (done % t.eval_every == 0 or done == t.steps)
-            saves = done % t.save_every == 0 or done == t.steps
-            if done % t.log_every == 0 or done == t.steps or saves or evaluates:
-                lr = settings.learning_rate(s.optim, step, t.steps)
-                entry = {"step": done, **{name: float(value) for name, value in values.items()}, "lr": lr}
-                bad = [f"{name} is {value}" for name, value in entry.items() if not math.isfinite(value)]
-                if bad:
-                    good = checkpoint.latest_step_folder(run) or "none was saved"
-                    raise UserError(
-                        f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {good})"
-                    )
-                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-                rate = (done - since) * t.batch_size * t.accumulate * c.max_seq_len / elapsed
-                entry["tokens_per_second"], since = round(rate, 1), done
-                if evaluates and held_out:
-                    entry |= evaluate(state.get("ema", state["params"]))
-                if is_main:
-                    metrics.write(json.dumps(entry) + "\n")
-                    metrics.flush()
-                    bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} tokens/s")
-                    if evaluates:
-                        shown = ", ".join(f"{k} {v:.4g}" for k, v in entry.items() if k != "step")
-                        bar.write(f"step {done}: {shown}")
-            if saves:
-                save(run, done, t.keep, state, table, c, mesh, words)
-            if evaluates or saves:
-                clock = time.perf_counter()  # the rate is that of training alone
-            bar.update()
-        bar.close()
+            if log.due(done):
+                values = {name: float(value) for name, value in values.items()}
+                entry = log.entry(done, values | {"lr": settings.learning_rate(s.optim, step, t.steps)})
+                if log.evaluates(done) and held_out:
+                    with log.paused():
+                        entry |= held_out_metrics(s, held_out, program, state.get("ema", state["params"]))
+                log.write(entry)
+            if log.saves(done):
+                with log.paused():
+                    save(run, done, t.keep, state, layout, tokenizer)
+            log.advance()
+        log.close()
     return run
+
+
+PLANNED_DEVICES = 2**14
 
 
 def plan(s, explicit_keys, devices):
     """What a step would need on a mesh of these devices: compiled, not run. → text"""
-    from bench.plan import report
+    layout = lay_out(model_config(s, explicit_keys, None), make_mesh(s.mesh, devices))
+    with jax.set_mesh(layout.mesh):
+        program = prepare(s, layout)
+        lowered = program.lower()
+    shards = [array.sharding.shard_shape(array.shape) for array in program.state["params"].values()]
+    parameter_bytes = sum(4 * math.prod(shape) for shape in shards)
+    return report(lowered, layout.config, dict(layout.mesh.shape), parameter_bytes, s.train)
 
-    c = model_config(s, explicit_keys, s.model.init and checkpoint.weights_folder(s.model.init))
-    mesh = make_mesh(s.mesh, devices)
-    with jax.set_mesh(mesh):
-        _, update_step, _, state, batch = prepare(s, c, mesh)
-        lowered = update_step.lower(state, batch, jax.ShapeDtypeStruct((4,), "float32"))
-    here = sum(4 * math.prod(a.sharding.shard_shape(a.shape)) for a in state["params"].values())
-    return report(lowered, c, dict(mesh.shape), here, s.train)
+
+def connect(where, parser):
+    """Joins the other processes: where is "auto", or "HOST:PORT,N,I"."""
+    try:
+        if where == "auto":
+            jax.distributed.initialize()
+        else:
+            address, processes, number = where.split(",")
+            jax.distributed.initialize(address, int(processes), int(number))
+    except (ValueError, IndexError, RuntimeError) as error:
+        parser.error(f"--distributed {where}: {str(error).splitlines()[0]}")
 
 
 def main():
@@ -612,19 +653,15 @@ def main():
     arguments = parser.parse_with_overrides()
     s, explicit_keys = read_run(arguments.config, arguments.overrides)
     if arguments.plan:
+        count = s.mesh.data * max(1, s.mesh.fsdp) * s.mesh.tensor
+        if count > PLANNED_DEVICES:
+            raise UserError(f"[mesh] has {count} devices; a plan is made for {PLANNED_DEVICES} at most")
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", s.mesh.data * max(1, s.mesh.fsdp) * s.mesh.tensor)
+        jax.config.update("jax_num_cpu_devices", count)
         print(plan(s, explicit_keys, jax.devices()))
         return
     if arguments.distributed:
-        try:
-            if arguments.distributed == "auto":
-                jax.distributed.initialize()
-            else:
-                address, processes, number = arguments.distributed.split(",")
-                jax.distributed.initialize(address, int(processes), int(number))
-        except (ValueError, IndexError, RuntimeError) as error:
-            parser.error(f"--distributed {arguments.distributed}: {str(error).splitlines()[0]}")
+        connect(arguments.distributed, parser)
     train(s, explicit_keys)
 
 

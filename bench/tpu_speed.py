@@ -45,20 +45,20 @@ def torch_steps(tokens, compiled, dtype):
 
 
 def jax_steps(tokens, dtype):
-    s, given = train_tpu.read_run(CONFIG, ["mesh.fsdp=1", f"train.dtype={dtype}"])
-    c = train_tpu.model_config(s, given, None)
-    mesh = train_tpu.make_mesh(s.mesh, jax.devices("cpu")[:1])
-    with jax.set_mesh(mesh):
-        table, update_step, _, _, abstract = train_tpu.prepare(s, c, mesh)
-        state, _ = train_tpu.start(s, c, mesh, table, None)
+    s, explicit_keys = train_tpu.read_run(CONFIG, ["mesh.fsdp=1", f"train.dtype={dtype}"])
+    c = train_tpu.model_config(s, explicit_keys, None)
+    layout = train_tpu.lay_out(c, train_tpu.make_mesh(s.mesh, jax.devices("cpu")[:1]))
+    with jax.set_mesh(layout.mesh):
+        program = train_tpu.prepare(s, layout)
+        state = train_tpu.start(s, layout, None)
     batch = np.stack((tokens[:, :-1], tokens[:, 1:]))[None].astype(np.int32)  # (1, 2, B, T)
-    batch = jax.device_put(batch, abstract.sharding)
+    batch = jax.device_put(batch, program.batch.sharding)
 
     def run():
         nonlocal state
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(layout.mesh):
             for i in range(STEPS):
-                state, _ = update_step(state, batch, train_tpu.rates(s, i))
+                state, _ = program.update(state, batch, train_tpu.step_constants(s, i))
             jax.block_until_ready(state)
 
     return run

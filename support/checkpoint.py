@@ -358,6 +358,31 @@ def check_tensors(tensors, model, path):
             raise UserError(f"{path}: {name} holds NaN or infinity")
 
 
+def shards(stem, sizes, limit):
+    """{tensor's name: bytes} → {file: [name, …]}: in order, at most `limit` bytes a file (or one larger tensor).
+
+    A single file is called stem.safetensors; several are numbered, as Hugging Face's are.
+    """
+    groups, filled = [[]], 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{n + 1:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups)}
+
+
+def write_index(path, files, total_size):
+    """The index that belongs to several files {file: [tensor's name, …]} of total_size bytes."""
+    where = {}
+    for file, names in files.items():
+        where |= dict.fromkeys(names, file)
+    write_json(path, {"metadata": {"total_size": total_size}, "weight_map": where})
+
+
 def check_same(tensors, like, path):
     """Raises a UserError unless `tensors` have exactly the names, shapes and dtypes of the tensors `like`."""
     for name in like:
