@@ -2,12 +2,12 @@
 
     python bench/lvm_report.py --run out/demo/lvm --out out/demo
 
-Each number stands beside what costs nothing: a reconstruction beside thumbnails of the same picture, an
-answer to an analogy beside repeating the query and beside the mean of the answers in the prompt, a
-continued motion beside its last frame standing still. The model answers several times, and the mean of
-these candidates is scored, being its best guess by squared error; a single candidate's score is given too.
-Pixels are in [0, 1]; all pictures are held out, those of the prompts too, and the pictures shown are the
-first ones, not chosen ones.
+Each number stands beside baselines that cost nothing: a reconstruction beside thumbnails of the
+same picture, the answer to an analogy beside the query repeated and beside the mean of the answers
+in the prompt, a continued motion beside its last frame repeated. The model answers each prompt
+several times; the mean of these candidates, its best guess by squared error, is scored, and so is a
+single candidate. Pixels are in [0, 1]. All pictures are held out, those of the prompts too; the
+pictures shown are the first ones, not chosen ones.
 """
 
 import json
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Sentences
 from lvm import LVM, run_data
-from support import checkpoint, settings
-from support.pictures import save_animation, save_grid
+from support import checkpoint, pictures, settings
+from support.pictures import save_animation, save_grid, to_float
 from support.sources import open_source
 from vqgan import usage
 
@@ -32,46 +32,54 @@ SHOWN = 4  # rows in each sheet of pictures
 
 
 def psnr(a, b):
-    """Of each picture, in dB: a, b (N, H, W, 3) uint8 → (N,)."""
-    mse = ((a.astype(np.float64) - b) / 255) ** 2
-    return -10 * np.log10(mse.mean((1, 2, 3)).clip(1e-10))
+    """Of each picture, in dB, at most 100: a, b (N, H, W, 3) uint8 → (N,)."""
+    return pictures.psnr(to_float(a), to_float(b)).clamp(max=100).numpy()
 
 
 def mean_and_error(values):
-    """The mean and half the width of its 95 % interval, of the values that are numbers."""
-    values = np.asarray(values)[~np.isnan(values)]
-    return {"mean": float(np.mean(values)), "error": float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))}
+    """The mean and half the width of its 95 % interval; values that are NaN do not count."""
+    values = np.asarray(values)
+    values = values[~np.isnan(values)]
+    error = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
+    return {"mean": float(np.mean(values)), "error": float(error)}
 
 
 def thumbnail(picture, side):
-    """Shrunk to side × side and blown up again, the best that Pillow does."""
+    """A picture shrunk to side × side and enlarged again, as well as Pillow can."""
+    height, width, _ = picture.shape
     small = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(small.resize(picture.shape[1::-1], Image.Resampling.LANCZOS))
+    return np.asarray(small.resize((width, height), Image.Resampling.LANCZOS))
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------
 
 
 def measure_tokenizer(lvm, out):
-    result, counts = {}, torch.zeros(lvm.tokenizer.config.num_embeddings)
+    """PSNR of reconstructions on each held-out split, that of thumbnails, and the codebook's use."""
+    result, encoded = {}, {}
     for split in ("held_out", "new", "combo"):
-        source = open_source("emoji", lvm.side, split)
-        pictures = np.stack([item.image for item in source])
-        tokens = torch.cat([lvm.encode(part) for part in np.array_split(pictures, -(-len(pictures) // 64))])
-        decoded = lvm.decode(tokens)
-        result[split] = {"pictures": len(pictures), "psnr": mean_and_error(psnr(decoded, pictures))}
-        if split == "held_out":
-            for side in (8, 16):
-                small = np.stack([thumbnail(p, side) for p in pictures])
-                result[f"thumbnail_{side}x{side}"] = mean_and_error(psnr(small, pictures))
-            counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-            shown = np.linspace(0, len(pictures) - 1, 12).astype(int)
-            save_grid([pictures[shown], decoded[shown]], out / "reconstructions.png")
-    result["codebook_used"], result["codebook_perplexity"] = usage(counts)
+        true, tokens = encoded[split] = encode_split(lvm, split)
+        quality = psnr(lvm.decode(tokens), true)
+        result[split] = {"pictures": len(true), "psnr": mean_and_error(quality)}
+    true, tokens = encoded["held_out"]
+    for side in (8, 16):
+        small = np.stack([thumbnail(picture, side) for picture in true])
+        result[f"thumbnail_{side}x{side}"] = mean_and_error(psnr(small, true))
+    counts = torch.bincount(tokens.flatten(), minlength=lvm.tokenizer.config.num_embeddings)
+    result["codebook_used"], result["codebook_perplexity"] = usage(counts.float())
+    shown = np.linspace(0, len(true) - 1, 12).astype(int)
+    save_grid([true[shown], lvm.decode(tokens[shown])], out / "reconstructions.png")
     return result
 
 
-# ---- analogies -------------------------------------------------------------------------------
+def encode_split(lvm, split):
+    """The emoji of a split: pictures (N, S, S, 3) uint8, tokens (N, codes)."""
+    true = np.stack([item.image for item in open_source("emoji", lvm.side, split)])
+    batches = np.array_split(true, -(-len(true) // 64))
+    return true, torch.cat([lvm.encode(batch) for batch in batches])
+
+
+# ---- analogies: scores of answers (N, H, W, 3) in 0..255 → (N,) ------------------------------
 
 
 def mse(answer, truth, query):
@@ -79,7 +87,7 @@ def mse(answer, truth, query):
 
 
 def mse_in_hole(answer, truth, query):
-    """Only where the query is pure black: so are its holes, and nearly nothing else in this set; NaN: no hole."""
+    """MSE where the query is pure black, as its holes are and nearly nothing else; NaN: no hole."""
     hole = (query == 0).all(-1)  # (N, H, W)
     error = ((answer / 255 - truth / 255) ** 2).mean(-1)
     count = hole.sum((1, 2))
@@ -87,10 +95,13 @@ def mse_in_hole(answer, truth, query):
 
 
 def mean_iou(answer, truth, query):
-    """Intersection over union, mean of foreground and background; foreground is what is nearer white."""
-    a, b = (x.mean(-1) > 127.5 for x in (answer, truth))
-    ious = [(x & y).sum((1, 2)) / (x | y).sum((1, 2)).clip(1) for x, y in ((a, b), (~a, ~b))]
-    return (ious[0] + ious[1]) / 2
+    """Intersection over union, mean of foreground (nearer to white) and background."""
+    found, true = answer.mean(-1) > 127.5, truth.mean(-1) > 127.5  # (N, H, W)
+    return (iou(found, true) + iou(~found, ~true)) / 2
+
+
+def iou(found, true):
+    return (found & true).sum((1, 2)) / (found | true).sum((1, 2)).clip(1)
 
 
 ANALOGIES = {  # name: sentence kind, its modalities, score, whether more is better
@@ -100,40 +111,57 @@ ANALOGIES = {  # name: sentence kind, its modalities, score, whether more is bet
 }
 
 
-def draw(lvm, pictures, frames, candidates, temperature):
-    """Prompts (n, N, S, S, 3) → `candidates` continuations of each: (n, candidates, frames, S, S, 3) uint8."""
-    n, shape = len(pictures), pictures.shape[2:]
-    tokens = lvm.encode(pictures.reshape(-1, *shape)).view(n, -1, lvm.codes)
-    sampling = {"temperature": temperature, "generator": torch.Generator().manual_seed(SEED)}
-    drawn = torch.cat([lvm.continue_tokens(part, frames, candidates, **sampling) for part in tokens.split(8)])
-    return lvm.decode(drawn.flatten(0, 1)).reshape(n, candidates, frames, *shape)
+def held_out_sentences(lvm, kind, modalities, length, count):
+    """`count` sentences of `length` held-out emoji: (count, length, S, S, 3) uint8."""
+    source = open_source("emoji", lvm.side, "held_out")
+    sentences = Sentences(source, kind, modalities, length, lvm.side, SEED)
+    return np.stack([sentences.sentence(i) for i in range(count)])
+
+
+def continue_prompts(lvm, prompts, frames, candidates, temperature):
+    """Prompts (n, N, S, S, 3) → continuations (n, candidates, frames, S, S, 3) uint8."""
+    n, shape = len(prompts), prompts.shape[2:]
+    tokens = lvm.encode(prompts.reshape(-1, *shape)).view(n, -1, lvm.codes)
+    generator = torch.Generator().manual_seed(SEED)
+    options = {"temperature": temperature, "generator": generator}
+    parts = [lvm.continue_tokens(part, frames, candidates, **options) for part in tokens.split(8)]
+    return lvm.decode(torch.cat(parts).flatten(0, 1)).reshape(n, candidates, frames, *shape)
 
 
 def measure_analogy(lvm, name, count, out, candidates, temperature):
-    """`count` prompts x1, y1, …, xn, yn, x: the model's y beside the true one."""
+    """`count` prompts x1, y1, …, xn, yn, x: the model's y against the true one."""
     kind, modalities, score, more_is_better = ANALOGIES[name]
-    source = open_source("emoji", lvm.side, "held_out")
-    sentences = Sentences(source, kind, modalities, lvm.window - lvm.window % 2, lvm.side, SEED)
-    pictures = np.stack([sentences.sentence(i) for i in range(count)])  # (n, N, S, S, 3)
-    query, truth = pictures[:, -2], pictures[:, -1]
-    drawn = draw(lvm, pictures[:, :-1], 1, candidates, temperature)[:, :, 0]  # (n, K, S, S, 3)
-    answers = {"lvm": drawn.mean(1), "repeat_query": query, "mean_of_answers": pictures[:, 1:-1:2].mean(1)}
-    result = {who: mean_and_error(score(np.asarray(a, np.float64), truth, query)) for who, a in answers.items()}
-    singles = [score(drawn[:, k].astype(np.float64), truth, query) for k in range(candidates)]
-    result["one_candidate"] = mean_and_error(np.mean(singles, 0))
-    # what the tokenizer alone would lose, had the LLaMA drawn exactly the right codes
-    perfect = lvm.decode(lvm.encode(truth))
-    result["true_codes"] = mean_and_error(score(perfect.astype(np.float64), truth, query))
-    trivial = [result[who]["mean"] for who in ("repeat_query", "mean_of_answers")]
+    sentences = held_out_sentences(lvm, kind, modalities, lvm.window - lvm.window % 2, count)
+    prompts, query, truth = sentences[:, :-1], sentences[:, -2], sentences[:, -1]
+    answers = continue_prompts(lvm, prompts, 1, candidates, temperature)[:, :, 0]  # (n, K, S, S, 3)
+
+    def measured(pictures):
+        return mean_and_error(score(np.asarray(pictures, np.float64), truth, query))
+
+    singles = [score(answers[:, k].astype(np.float64), truth, query) for k in range(candidates)]
+    result = {
+        "lvm": measured(answers.mean(1)),
+        "repeat_query": measured(query),
+        "mean_of_answers": measured(prompts[:, 1::2].mean(1)),
+        "one_candidate": mean_and_error(np.mean(singles, 0)),
+        "true_codes": measured(lvm.decode(lvm.encode(truth))),  # what the tokenizer alone loses
+    }
     ours = result["lvm"]["mean"]
-    result["beats_both"] = bool(ours > max(trivial) if more_is_better else ours < min(trivial))
-    result |= {"score": score.__name__, "prompts": count}
-    for i, picture in enumerate(pictures[0, :-1], 1):  # to try `sample.py continue` with
+    baselines = [result["repeat_query"]["mean"], result["mean_of_answers"]["mean"]]
+    beats_both = ours > max(baselines) if more_is_better else ours < min(baselines)
+    save_prompt(prompts[0], out, name)
+    rows = []  # the prompt | one candidate | the mean of all | the truth
+    for i in range(min(SHOWN, count)):
+        mean = answers[i].mean(0).round().astype(np.uint8)
+        rows.append([*prompts[i], answers[i, 0], mean, truth[i]])
+    save_grid(rows, out / f"{name}.png")
+    return result | {"beats_both": bool(beats_both), "score": score.__name__, "prompts": count}
+
+
+def save_prompt(prompt, out, name):
+    """The pictures of one prompt as files, to try `sample.py continue` with."""
+    for i, picture in enumerate(prompt, 1):
         save_grid([[picture]], out / "prompts" / f"{name}_{i}.png", pad=0)
-    # the prompt | one candidate | the mean of all | the truth
-    shown = zip(pictures[:SHOWN], drawn, drawn.mean(1).round().astype(np.uint8), strict=False)
-    save_grid([[*p[:-1], d[0], mean, p[-1]] for p, d, mean in shown], out / f"{name}.png")
-    return result
 
 
 # ---- motion ----------------------------------------------------------------------------------
@@ -141,25 +169,24 @@ def measure_analogy(lvm, name, count, out, candidates, temperature):
 
 def measure_motion(lvm, count, out, temperature):
     """The second half of a held-out clip, continued from its first half, once."""
-    source = open_source("emoji", lvm.side, "held_out")
-    sentences = Sentences(source, "video", (), lvm.window, lvm.side, SEED)
-    clips = np.stack([sentences.sentence(i) for i in range(count)])  # (n, N, S, S, 3)
+    clips = held_out_sentences(lvm, "video", (), lvm.window, count)  # (n, N, S, S, 3)
     half = lvm.window // 2
-    frames = draw(lvm, clips[:, :half], lvm.window - half, 1, temperature)[:, 0]
-    still = np.broadcast_to(clips[:, half - 1 : half], frames.shape)
+    given, truth = clips[:, :half], clips[:, half:]
+    frames = continue_prompts(lvm, given, lvm.window - half, 1, temperature)[:, 0]
+    still = np.broadcast_to(given[:, -1:], frames.shape)
 
-    def quality(made):
-        made, true = (x.reshape(-1, *clips.shape[2:]) for x in (made, clips[:, half:]))
-        return mean_and_error(psnr(made, true).reshape(count, -1).mean(1))
+    def measured(frames):  # a clip's score is the mean of its frames'
+        quality = psnr(frames.reshape(-1, *clips.shape[2:]), truth.reshape(-1, *clips.shape[2:]))
+        return mean_and_error(quality.reshape(count, -1).mean(1))
 
     rows = []
-    for clip, new in list(zip(clips, frames, strict=True))[:SHOWN]:
-        rows += [[*clip[:half], *new], list(clip)]  # ours above the true one
+    for i in range(min(SHOWN, count)):
+        rows += [[*given[i], *frames[i]], list(clips[i])]  # ours above the true one
     save_grid(rows, out / "motion.png")
-    for i, frame in enumerate(clips[0, :half], 1):  # to try `sample.py continue` with
-        save_grid([[frame]], out / "prompts" / f"motion_{i}.png", pad=0)
-    save_animation([*clips[0, :half], *frames[0]], out / "motion.gif")
-    return {"lvm": quality(frames), "stand_still": quality(still), "clips": count, "score": "psnr"}
+    save_prompt(given[0], out, "motion")
+    save_animation([*given[0], *frames[0]], out / "motion.gif")
+    result = {"lvm": measured(frames), "stand_still": measured(still)}
+    return result | {"clips": count, "score": "psnr"}
 
 
 # ---- the report ------------------------------------------------------------------------------
@@ -168,48 +195,59 @@ def measure_motion(lvm, count, out, temperature):
 def measured_by_training(run, unit):
     """The last held-out numbers and the median speed that a run's metrics.jsonl holds."""
     try:
-        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    except OSError:
+        text = settings.read_text(Path(run) / "metrics.jsonl")
+    except settings.UserError:  # published weights have none
         return {}
-    result = {}
-    for line in lines:
-        result |= {k: v for k, v in line.items() if k.startswith("held_out") or k == "step"}
-    return result | {f"{unit}_per_second": float(np.median([line[f"{unit}_per_second"] for line in lines]))}
+    result, speeds = {}, []
+    for line in text.splitlines():
+        metrics = json.loads(line)
+        speeds.append(metrics[f"{unit}_per_second"])
+        for name, value in metrics.items():
+            if name.startswith("held_out") or name == "step":
+                result[name] = value
+    return result | {f"{unit}_per_second": float(np.median(speeds))}
+
+
+def line(name, *columns):
+    """One line of the table."""
+    ours, *others = columns
+    return f"  {name:<32}{ours:<16}" + "   ".join(others)
+
+
+def plus_minus(entry, form):
+    return f"{entry['mean']:{form}} ± {entry['error']:{form}}"
 
 
 def table(report):
     """The report as text, a line for each number."""
-    t = report["tokenizer"]
-    lines = ["", "on held-out emoji                 ours            trivial answers"]
-
-    def line(name, ours, *others):
-        lines.append(f"  {name:<30}{ours:<16}" + "   ".join(others))
-
-    def show(entry, form):
-        return f"{entry['mean']:{form}} ± {entry['error']:{form}}"
-
-    small = [f"{t[f'thumbnail_{n}x{n}']['mean']:.1f} ({n}×{n} thumbnail)" for n in (8, 16)]
-    line("reconstruction PSNR, dB", show(t["held_out"]["psnr"], ".1f"), *small)
-    line("  of new groups | new variants", " | ".join(f"{t[s]['psnr']['mean']:.1f}" for s in ("new", "combo")))
-    line("codebook in use | perplexity", f"{t['codebook_used']:.0%} | {t['codebook_perplexity']:.0f}")
-    names = {"colorization": "colorization MSE", "inpainting": "inpainting MSE in the hole"}
-    for name in ANALOGIES:
-        a = report[name]
-        others = [f"{a[k]['mean']:.4f} ({k.replace('_', ' ')})" for k in ("repeat_query", "mean_of_answers")]
-        verdict = "beats both" if a["beats_both"] else "does not beat both"
-        line(names.get(name, "segmentation mIoU"), show(a["lvm"], ".4f"), *others, verdict)
-        line("  one candidate", show(a["one_candidate"], ".4f"))
-    m = report["motion"]
-    line("motion, PSNR of new frames, dB", show(m["lvm"], ".1f"), f"{m['stand_still']['mean']:.1f} (stand still)")
-    if "held_out_perplexity" in report["lvm_run"]:
-        line("perplexity of a code", f"{report['lvm_run']['held_out_perplexity']:.1f}")
-    speeds = [
-        f"{r[k]:,.0f} {k.split('_')[0]}/s"
-        for r in (report["tokenizer_run"], report["lvm_run"])
-        for k in r
-        if "per_second" in k
+    tokenizer, motion = report["tokenizer"], report["motion"]
+    lines = ["", "on held-out emoji                   ours            baselines"]
+    small = [f"{tokenizer[f'thumbnail_{n}x{n}']['mean']:.1f} ({n}×{n} thumbnail)" for n in (8, 16)]
+    psnrs = [f"{tokenizer[split]['psnr']['mean']:.1f}" for split in ("new", "combo")]
+    used, perplexity = tokenizer["codebook_used"], tokenizer["codebook_perplexity"]
+    lines += [
+        line("reconstruction PSNR, dB", plus_minus(tokenizer["held_out"]["psnr"], ".1f"), *small),
+        line("  of new kinds | new variants", " | ".join(psnrs)),
+        line("codebook in use | perplexity", f"{used:.0%} | {perplexity:.0f}"),
     ]
-    line("training speed", ", ".join(speeds))
+    titles = ("colorization MSE", "inpainting MSE in the hole", "segmentation mIoU")
+    for name, title in zip(ANALOGIES, titles, strict=True):
+        entry = report[name]
+        query = f"{entry['repeat_query']['mean']:.4f} (repeat query)"
+        mean = f"{entry['mean_of_answers']['mean']:.4f} (mean of answers)"
+        verdict = "beats both" if entry["beats_both"] else "does not beat both"
+        lines.append(line(title, plus_minus(entry["lvm"], ".4f"), query, mean, verdict))
+        lines.append(line("  one candidate", plus_minus(entry["one_candidate"], ".4f")))
+    still = f"{motion['stand_still']['mean']:.1f} (stand still)"
+    lines.append(line("motion, PSNR of new frames, dB", plus_minus(motion["lvm"], ".1f"), still))
+    if "held_out_perplexity" in report["lvm_run"]:
+        lines.append(line("perplexity of a code", f"{report['lvm_run']['held_out_perplexity']:.1f}"))
+    speeds = []
+    for run, unit in (("tokenizer_run", "images"), ("lvm_run", "tokens")):
+        if speed := report[run].get(f"{unit}_per_second"):
+            speeds.append(f"{speed:,.0f} {unit}/s")
+    if speeds:
+        lines.append(line("training speed", ", ".join(speeds)))
     return "\n".join(lines)
 
 
@@ -220,21 +258,23 @@ def main():
     parser.add_argument("--tokenizer", default="", help="default: the run's data.tokenizer")
     parser.add_argument("--prompts", type=int, default=64, help="for each analogy (64)")
     parser.add_argument("--candidates", type=int, default=16, help="answers to each prompt (16)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest code (1)")
-    a = parser.parse_args()
-    checkpoint.out_file(Path(a.out) / "report.json")  # before all the work
-    tokenizer, out = a.tokenizer or run_data(a.run).get("tokenizer", ""), Path(a.out)
-    lvm = LVM.from_pretrained(a.run, tokenizer, dtype=torch.float32)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest codes (1)")
+    arguments = parser.parse_args()
+    run, out = arguments.run, Path(arguments.out)
+    candidates, temperature = arguments.candidates, arguments.temperature
+    checkpoint.out_file(out / "report.json")  # before all the work
+    tokenizer = arguments.tokenizer or run_data(run).get("tokenizer", "")
+    lvm = LVM.from_pretrained(run, tokenizer, dtype=torch.float32)
     torch.set_grad_enabled(False)
 
     report = {"tokenizer": measure_tokenizer(lvm, out)}
     for name in ANALOGIES:
-        report[name] = measure_analogy(lvm, name, a.prompts, out, a.candidates, a.temperature)
-    report["motion"] = measure_motion(lvm, a.prompts, out, a.temperature)
+        report[name] = measure_analogy(lvm, name, arguments.prompts, out, candidates, temperature)
+    report["motion"] = measure_motion(lvm, arguments.prompts, out, temperature)
     report["tokenizer_run"] = measured_by_training(tokenizer, "images")
-    report["lvm_run"] = measured_by_training(a.run, "tokens")
-    report |= {"candidates": a.candidates, "temperature": a.temperature}
-    checkpoint.write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
+    report["lvm_run"] = measured_by_training(run, "tokens")
+    report |= {"candidates": candidates, "temperature": temperature}
+    checkpoint.write_json(out / "report.json", report)
     print(table(report))
     print(f"\npictures and report.json are in {out}")
 
