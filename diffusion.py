@@ -34,7 +34,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
@@ -1225,9 +1224,3 @@ def single_file_configs(path, config=None):
         raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
     vae, spacing = ("sdxl", "leading") if name == "sdxl" else ("sd", "")
     return UNetConfig.named(name), AutoencoderKLConfig.named(vae), NoiseSchedule(timestep_spacing=spacing)
-
-
-def to_pil(images):
-    """images (B, 3, H, W) in [0, 1] → a list of B Pillow pictures."""
-    pictures = (images.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-    return [Image.fromarray(picture) for picture in pictures]

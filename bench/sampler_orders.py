@@ -1,15 +1,17 @@
-"""LossNoise docs/samplers.png: how samplers find their way, and how fast they get better with more steps.
+"""Makes docs/samplers.png: the paths that samplers take, and how their error falls with more steps.
 
     python bench/sampler_orders.py
 
 On a line, everything is known. Pictures are numbers: -1 or +1, with spread 0.3, a mixture of two normals. The noised
 densities are such mixtures too, so the best possible prediction is a formula, and so is the exact path of a point: it
-keeps its place among all others, its quantile. tests/test_diffusion.py asserts the orders seen here.
+keeps its quantile. tests/test_diffusion.py asserts the orders seen here.
 
 Left: exact paths from noise to the two modes, over the density; 8 steps of DDIM, and of DPM-Solver++(2M). Right: the
-largest error three quarters of the way, against the number of steps.
+largest error three quarters of the way, against the number of steps, of every sampler whose row in SAMPLERS has an
+order.
 """
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from support import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MEANS, SPREAD, T = torch.tensor([-1.0, 1.0], dtype=torch.float64), 0.3, 4097
+ORDERED = [name for name, sampler in SAMPLERS.items() if sampler.order]
 LINE = {"num_train_timesteps": T, "beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T, "beta_schedule": "linear"}
 
 
@@ -47,7 +50,7 @@ def quantile(x, a):
 
 
 def exact(x, a_from, a_to):
-    """Where the probability flow brings x, by bisection."""
+    """Where the probability flow takes x, by bisection."""
     wanted, low, high = quantile(x, a_from), torch.full_like(x, -10), torch.full_like(x, 10)
     for _ in range(60):
         middle = (low + high) / 2
@@ -62,11 +65,11 @@ def path_error(sampler, prediction_type, steps):
     schedule = NoiseSchedule(**LINE, prediction_type=prediction_type, timestep_spacing="linspace")
     a = schedule.alphas_cumprod.double()
     start = torch.linspace(-2, 2, 64, dtype=torch.float64)
-    asked = steps if sampler == "dpmpp_2m" else steps + 1  # it leaves out t = 0 itself
-    xs = SAMPLERS[sampler](perfect_prediction(schedule), schedule, asked, lambda: start)
-    x = [x for x, _ in zip(xs, range(3 * steps // 4), strict=False)][-1]
+    times = steps if SAMPLERS[sampler].skip_last else steps + 1  # the last is t = 0
+    xs = SAMPLERS[sampler](perfect_prediction(schedule), schedule, times, lambda: start)
+    x = next(itertools.islice(xs, 3 * steps // 4 - 1, None))
     begin, end = a[T - 1], a[(T - 1) // 4]
-    if sampler == "euler":  # x lives on the scale x / √ᾱ there, and starts at σ/α times the noise
+    if SAMPLERS[sampler].in_sigma:  # x is x_t / √ᾱ, and starts at σ/α times the noise
         x, start = x * end.sqrt(), start * (1 - begin).sqrt()
     return (x - exact(start, begin, end)).abs().max().item()
 
@@ -74,7 +77,9 @@ def path_error(sampler, prediction_type, steps):
 # ---- the figure ------------------------------------------------------------------------------
 
 SCALE, SIDE, GAP = 2, 420, 70  # drawn twice as large and shrunk: smooth lines
-COLOURS = {"exact": (150, 150, 150), "ddim": (214, 88, 40), "dpmpp_2m": (38, 110, 190), "euler": (60, 150, 80)}
+GREY, PALETTE = (150, 150, 150), ((214, 88, 40), (38, 110, 190), (60, 150, 80), (150, 60, 160), (190, 150, 20))
+COLOURS = dict(zip(ORDERED, itertools.cycle(PALETTE), strict=False))
+LABELS = {"ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM-Solver++(2M)"}  # any other: its name
 
 
 class Panel:
@@ -99,7 +104,7 @@ class Panel:
         """At an offset in pixels from the panel's upper left corner."""
         self.draw.text((SCALE * (self.left + offset[0]), SCALE * (GAP + offset[1])), text, colour, self.font)
 
-    def special_ids(self):
+    def frame(self):
         (x0, x1), (y0, y1) = self.x_range, self.y_range
         self.line([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], (40, 40, 40), 1)
 
@@ -127,33 +132,32 @@ def main():
     times = torch.linspace(T - 1, 0, 100).long()
     curves = torch.stack([exact(start, abar[-1], abar[t]) for t in times])  # (100, 6)
     for curve in curves.T.tolist():
-        paths.line(times.tolist(), curve, COLOURS["exact"], 2)
+        paths.line(times.tolist(), curve, GREY, 2)
     for name, steps in (("ddim", 9), ("dpmpp_2m", 8)):
         xs = [start, *SAMPLERS[name](predict, schedule, steps, lambda: start)][:9]
         times = torch.linspace(T - 1, 0, 9).tolist()
         for path in torch.stack(xs).T.tolist():
             paths.line(times, path, COLOURS[name], dots=True)
-    paths.special_ids()
+    paths.frame()
 
     counts = [8, 16, 32, 64, 128, 256, 512]
     x = [math.log2(n) for n in counts]
     errors = Panel(draw, SIDE + 2 * GAP, (2.7, 9.3), (-6, 0), "error against the number of steps (logarithmic)")
-    for name, order, thickness in (("euler", 1, 7), ("ddim", 1, 2), ("dpmpp_2m", 2, 2)):  # the first two fall together
+    for i, name in enumerate(ORDERED):
         y = [math.log10(path_error(name, "epsilon", n)) for n in counts]
         print(name, [f"{n}: {10**e:.1e}" for n, e in zip(counts, y, strict=True)])
-        errors.line([x[0], x[-1]], [y[-1] + order * (x[-1] - x[0]) * math.log10(2), y[-1]], COLOURS["exact"], 1)
-        errors.line(x, y, COLOURS[name], thickness, dots=True)
+        slope = SAMPLERS[name].order * math.log10(2)
+        errors.line([x[0], x[-1]], [y[-1] + slope * (x[-1] - x[0]), y[-1]], GREY, 1)
+        errors.line(x, y, COLOURS[name], 2 + 3 * (len(ORDERED) - 1 - i), dots=True)  # some fall together
+        errors.text((14, SIDE - 28 - 20 * i), LABELS.get(name, name), COLOURS[name])
+    errors.text((14, SIDE - 28 - 20 * len(ORDERED)), "exact, and slopes of each order", GREY)
     for n, place in zip(counts, x, strict=True):
         px, _ = errors.place(place, 0)
         errors.text((px / SCALE - errors.left - 8, SIDE + 8), str(n))
     for power in range(-6, 1):
         _, py = errors.place(0, power)
         errors.text((-46, py / SCALE - GAP - 8), f"1e{power}")
-    errors.special_ids()
-    for row, (name, label) in enumerate(
-        {"ddim": "DDIM", "euler": "Euler", "dpmpp_2m": "DPM-Solver++(2M)", "exact": "exact, and slopes 1 and 2"}.items()
-    ):
-        errors.text((14, SIDE - 88 + 20 * row), label, COLOURS[name])
+    errors.frame()
 
     out = ROOT / "docs" / "samplers.png"
     with checkpoint.atomic_file(out) as beside:

@@ -1,13 +1,12 @@
-"""How long does Stable Diffusion 2.1, at its true size, take for a picture here, and how much memory?
+"""How long does Stable Diffusion 2.1, at its true size, take for a picture on this machine, and how much memory?
 
     python bench/sd_speed.py                                         512×512, bfloat16, DDIM with guidance 7.5
     python bench/sd_speed.py --steps 2 --out sd.png                  only to see that it runs
 
-All of it: text → tokens → text tower → U-Net → autoencoder. The weights are random, and as many as the published
-ones: SD 2.1's text tower is ViT-H/14's without its last block. One thing is smaller: CLIP's list of merges does not
-come with this repository, so a prompt is read letter by letter, with the published numbers of the 256 bytes and of
-start and end; the tower always reads 77 tokens, so this changes no time. Prints the seconds of each part and the most
-memory ever held.
+It measures text → tokens → text tower → U-Net → autoencoder. The weights are random, and as many as the published
+ones: SD 2.1's text tower is ViT-H/14's without its last block. CLIP's list of merges does not come with this
+repository, so a prompt is read letter by letter, with the published ids of the 256 bytes and of start and end; the
+tower always reads 77 tokens, so this changes no time. Prints the seconds of each part and the peak memory.
 """
 
 import dataclasses
@@ -22,15 +21,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clip import CLIP, CLIPConfig
-from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig, to_pil
+from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, NoiseSchedule, UNet, UNetConfig
 from support import settings
+from support.pictures import to_pil
 from support.tokenizer import CLIP_END as END
 from support.tokenizer import CLIP_START as START
 from support.tokenizer import CLIPTokenizer
 
 
 def timed(module, name, seconds):
-    """From now on, notes how long each call of module.name takes."""
+    """From now on, appends to `seconds` how long each call of module.name takes."""
     method = getattr(module, name)
 
     def run(*inputs):

@@ -16,7 +16,6 @@ than those reported. The autoencoder's PSNR on held-out emoji stands in the repo
 In brackets, and ±: 95 % intervals.
 """
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -32,6 +31,7 @@ from clip_report import BagOfWords, Learned, distractors, retrieval, shown
 from clip import CLIP, text_encoders
 from diffusion import LatentDiffusion
 from support import checkpoint, settings
+from support.pictures import psnr, to_float, to_uint8
 from support.sources import open_source
 
 SEED, TRIED = 0, 64
@@ -45,7 +45,7 @@ def draw(model, captions, side, guidance, steps):
     for i in range(0, len(captions), 32):
         some = captions[i : i + 32]
         parts.append(model.generate(some, guidance=guidance, steps=steps, size=side, seed=SEED + i))
-    return as_bytes(torch.cat(parts))
+    return to_uint8(torch.cat(parts))
 
 
 @torch.inference_mode()
@@ -54,20 +54,15 @@ def decoded_noise(model, count, side):
     c = model.vae.config
     shape = (count, c.latent_channels, side // c.factor, side // c.factor)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    return as_bytes(model.to_images(latents))
-
-
-def as_bytes(images):
-    """(N, 3, H, W) in [0, 1] → (N, H, W, 3) uint8."""
-    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_uint8(model.to_images(latents))
 
 
 @torch.inference_mode()
 def reconstruction_psnr(model, pictures):
     """Of each picture through the autoencoder and back, in dB."""
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    images = to_float(pictures)
     back = torch.cat([model.to_images(model.to_latents(part)) for part in images.split(64)])
-    return -10 * ((back - images) ** 2).mean((1, 2, 3)).log10().numpy()
+    return psnr(back, images).numpy()
 
 
 def named_grid(rows, columns=6, lines=3):
@@ -103,10 +98,10 @@ def main():
     everyone = np.array(sorted({item.caption for items in splits.values() for item in items}))
     draws, report = np.random.default_rng(SEED), {"steps": a.steps}
 
-    psnr = reconstruction_psnr(model, [item.image for split in ("combo", "new") for item in splits[split]])
-    error = 1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5
-    report["autoencoder_psnr"] = {"mean": float(psnr.mean()), "error": float(error), "pictures": len(psnr)}
-    print(f"autoencoder, PSNR of {len(psnr)} held-out emoji: {psnr.mean():.1f} ± {error:.1f} dB")
+    psnrs = reconstruction_psnr(model, [item.image for split in ("combo", "new") for item in splits[split]])
+    error = 1.96 * psnrs.std(ddof=1) / len(psnrs) ** 0.5
+    report["autoencoder_psnr"] = {"mean": float(psnrs.mean()), "error": float(error), "pictures": len(psnrs)}
+    print(f"autoencoder, PSNR of {len(psnrs)} held-out emoji: {psnrs.mean():.1f} ± {error:.1f} dB")
 
     names = {split: [splits[split][i] for i in draws.permutation(len(splits[split]))] for split in ("train", "combo")}
     report["guidance"] = a.guidance[0]
@@ -136,7 +131,7 @@ def main():
             report[split][kind] = found
             print(f"  {kind:22}" + " ".join(f"{shown(found[j][k]):20}" for j in judges for k in ("R@1", "R@5")))
         rows += list(zip(captions, pictures["drawn"], pictures["real"], strict=True))[: SHOWN[split]]
-    checkpoint.write_text(Path(a.out) / "unet_report.json", json.dumps(report, indent=2) + "\n")
+    checkpoint.write_json(Path(a.out) / "unet_report.json", report)
     with checkpoint.atomic_file(Path(a.out) / "unet.png") as beside:
         # 256 colours for all: half the size, and no eye sees it
         named_grid(rows).quantize(256, dither=Image.Dither.NONE).save(beside, optimize=True)

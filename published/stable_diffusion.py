@@ -121,9 +121,10 @@ def unet_fields(saved, path="config.json"):
     widths = settings.convert(tuple[int, ...], fields["block_out_channels"], f"{path}: block_out_channels")
     kinds, up_kinds = saved.get("down_block_types"), saved.get("up_block_types")
     attends = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-    if not isinstance(kinds, list) or len(kinds) != len(widths) or not all(k in (*attends,) for k in kinds):
+    if not isinstance(kinds, list) or len(kinds) != len(widths) or not all(k in list(attends) for k in kinds):
         raise UserError(
-            f"{path}: down_block_types is {kinds!r:.60}; only {len(widths)} of {', '.join(attends)} are read"
+            f"{path}: down_block_types is {kinds!r:.60}; only one of {' and '.join(attends)} for each of "
+            f"{len(widths)} block_out_channels is supported"
         )
     if up_kinds != [kind.replace("Down", "Up") for kind in reversed(kinds)]:
         raise UserError(f"{path}: up_block_types is {up_kinds!r:.60}; only down_block_types in reverse is supported")
@@ -170,7 +171,10 @@ def vae_fields(saved, path="config.json"):
     levels = len(settings.convert(tuple[int, ...], fields["block_out_channels"], f"{path}: block_out_channels"))
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if saved.get(key, [kind]) != [kind] * levels:
-            raise UserError(f"{path}: {key} is {saved.get(key)!r:.60}; only {levels} times {kind!r} is supported")
+            raise UserError(
+                f"{path}: {key} is {saved.get(key)!r:.60}; only one {kind!r} for each of "
+                f"{levels} block_out_channels is supported"
+            )
     return with_defaults(fields, {"layers_per_block": 1, "sample_size": 32})
 
 

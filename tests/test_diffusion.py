@@ -1,6 +1,7 @@
 """What diffusion.py promises: the published networks to the last tensor, and samplers that converge at their order."""
 
 import dataclasses
+import inspect
 import json
 import math
 from itertools import pairwise
@@ -17,6 +18,7 @@ from diffusion import (
     SAMPLERS,
     AutoencoderKL,
     AutoencoderKLConfig,
+    AutoencoderLoss,
     Conditioning,
     LatentDiffusion,
     NoiseSchedule,
@@ -27,7 +29,7 @@ from diffusion import (
     original_config,
 )
 from published import stable_diffusion
-from support import checkpoint
+from support import checkpoint, settings
 from support.settings import UserError
 from support.tokenizer import CLIPTokenizer
 
@@ -420,6 +422,197 @@ def test_what_we_do_not_compute_is_one_line(part, change, tmp_path):
     assert "\n" not in str(error.value)
 
 
+# ---- every key of a published configuration ---------------------------------------------------
+
+# A second legal value of each key; of numbers twice the first, of a bool the other.
+OTHER = {
+    "act_fn": "gelu", "addition_embed_type": "text", "addition_time_embed_dim": 8, "algorithm_type": "dpmsolver",
+    "attention_head_dim": 4, "attention_type": "gated", "beta_schedule": "squaredcos_cap_v2",
+    "block_out_channels": [8, 8], "class_embed_type": "timestep", "clip_sample": True,
+    "cross_attention_norm": "layer_norm", "down_block_types": ["DownBlock2D"] * 2, "dropout": 0.1,
+    "encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj", "final_sigmas_type": "sigma_min", "freq_shift": 1,
+    "interpolation_type": "log_linear", "lambda_min_clipped": -5.1, "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4, "mid_block_only_cross_attention": True, "mid_block_type": "UNetMidBlock2D",
+    "norm_num_groups": 1, "num_attention_heads": 4, "num_class_embeds": 3, "prediction_type": "v_prediction",
+    "projection_class_embeddings_input_dim": 64, "resnet_time_scale_shift": "scale_shift",
+    "reverse_transformer_layers_per_block": [[1], [1]], "sample_size": 32, "shift_factor": 0.1, "sigma_max": 10.0,
+    "sigma_min": 0.1, "solver_type": "heun", "steps_offset": 1, "time_cond_proj_dim": 8,
+    "time_embedding_act_fn": "silu", "time_embedding_dim": 8, "time_embedding_type": "fourier",
+    "time_shift_type": "linear", "timestep_post_act": "silu", "timestep_spacing": "trailing",
+    "timestep_type": "continuous",
+    "trained_betas": [0.1], "up_block_types": ["UpBlock2D"] * 2, "variance_type": "fixed_large",
+}  # fmt: skip
+NO_EFFECT = {
+    "addition_embed_type_num_heads": "of an addition_embed_type that is refused",
+    "clip_sample_range": "of clip_sample, which is refused",
+    "dynamic_thresholding_ratio": "of thresholding, which is refused",
+    "flow_shift": "of use_flow_sigmas, which is refused",
+    "force_upcast": "LatentDiffusion keeps the autoencoder out of float16, whatever it says",
+    "sample_max_value": "of thresholding, which is refused",
+    "sigma_max": "of Karras' and others' spacings of σ, which are refused",
+    "sigma_min": "of Karras' and others' spacings of σ, which are refused",
+    "skip_prk_steps": "of the sampler PNDM; one of ours follows its schedule",
+    "time_shift_type": "of use_dynamic_shifting, which is refused",
+}
+
+
+PARTS = {
+    "unet": (UNetConfig, stable_diffusion.unet_fields),
+    "vae": (AutoencoderKLConfig, stable_diffusion.vae_fields),
+    "scheduler": (NoiseSchedule, stable_diffusion.schedule_fields),
+}
+
+
+def opened(part, saved):
+    """A part's diffusers configuration as ours."""
+    cls, to_fields = PARTS[part]
+    return settings.build(cls, to_fields(saved, "config.json"))
+
+
+def golden_config(part, name="sd15_diffusers"):
+    return checkpoint.read_json(next((GOLDEN / name / part).glob("*config.json")))
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "AutoencoderKL", *stable_diffusion.SCHEDULER_KINDS])
+def test_every_key_of_diffusers_is_honoured_or_refused(kind):
+    """A key that changes what their class computes changes our configuration, or is refused by its name."""
+    diffusers = pytest.importorskip("diffusers")
+    part = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}.get(kind, "scheduler")
+    first = {"_class_name": kind, "clip_sample": False} if part == "scheduler" else golden_config(part)
+    parameters = list(inspect.signature(getattr(diffusers, kind).__init__).parameters.values())[1:]
+    assert len(parameters) > 5
+    for parameter in parameters:
+        key, default = parameter.name, first.get(parameter.name, parameter.default)
+        other = OTHER[key] if key in OTHER else not default if isinstance(default, bool) else 2 * default
+        assert other != default, key
+        try:
+            honoured = opened(part, first | {key: other}) != opened(part, first)
+        except UserError as error:
+            assert key in str(error), key
+            honoured = True
+        assert honoured != (key in NO_EFFECT), key
+
+
+WRONG = (0, -1, 0.5, 1e30, 2**70, math.nan, -math.inf, "8", "", True, [], [0], [8], [None, None], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_wrong_value_in_diffusers_json_is_one_line(part, name):
+    """Whatever stands under a key, what comes out is a configuration or one line that names file and key."""
+    saved = golden_config(part, name)
+    for value in ([], 5, None, "text"):
+        with pytest.raises(UserError, match=r"config\.json: "):
+            opened(part, value)
+    for key in saved:
+        for value in WRONG:
+            try:
+                opened(part, saved | {key: value})
+            except UserError as error:
+                assert "config.json: " in str(error) and key in str(error), (key, value)
+                assert "\n" not in str(error) and len(str(error)) < 400, (key, value)
+
+
+def leaves(table, path=()):
+    for key, value in table.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def test_a_wrong_value_in_the_yaml_of_a_single_file_is_one_line():
+    original = checkpoint.read_json(GOLDEN / "sd1_compvis" / "config.json")
+    for path in leaves(original):
+        for value in (*WRONG, None):
+            content = json.loads(json.dumps(original))
+            table = content
+            for key in path[:-1]:
+                table = table[key]
+            table[path[-1]] = value
+            try:
+                original_config(content)
+            except UserError as error:
+                message = str(error)
+                assert message.startswith("config: ") and "\n" not in message and len(message) < 400, (path, value)
+
+
+@pytest.mark.parametrize(
+    "cls, key, value",
+    [
+        (UNetConfig, "norm_num_groups", 0),
+        (UNetConfig, "heads", (0, 8, 8, 8)),
+        (UNetConfig, "block_out_channels", ()),
+        (UNetConfig, "block_out_channels", (32,) * 11),
+        (UNetConfig, "block_out_channels", 5),
+        (UNetConfig, "depth", (-1, 1, 1, 0)),
+        (UNetConfig, "depth", (1000, 1, 1, 1)),
+        (UNetConfig, "layers_per_block", 0),
+        (UNetConfig, "layers_per_block", 10**6),
+        (UNetConfig, "cross_attention_dim", "768"),
+        (AutoencoderKLConfig, "norm_num_groups", 0),
+        (AutoencoderKLConfig, "in_channels", 1),
+        (AutoencoderKLConfig, "latent_channels", 10**9),
+        (AutoencoderKLConfig, "scaling_factor", 0.0),
+        (AutoencoderKLConfig, "scaling_factor", math.nan),
+        (NoiseSchedule, "num_train_timesteps", 0),
+        (NoiseSchedule, "num_train_timesteps", 10**9),
+        (NoiseSchedule, "num_train_timesteps", None),
+        (NoiseSchedule, "beta_start", 0.0),
+        (NoiseSchedule, "beta_start", 1e-12),
+        (NoiseSchedule, "beta_end", 1.5),
+        (NoiseSchedule, "beta_end", math.nan),
+        (NoiseSchedule, "steps_offset", -1),
+        (NoiseSchedule, "prediction_type", "velocity"),
+        (AutoencoderLoss, "kl", -1.0),
+        (AutoencoderLoss, "l1", 0.0),
+    ],
+)
+def test_a_wrong_number_in_a_toml_section_is_one_line(cls, key, value):
+    with pytest.raises(UserError, match=key) as error:
+        settings.build(cls, {key: value}, "model")
+    assert "model" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_default_size_is_that_of_the_latents_not_the_one_marked_as_unused():
+    """SD's own YAML says image_size: 64 of the model, and 32 of its U-Net, "# unused"."""
+    content = checkpoint.read_json(GOLDEN / "sd1_compvis" / "config.json")
+    content["model"]["params"]["image_size"] = 64
+    assert original_config(content)[0].sample_size == 64
+
+
+def test_sdxl_s_yaml_says_its_prediction_by_the_class_of_a_scaling():
+    content = checkpoint.read_json(GOLDEN / "sd1_compvis" / "config.json")
+    scaling = {"target": "sgm.modules.diffusionmodules.denoiser_scaling.VScaling"}
+    denoiser = {"scaling_config": scaling, "discretization_config": {"target": "LegacyDDPMDiscretization"}}
+    content["model"]["params"]["denoiser_config"] = {"params": denoiser}
+    assert original_config(content)[2].prediction_type == "v_prediction"
+    scaling["target"] = "sgm.modules.diffusionmodules.denoiser_scaling.EDMScaling"
+    with pytest.raises(UserError, match="EDMScaling"):
+        original_config(content)
+
+
+@pytest.mark.parametrize("cls", [LatentDiffusion, UNet, AutoencoderKL])
+def test_a_folder_of_another_kind_is_named(cls, tmp_path):
+    with pytest.raises(UserError, match=r"holds a LLaMA, but .* is wanted"):
+        cls.from_pretrained(GOLDEN / "llama_hf_lvm")
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(UserError, match="holds a VQGAN"):
+        cls.from_pretrained(tmp_path)
+
+
+def test_a_part_alone_is_no_pipeline():
+    with pytest.raises(UserError, match="holds a U-Net of latent diffusion"):
+        LatentDiffusion.from_pretrained(GOLDEN / "sd15_diffusers" / "unet")
+    with pytest.raises(UserError, match="holds an autoencoder"):
+        UNet.from_pretrained(GOLDEN / "sd15_diffusers" / "vae")
+
+
+def test_a_unet_for_inpainting_is_refused():
+    """It takes nine channels: noise, the rest of the picture, and the mask."""
+    with pytest.raises(UserError, match="9 channels in"):
+        tiny(in_channels=9)
+
+
 # ---- the networks ----------------------------------------------------------------------------
 
 
@@ -534,19 +727,36 @@ def test_noise_cannot_be_predicted_where_no_signal_is_left():
         NoiseSchedule(rescale_betas_zero_snr=True)
 
 
+def test_a_sampler_follows_only_the_predictions_of_its_row(monkeypatch):
+    """A new prediction type, forgotten in the samplers' rows, is no half-way state."""
+    monkeypatch.setitem(diffusion.PREDICTIONS, "flow", diffusion.PREDICTIONS["epsilon"])
+    schedule = NoiseSchedule(prediction_type="flow")
+    for name in SAMPLERS:
+        with pytest.raises(UserError, match=f'"{name}" cannot follow a flow schedule'):
+            next(diffusion.SAMPLERS[name](lambda x, t: x, schedule, 5, lambda: torch.zeros(1)))
+
+
+def test_a_row_that_leaves_a_part_out_is_an_error():
+    with pytest.raises(TypeError):
+        diffusion.Prediction(target=lambda x0, noise, alpha, sigma: noise)
+    with pytest.raises(TypeError):
+        diffusion.Sampler(diffusion.sample_ddim, diffusion.DIFFUSION, "leading")
+
+
 # ---- samplers on a line, where everything is known: bench/sampler_orders.py -------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("euler", 1), ("dpmpp_2m", 2)])
-def test_a_sampler_converges_at_its_order(sampler, order, prediction_type):
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if SAMPLERS[name].order])
+def test_a_sampler_converges_at_its_order(sampler, prediction_type):
     """Twice the steps, 1/2 or 1/4 of the error."""
+    order = SAMPLERS[sampler].order
     errors = [path_error(sampler, prediction_type, steps) for steps in (64, 128, 256)]
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25), errors
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "euler_ancestral"])
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not SAMPLERS[name].order])
 def test_a_random_sampler_converges_in_distribution(sampler):
     """x0 normal with spread 0.5: every step is linear, so x is a sum of the noise drawn, and its spread is known."""
     schedule = NoiseSchedule(**LINE, timestep_spacing="linspace")
@@ -644,11 +854,13 @@ def test_guidance():
         ({"size": 17}, "17×17"),
         ({"steps": 0}, "steps"),
         ({"image": torch.zeros(1, 3, 16, 16), "strength": 0.0}, "strength"),
+        ({"negative": ["b", "c"]}, "2 negatives"),
+        ({"prompts": torch.zeros(1, 7, 13)}, "width 13"),
     ],
 )
 def test_a_wrong_request_is_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:
-        tiny(text_encoder=Words(12)).generate("a", **arguments)
+        tiny(text_encoder=Words(12)).generate(**{"prompts": "a"} | arguments)
     assert "\n" not in str(error.value)
 
 
