@@ -4,6 +4,7 @@ The golden files of test_model.py and test_vqgan.py show that our numbers are th
 themselves are tried: many shapes, true sizes, and every kind of damage.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file
 
+import model
 from model import LLaMA, LLaMAConfig, RopeScaling
 from published.llama import config_from_hf, config_to_hf
 from support import checkpoint, settings
@@ -149,6 +151,41 @@ def test_every_dialect_of_config_json_is_understood(dialect, meaning):
     expected = LLaMAConfig(**vicuna | meaning)
     assert config_of(OLD | dialect) == expected
     assert config_of(config_to_hf(expected)) == expected  # and as we write it
+
+
+# ---- a field of one's own ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def extended(monkeypatch):
+    """LLaMAConfig with one more field, as somebody would add it; nothing but model.py would know."""
+    cls = dataclasses.make_dataclass("LLaMAConfig", [("qk_norm", bool, False)], bases=(LLaMAConfig,), frozen=True)
+    monkeypatch.setattr(model, "LLaMAConfig", cls)
+    return cls(vocab_size=20, dim=16, n_layers=1, n_heads=2, hidden_dim=24)
+
+
+def test_a_field_that_somebody_adds_is_saved_and_read_again(extended, tmp_path):
+    config = dataclasses.replace(extended, qk_norm=True)
+    LLaMA(config).save_pretrained(tmp_path)
+    assert LLaMA.from_pretrained(tmp_path).config == config
+    assert checkpoint.what_is(tmp_path) == "a LLaMA"
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="picturebook_llama"):  # it would leave the field out
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_at_its_default_such_a_field_is_no_news_to_transformers(extended, tmp_path):
+    LLaMA(extended).save_pretrained(tmp_path)
+    assert config_to_hf(extended) == config_to_hf(LLaMAConfig(20, 16, 1, 2, hidden_dim=24))
+    transformers = pytest.importorskip("transformers")
+    assert isinstance(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), transformers.LlamaForCausalLM)
+
+
+def test_a_field_that_is_not_there_any_more_is_named(extended, tmp_path, monkeypatch):
+    LLaMA(dataclasses.replace(extended, qk_norm=True)).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="unknown key qk_norm"):
+        LLaMA.from_pretrained(tmp_path)
 
 
 # ---- true sizes, on the meta device ----------------------------------------------------------

@@ -26,7 +26,8 @@ import tasks
 import train
 import train_tpu
 from bench import plan
-from model import LLaMA
+from data import DataSettings
+from model import LLaMA, LLaMAConfig
 from support import checkpoint, settings
 from support.token_rows import encode_row
 from support.tokenizer import Tokenizer
@@ -426,6 +427,19 @@ def test_what_does_not_fit_a_mesh_is_named(rows, tmp_path):
 
 def test_only_a_llama_is_trained_here():
     assert 'model.kind is "vqgan"' in refused(train_tpu.read_run, ROOT / "configs" / "tiny_vqgan.toml")
+
+
+def test_a_field_that_is_not_implemented_here_is_refused_at_the_start(tmp_path, monkeypatch):
+    """As somebody would add it to model.py: from the configuration, and from weights that were trained with it."""
+    extended = dataclasses.make_dataclass("LLaMAConfig", [("qk_norm", bool, False)], bases=(LLaMAConfig,), frozen=True)
+    monkeypatch.setattr(train_tpu, "LLaMAConfig", extended)
+    run_class = settings.run_class(extended, DataSettings, mesh=settings.MeshSettings)
+    monkeypatch.setitem(train_tpu.RUNS, "llama", run_class)
+    found = refused(lambda: run_tpu(tmp_path / "run", (1, 1, 1), "model.qk_norm=true"))
+    assert found == "model.qk_norm = True: train_tpu.py does not implement it, train.py does"
+    LLaMA(extended(66, 32, 1, 4, hidden_dim=64, qk_norm=True)).save_pretrained(tmp_path / "llama")
+    s, _ = train_tpu.read_run(CONFIG, ["run.dir=", f"model.init={tmp_path / 'llama'}"])
+    assert refused(train_tpu.model_config, s, set(), None) == found
 
 
 def test_a_checkpoint_of_another_shape_is_named(one_device, tmp_path):
