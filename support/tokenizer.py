@@ -1,28 +1,29 @@
-"""Tokenizer: text ⇄ ids, with whatever vocabulary a checkpoint's folder brings along.
+"""Tokenizer: text ⇄ ids, with the vocabulary that comes with a checkpoint. Byte-pair encoding, and CLIP's kind of it.
 
-A language model reads numbers. Which numbers stand for a text was settled before its training, by byte-pair
-encoding (Gage 1994; Sennrich et al. 2016, algorithm 1; on bytes: Radford et al. 2019): start from bytes, and
-join the two neighbours that were most often neighbours in some large text, again and again. The list of those
-joins, in order, is the vocabulary. To encode, make the same joins in the same order.
+A language model reads numbers. Byte-pair encoding says which numbers stand for a text (Gage 1994; Sennrich et al.
+2016, algorithm 1; on bytes: Radford et al. 2019). Start from the text's bytes. Take a large text, and join the two
+tokens that are most often neighbours in it into a new token, everywhere; repeat. The list of these merges, in order,
+is the vocabulary. To encode another text, make the same merges in the same order:
 
-    text ─ cut at special tokens ─ cut into words (a regex) ─ join bytes, earliest merge first ─▶ ids
-    ids  ─ each id's bytes, end to end ─ UTF-8, as soon as a character is whole ─────────────────▶ text
+    n e w e s t   ─ "s" "t" ─▶   n e w e st   ─ "e" "st" ─▶   n e w est   ─ …
 
-What a folder holds decides which tokenizer it is:
+    text ─ split at special tokens ─ split into words (a regex) ─ merge bytes, earliest merge first ─▶ ids
+    ids  ─ each id's bytes, end to end ─ UTF-8, as soon as a character is complete ────────────────▶ text
+
+`train_bpe` finds the merges of one's own texts (python prepare.py vocabulary writes them as a tokenizer.json). No
+token crosses the border of a word, and a space belongs to the word behind it: "taco" and " taco" are two tokens, and
+after a prompt that ends with a space a model has never seen a word begin.
+
+Special tokens (`<s>`, `<|eot_id|>`) mark where a text begins and who speaks. If a user types one it stays mere text,
+unless encode() is told to parse them: otherwise anyone could end a turn and begin another speaker's.
+
+The files in a folder decide which tokenizer it is:
 
     tokenizer.json      byte-level BPE: Llama 3, SmolLM2, GPT-2 …        merged by the package tiktoken
     tokenizer.model     lines "base64 rank": Llama 3 as Meta gives it    the same
     tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    by the package sentencepiece (optional)
     (the word "bytes")  no file at all: 256 bytes, begin, end            for small runs of our own
-
-`train_bpe` finds such joins in texts of one's own (python prepare.py vocabulary writes their tokenizer.json). No token
-reaches over a word's border, and a space belongs to the word behind it: "taco" and " taco" are two tokens, and a
-prompt that ends with a space hides the next word from a model.
-
-Special tokens (`<s>`, `<|eot_id|>`) are the frame around texts: where one begins, who speaks. Typed by a user
-they are mere text, unless encode() is asked to see them: else anyone could end a turn and begin another's.
-
-Read next: data.py, which makes rows of texts; sample.py, which prints them as they come.
+    vocab.json and merges.txt, bpe_simple_vocab_16e6.txt.gz or tokenizer.json: CLIP's (CLIPTokenizer, at the end)
 """
 
 import base64
@@ -36,13 +37,14 @@ import itertools
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import regex
 import tiktoken
 from tqdm import tqdm
 
-from support import checkpoint
+from support import checkpoint, settings
 from support.settings import UserError
 
 try:
@@ -51,38 +53,42 @@ except ImportError:
     ftfy = None
 
 FILES = ("tokenizer.json", "tokenizer.model")
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
-# What DreamLLM's tokenizers know besides (its published files; their ids differ: resolve them by name).
+# The tokens that DreamLLM adds to its LLaMA's (its published files differ in their ids: resolve them by name).
 ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", "<dream_start>", "<dream_end>")
 
 
 class Tokenizer:
     """Text ⇄ ids.
 
-    bos     the id that stands before every text, None where there is none (GPT-2, SmolLM2)
-    eos     the id that ends a text; `stops`: all ids that end an answer
-    words   a function, text without special tokens → ids
-    inner   the same for a text that follows a special token (SentencePiece alone may tell them apart)
-    special {name: id} of the tokens that are seen in a text only when asked
-    added   {name: id} of tokens that are no merges either but are always seen: SmolLM2's "<repo_name>", say
-    bytes_of  {id: bytes} of every token
-    file    the tokenizer.json or tokenizer.model it was read from; None: "bytes"
-    files   {name: content} of that file and what else was read beside it: what is saved again
-    later   {name: id} of the special tokens that were added since
+    bos            the id that stands before every text, None where there is none (GPT-2, SmolLM2)
+    eos            the id that ends a text
+    stops          all ids that end an answer
+    encode_text    a function: text without special tokens → ids
+    encode_after_special   the same for a text that follows a special token (only SentencePiece may differ)
+    special        {name: id} of the tokens that encode() finds in a text only if it is told to
+    always_parsed  {name: id} of tokens outside the merges that are found in any text: SmolLM2's "<repo_name>", say
+    bytes_of       {id: bytes} of every token
+    vocab_size     the largest id + 1
+    file           the tokenizer.json or tokenizer.model it was read from; None: "bytes"
+    files          {name: content} of that file and of those read with it, to be saved again
+    added_since    {name: id} of the special tokens that `add` has added
     """
 
-    def __init__(self, words, pieces, special, added=(), bos=None, eos=None, stops=(), inner=None):
-        self.words, self.inner = words, inner or words
-        self.bytes_of, self.special, self.added = pieces, special, dict(added)
+    def __init__(
+        self, encode_text, bytes_of, special, always_parsed=(), bos=None, eos=None, stops=(), encode_after_special=None
+    ):
+        self.encode_text, self.encode_after_special = encode_text, encode_after_special or encode_text
+        self.bytes_of, self.special, self.always_parsed = bytes_of, special, dict(always_parsed)
         self.bos, self.eos = bos, eos
         self.file, self.files, self.added_since = None, {}, {}
         turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
-        self.stops = {i for i in (eos, *stops, *turns) if i is not None}
-        self.vocab_size = max(pieces) + 1
+        self.stops = {eos, *stops, *turns} - {None}
+        self.vocab_size = max(bytes_of) + 1
         # SentencePiece writes a space before every text, so that its first word looks like any other
-        first = words("a")[0]
-        self.adds_space = pieces[first].startswith(b" ")
+        first = encode_text("a")[0]
+        self.adds_space = bytes_of[first].startswith(b" ")
 
     @classmethod
     def from_pretrained(cls, path):
@@ -90,21 +96,22 @@ class Tokenizer:
         if str(path) == "bytes":
             return byte_tokenizer()
         path = checkpoint.weights_folder(path)
-        files = [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]
-        if not files:
-            raise UserError(f"{path}: no tokenizer here (looked for tokenizer.json, tokenizer.model)")
-        file = files[0]
+        found = [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]
+        if not found:
+            raise UserError(f"{path}: no tokenizer in this folder (looked for tokenizer.json, tokenizer.model)")
+        file = found[0]
         saved = checkpoint.read_json(file) if file.suffix == ".json" else None
-        if files[1:] and not is_byte_level(saved):  # Llama 2's holds SentencePiece's rules, which are in the other
-            file = files[1]
+        if len(found) == 2 and not is_byte_level(saved):  # Llama 2's .json holds the same rules as its .model
+            file = found[1]
         tokenizer = from_json(file, saved) if file.suffix == ".json" else from_model(file)
-        names = {f"tokenizer{'.json' if file.suffix == '.json' else '.model'}": file}
-        names |= {name: file.parent / name for name in BESIDE}
-        # Kept, not copied later: the folder may be a checkpoint that is gone when the next one is written.
-        tokenizer.files = {name: place.read_bytes() for name, place in names.items() if place.exists()}
+
+        # Kept in memory: the folder may be a checkpoint that is deleted when the next one is written.
+        files = {f"tokenizer{'.json' if file.suffix == '.json' else '.model'}": file}
+        files |= {name: file.parent / name for name in SIBLINGS}
+        tokenizer.files = {name: settings.read_bytes(place) for name, place in files.items() if place.exists()}
         tokenizer.file = file
-        later = _beside(file, "added_tokens.json")
-        tokenizer.add(later, later)
+        added = sibling_json(file, "added_tokens.json")
+        tokenizer.add(added, added)
         return tokenizer
 
     def add(self, names, ids=None):
@@ -113,11 +120,11 @@ class Tokenizer:
         Names that are known already keep their ids.
         """
         for name in names:
-            if name in self.special or name in self.added:
+            if name in self.special or name in self.always_parsed:
                 continue
             i = ids[name] if ids else self.vocab_size
             if type(i) is not int or i < 0 or i in self.bytes_of:
-                raise UserError(f"{self.file}: the added token {name} has the id {i!r}, which it cannot have")
+                raise UserError(f"{self.file}: the added token {name} has the id {i!r}, which is taken or no number")
             self.special[name], self.bytes_of[i], self.added_since[name] = i, name.encode(), i
             self.vocab_size = max(self.vocab_size, i + 1)
 
@@ -132,20 +139,22 @@ class Tokenizer:
             write_merges(folder, [], self.added_since)
             return
         for name, content in self.files.items():
-            with checkpoint.atomic_file(folder / name) as beside:
-                beside.write_bytes(content)
-        checkpoint.write_text(folder / "added_tokens.json", json.dumps(self.added_since, indent=2) + "\n")
+            with checkpoint.atomic_file(folder / name) as file:
+                file.write_bytes(content)
+        checkpoint.write_json(folder / "added_tokens.json", self.added_since)
 
     def encode(self, text, bos=False, eos=False, special=False, follows=False):
         """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens.
 
-        `follows`: the text goes on after a special token of the same conversation.
+        `follows`: the text comes after a special token of the same conversation.
         """
-        known = self.added | self.special if special else self.added
+        known = self.always_parsed | self.special if special else self.always_parsed
         ids = [self.bos] if bos and self.bos is not None else []
-        for part in _cut_out(text, known):
-            words = self.inner if follows else self.words
-            ids += [known[part]] if part in known else words(part)
+        for part in split_at(text, known):
+            if part in known:
+                ids.append(known[part])
+            else:
+                ids += self.encode_after_special(part) if follows else self.encode_text(part)
             follows = True
         return ids + ([self.eos] if eos and self.eos is not None else [])
 
@@ -210,27 +219,32 @@ class Tokenizer:
         return [self.special[part]]
 
 
-def _cut_out(text, names):
-    """text → its pieces, each one of `names` (the longest that fits, as the reference does) or what lies between."""
+def split_at(text, names):
+    """text → its pieces: each is one of `names` (the longest that fits, as the reference does) or lies between two."""
     if not names:
         return [text] if text else []
     pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return [part for part in re.split(f"({pattern})", text) if part]
+    return list(filter(None, re.split(f"({pattern})", text)))
 
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def byte_tokenizer():
-    """The smallest vocabulary that can say everything: a byte is its own id; 256 begins a text, 257 ends it."""
+    """The smallest vocabulary for any text: a byte is its own id; 256 begins a text, 257 ends it."""
     special = {BEGIN: 256, END: 257}
-    pieces = {i: bytes([i]) for i in range(256)} | {i: name.encode() for name, i in special.items()}
-    return Tokenizer(lambda text: list(text.encode(errors="replace")), pieces, special, bos=256, eos=257)
+    bytes_of = {i: bytes([i]) for i in range(256)} | names_as_bytes(special)
+    return Tokenizer(lambda text: list(text.encode(errors="replace")), bytes_of, special, bos=256, eos=257)
+
+
+def names_as_bytes(ids):
+    """{name: id} → {id: bytes of the name}."""
+    return {i: name.encode() for name, i in ids.items()}
 
 
 # ---- byte-pair encoding ----------------------------------------------------------------------
 
-# How a text is cut into words before any byte is joined: no token reaches over these borders.
+# How a text is split into words before any bytes are merged.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -238,62 +252,82 @@ LLAMA3 = (
 )
 
 
-def byte_pair_encoder(tokens, patterns):
-    """tokens {bytes: id} in the order of their merges, all 256 bytes first → a function text → ids.
+def merger(tokens, pattern=""):
+    """tokens {bytes: id} in the order of their merges, all 256 bytes first → (tiktoken's encoder, the id of each rank).
 
-    Each of `patterns` cuts the pieces that the one before left: its matches, and what lies between them.
+    tiktoken takes ids for ranks. In published files they may differ (SmolLM2's special tokens come first).
+    """
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), list(tokens.values())
+
+
+def byte_pair_encoder(tokens, patterns):
+    """tokens as `merger` takes them → a function text → ids.
+
+    Each of `patterns` splits the pieces that the one before left, into its matches and what lies between them.
     """
     patterns = [rf"{pattern}|(?s:(?!{pattern}).)+" for pattern in patterns] or [r"(?s:.)+"]
-    *before, last = patterns
-    before = [regex.compile(pattern) for pattern in before]
-    # tiktoken takes an id for a rank. In published files they may differ (SmolLM2's special tokens come first).
-    ranks, ids = {token: rank for rank, token in enumerate(tokens)}, list(tokens.values())
-    bpe = tiktoken.Encoding("", pat_str=last, mergeable_ranks=ranks, special_tokens={})
+    bpe, ids = merger(tokens, patterns.pop())
+    patterns = [regex.compile(pattern) for pattern in patterns]
 
     def encode(text):
-        pieces = list(_slices(text))
-        for pattern in before:
+        pieces = chunks(text)
+        for pattern in patterns:
             pieces = [match.group() for piece in pieces for match in pattern.finditer(piece)]
         return [ids[rank] for piece in pieces for rank in bpe.encode_ordinary(piece)]
 
     return encode
 
 
-def _slices(text, size=100_000):
-    """text in pieces: tiktoken's regex gives up (by a panic, not an exception) on a million spaces in a row.
+def chunks(text, size=100_000):
+    """Yields text in pieces: tiktoken's regex panics (no exception) on a million spaces in a row.
 
-    Between a letter and a space every pattern cuts, and none looks back over its cut: there, slices change no id.
+    Between a letter and a space every pattern splits, and none looks back across: splitting there changes no id.
     """
     start, border = 0, re.compile(r"(?<=[^\W\d_])(?=\s)")
     while len(text) - start > 4 * size:
-        cut = border.search(text, start + size, start + 4 * size)
-        end = cut.start() if cut else start + 4 * size
+        found = border.search(text, start + size, start + 4 * size)
+        end = found.start() if found else start + 4 * size
         yield text[start:end]
         start = end
     yield text[start:]
 
 
 def _byte_letters():
-    """tokenizer.json writes bytes as letters: printable ones as themselves, the 68 others as U+0100 and on."""
+    """Files write bytes as letters: printable ones as themselves, the 68 others as U+0100 and on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    letters = {chr(byte): byte for byte in printable}
+    for byte in range(256):
+        if byte not in printable:
+            letters[chr(256 + len(letters) - len(printable))] = byte
+    return letters
 
 
 BYTE_OF = _byte_letters()  # in the order of CLIP's first 256 tokens
 LETTER_OF = {byte: letter for letter, byte in BYTE_OF.items()}
 
 
-def train_bpe(texts, merges):
-    """texts → the first `merges` joins of byte-pair encoding, [(bytes, bytes), …]; fewer when every word is one token.
+def to_letters(token):
+    return "".join(map(LETTER_OF.__getitem__, token))
 
-    The most frequent pair of neighbours within a word (as GPT-2 cuts words: " taco" is one, its space included) is
-    joined everywhere, and all are counted anew; of equally frequent pairs, the one that sorts last. Sennrich et al.
-    2016, algorithm 1. A join is a pass over all distinct words: minutes in all for those of a book.
+
+def from_letters(text):
+    return bytes(map(BYTE_OF.__getitem__, text))
+
+
+def train_bpe(texts, merges):
+    """texts → the first `merges` merges of byte-pair encoding, [(bytes, bytes), …]; fewer when no pair is left.
+
+    The most frequent pair of neighbours within a word (as GPT-2 splits: " taco" is one, its space included) is
+    merged everywhere, and all pairs are counted anew; of equally frequent ones, the pair that sorts last. Sennrich
+    et al. 2016, algorithm 1. A merge is a pass over all distinct words: minutes in all for those of a book.
     """
-    counts = collections.Counter(match.group() for text in texts for match in regex.finditer(GPT2, text))
-    words = [([bytes([byte]) for byte in word.encode()], count) for word, count in counts.items()]
-    joins = []
+    counts = collections.Counter()
+    for text in texts:
+        counts.update(regex.findall(GPT2, text))
+    words, found = [], []
+    for word, count in counts.items():
+        words.append(([bytes([byte]) for byte in word.encode()], count))
     for _ in tqdm(range(merges), desc="vocabulary", unit=" merges", mininterval=1):
         pairs = collections.Counter()
         for tokens, count in words:
@@ -301,125 +335,156 @@ def train_bpe(texts, merges):
                 pairs[pair] += count
         if not pairs:
             break
-        first, second = max(pairs, key=lambda pair: (pairs[pair], pair))
-        joins.append((first, second))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        found.append(best)
         for tokens, _ in words:
-            place = 0
-            while place < len(tokens) - 1:  # from the left, as encoders do: "---" becomes "--", "-"
-                if tokens[place : place + 2] == [first, second]:
-                    tokens[place : place + 2] = [first + second]
-                place += 1
-    return joins
+            merge(tokens, best)
+    return found
 
 
-def write_merges(folder, merges, later=None):
+def merge(tokens, pair):
+    """Joins each `pair` of neighbours in a list of tokens, from the left as encoders do: "---" becomes "--", "-"."""
+    i = 0
+    while i < len(tokens) - 1:
+        if (tokens[i], tokens[i + 1]) == pair:
+            tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+        i += 1
+
+
+# ---- tokenizer.json --------------------------------------------------------------------------
+
+
+def write_merges(folder, merges, added=None):
     """Writes byte-level BPE as a tokenizer.json with tokenizer_config.json, as Hugging Face's tokenizers read it.
 
-    A byte is its own id, merge n makes the token 256 + n; then come what begins and what ends a text. later:
+    A byte is its own id, merge n makes the token 256 + n; then come the tokens that begin and end a text. added:
     {name: id} of special tokens that were added.
     """
-    special = {BEGIN: 256 + len(merges), END: 257 + len(merges)} | (later or {})
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [{"id": i, "content": name, "special": True} | plain for name, i in special.items()]
-    template = [{"SpecialToken": {"id": BEGIN, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    first = {
+    special = {BEGIN: 256 + len(merges), END: 257 + len(merges)} | (added or {})
+    options = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    vocab, spelled = dict(BYTE_OF), []
+    for number, (first, second) in enumerate(merges):
+        vocab[to_letters(first + second)] = 256 + number
+        spelled.append(f"{to_letters(first)} {to_letters(second)}")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = bool(merges)  # it splits words, as GPT-2 does: without merges there is no need to
+    begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
+    text, second_text = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    template = {
         "type": "TemplateProcessing",
-        "single": template,
-        "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
+        "single": [begin, text],
+        "pair": [begin, text, second_text],
+        "special_tokens": {BEGIN: {"id": BEGIN, "ids": [special[BEGIN]], "tokens": [BEGIN]}},
     }
-    first["special_tokens"] = {BEGIN: {"id": BEGIN, "ids": [special[BEGIN]], "tokens": [BEGIN]}}
-    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    letters["use_regex"] = bool(merges)  # it cuts words, as GPT-2 does: without merges there is nothing to cut for
-    spelled = [["".join(map(LETTER_OF.get, token)) for token in pair] for pair in merges]
-    vocab = BYTE_OF | {"".join(pair): 256 + n for n, pair in enumerate(spelled)}
     saved = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": [{"id": i, "content": name} | options for name, i in special.items()],
         "normalizer": None,
-        "pre_tokenizer": letters,
-        "post_processor": first,
-        "decoder": letters,
-        "model": {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in spelled]},
+        "pre_tokenizer": byte_level,
+        "post_processor": template,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": spelled},
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END, "add_bos_token": True}
-    for name, content in (("tokenizer_config.json", config), ("tokenizer.json", saved)):
-        checkpoint.write_text(Path(folder) / name, json.dumps(content, indent=2) + "\n")
+    checkpoint.write_json(Path(folder) / "tokenizer_config.json", config)
+    checkpoint.write_json(Path(folder) / "tokenizer.json", saved)
 
 
 def is_byte_level(saved):
     """Whether a tokenizer.json (a dict) holds byte-level BPE."""
     try:
-        return saved["model"]["type"] == "BPE" and _steps(saved["pre_tokenizer"])[-1]["type"] == "ByteLevel"
+        return saved["model"]["type"] == "BPE" and flatten(saved["pre_tokenizer"])[-1]["type"] == "ByteLevel"
     except (KeyError, TypeError, AttributeError):  # such as "pre_tokenizer": null
         return False
 
 
-USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where no file beside it says what ends a text
+USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where no file says which token ends a text
 
 
 def from_json(file, saved):
-    """A tokenizer.json (read: `saved`) and the small files beside it as a Tokenizer."""
+    """The Tokenizer of a tokenizer.json, whose content is `saved`, and of the small files next to it."""
     if not is_byte_level(saved):
-        raise UserError(f"{file}: holds no byte-level BPE; put the tokenizer.model it was made of beside it")
-    config = _beside(file, "tokenizer_config.json")
+        raise UserError(f"{file}: holds no byte-level BPE; put the original tokenizer.model next to it")
+    config = sibling_json(file, "tokenizer_config.json")
     try:
-        tokens, unmade, added = _merged_tokens(saved)
-        words = byte_pair_encoder(tokens, _patterns(saved))
-        names = {entry["content"]: entry["id"] for entry in added}
-        special = {entry["content"]: entry["id"] for entry in added if entry["special"]}
-        bos = _name(config.get("bos_token")) if config.get("add_bos_token") else _first(saved.get("post_processor"))
-        eos = _name(config.get("eos_token")) or next((n for n in USUAL_ENDS if n in names), None)
-        pieces = {i: token for token, i in (tokens | unmade).items()} | {i: name.encode() for name, i in names.items()}
-        if odd := [i for i in pieces if type(i) is not int or i < 0]:
-            raise ValueError(f"its vocabulary has the id {odd[0]!r}")
-        others = {name: i for name, i in names.items() if name not in special}
-        return Tokenizer(words, pieces, special, others, names.get(bos), names.get(eos), _stops(file))
+        tokens, without_merge = merged_tokens(saved)
+        encode_text = byte_pair_encoder(tokens, split_patterns(saved))
+        special, always_parsed = {}, {}
+        for entry in saved["added_tokens"]:
+            (special if entry["special"] else always_parsed)[entry["content"]] = entry["id"]
+        names = always_parsed | special
+        bytes_of = {i: token for token, i in (tokens | without_merge).items()} | names_as_bytes(names)
+        for i in bytes_of:
+            if type(i) is not int or i < 0:
+                raise ValueError(f"its vocabulary has the id {i!r}")
+        bos = name_of(config.get("bos_token")) if config.get("add_bos_token") else bos_name(saved.get("post_processor"))
+        eos = name_of(config.get("eos_token")) or next(filter(names.__contains__, USUAL_ENDS), None)
+        stops = stop_ids(file)
+        return Tokenizer(encode_text, bytes_of, special, always_parsed, names.get(bos), names.get(eos), stops)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, regex.error) as error:
         reason = error if type(error) is ValueError else f"not the file it should be: {error!r}"
         raise UserError(f"{file}: {reason}") from None
 
 
-def _merged_tokens(saved):
-    """→ {bytes: id} in merge order, {bytes: id} that no merge makes, the added tokens; ValueError if it cannot be."""
+def merged_tokens(saved):
+    """→ {bytes: id} in the order of merges, and {bytes: id} that no merge makes; ValueError: we do not support it."""
     model, added = saved["model"], saved["added_tokens"]
+    refuse_unsupported(model, added)
+    vocab = vocab_in_bytes(model["vocab"], added)
+
+    # the 256 bytes in the order of their ids, then what each merge makes
+    by_id = sorted(vocab, key=vocab.get)
+    tokens = {token: vocab[token] for token in by_id if len(token) == 1}
+    for pair in model["merges"]:  # "a b", or since 2024 ["a", "b"]
+        token = from_letters("".join(pair.split(" ") if isinstance(pair, str) else pair))
+        if token not in vocab:
+            raise ValueError(f"the merge to {token!r} makes a token that is not in its vocabulary")
+        tokens.setdefault(token, vocab[token])  # of several merges to one token the first counts
+
+    # what is left was put into the vocabulary by hand: encoding never yields it, but a model may
+    known = {*tokens.values(), *(entry["id"] for entry in added)}
+    without_merge = {token: i for token, i in vocab.items() if i not in known}
+    if without_merge and model.get("ignore_merges"):  # then whole words are looked up, which tiktoken would not do
+        raise ValueError(f"ignore_merges, with {len(without_merge)} tokens that no merge makes, is not supported")
+    return tokens, without_merge
+
+
+def refuse_unsupported(model, added):
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise ValueError(f"BPE with {key} is not supported")
-    if any(entry.get(key) for entry in added for key in ("lstrip", "rstrip", "single_word")):
-        raise ValueError("added tokens that take the spaces beside them along are not supported")
-    names = {entry["content"] for entry in added}
-    spelled = {text: i for text, i in model["vocab"].items() if text not in names or set(text) <= BYTE_OF.keys()}
-    vocab = {bytes(map(BYTE_OF.__getitem__, text)): i for text, i in spelled.items()}
-    if lacking := [b for b in range(256) if bytes([b]) not in vocab]:
-        raise ValueError(f"its vocabulary lacks {len(lacking)} of the 256 bytes")
-    order = sorted((token for token in vocab if len(token) == 1), key=vocab.get)
-    for merge in model["merges"]:  # "a b", or since 2024 ["a", "b"]
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        order.append(bytes(BYTE_OF[letter] for letter in "".join(pair)))
-    if absent := [token for token in order if token not in vocab]:
-        raise ValueError(f"the merge to {absent[0]!r} makes a token that is not in its vocabulary")
-    tokens = {token: vocab[token] for token in order}  # of several merges to one token the first counts
-    known = {*tokens.values(), *(entry["id"] for entry in added)}
-    unmade = {token: i for token, i in vocab.items() if i not in known}
-    if unmade and model.get("ignore_merges"):  # then whole words are looked up there, and tiktoken would merge too
-        raise ValueError(f"ignore_merges, with {len(unmade)} tokens that no merge makes, is not supported")
-    return tokens, unmade, added
+    for entry in added:
+        if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
+            raise ValueError("added tokens that take the spaces beside them along are not supported")
 
 
-def _steps(step):
+def vocab_in_bytes(vocab, added):
+    """{letters: id} → {bytes: id}, without the added tokens that are no bytes in letters."""
+    names, spelled = {entry["content"] for entry in added}, {}
+    for text, i in vocab.items():
+        if text not in names or set(text) <= BYTE_OF.keys():
+            spelled[from_letters(text)] = i
+    lacking = sum(bytes([byte]) not in spelled for byte in range(256))
+    if lacking:
+        raise ValueError(f"its vocabulary lacks {lacking} of the 256 bytes")
+    return spelled
+
+
+def flatten(step):
     """A part of tokenizer.json, or a sequence of them, as a flat list."""
     parts = step.get("pretokenizers") or step.get("processors") or step.get("normalizers")
-    return [inner for part in parts for inner in _steps(part)] if parts else [step]
+    return list(itertools.chain.from_iterable(map(flatten, parts))) if parts else [step]
 
 
-def _patterns(saved):
-    """What cuts a text into words, as regexes one after the other; ValueError where we do not know how."""
-    if any(step.get("type") != "Sequence" for step in _steps(saved.get("normalizer") or {"type": "Sequence"})):
-        raise ValueError(f"the normalizer {saved['normalizer'].get('type')} is not supported")
+def split_patterns(saved):
+    """The regexes that split a text into words, one after the other; ValueError: we do not support it."""
+    for step in flatten(saved.get("normalizer") or {"type": "Sequence"}):
+        if step.get("type") != "Sequence":
+            raise ValueError(f"the normalizer {saved['normalizer'].get('type')} is not supported")
     patterns = []
-    *steps, letters = _steps(saved["pre_tokenizer"])  # the last one writes bytes as letters
+    *steps, byte_level = flatten(saved["pre_tokenizer"])  # the last one writes bytes as letters
     for step in steps:
         kind, how = step["type"], (step.get("behavior"), step.get("invert"))
         if kind == "Split" and how in (("Isolated", False), ("Removed", True)):
@@ -429,22 +494,24 @@ def _patterns(saved):
             patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
         else:
             raise ValueError(f"the pre-tokenizer {' '.join([kind, *map(str, filter(None, how))])} is not supported")
-    if letters["add_prefix_space"]:
+    if byte_level["add_prefix_space"]:
         raise ValueError("add_prefix_space is not supported")
-    return [*patterns, GPT2] if letters.get("use_regex", True) else patterns
+    return [*patterns, GPT2] if byte_level.get("use_regex", True) else patterns
 
 
-def _first(post_processor):
+def bos_name(post_processor):
     """The name of the token that is put before every text, or None."""
-    templates = [step["single"] for step in _steps(post_processor or {}) if step.get("type") == "TemplateProcessing"]
-    before = templates[0][0] if templates else {}  # {"SpecialToken": {"id": name}} or {"Sequence": …}, the text
-    return before["SpecialToken"]["id"] if "SpecialToken" in before else None
+    for step in flatten(post_processor or {}):
+        if step.get("type") == "TemplateProcessing":
+            first = step["single"][0]  # {"SpecialToken": {"id": name}} or {"Sequence": …}, the text
+            return first["SpecialToken"]["id"] if "SpecialToken" in first else None
+    return None
 
 
-# ---- the files beside it ---------------------------------------------------------------------
+# ---- the small files next to it --------------------------------------------------------------
 
 
-def _beside(file, name):
+def sibling_json(file, name):
     """A JSON file in the same folder as a dict, {} where there is none."""
     path = file.parent / name
     saved = checkpoint.read_json(path) if path.exists() else {}
@@ -453,20 +520,20 @@ def _beside(file, name):
     return saved
 
 
-def _name(token):
+def name_of(token):
     """A token as configurations give it: a name, or a table that has it."""
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _stops(file):
+def stop_ids(file):
     """The ids that end an answer, according to generation_config.json."""
-    ids = _beside(file, "generation_config.json").get("eos_token_id")
+    ids = sibling_json(file, "generation_config.json").get("eos_token_id")
     return [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
 
 
 # ---- tokenizer.model -------------------------------------------------------------------------
 
-LLAMA3_SPECIAL = {  # place among the 256 after the ranks; the others are reserved (Llama 3.1)
+LLAMA3_SPECIAL = {  # their number among the 256 after the ranks; the others are reserved (Llama 3.1)
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
     4: "<|finetune_right_pad_id|>",
@@ -480,30 +547,30 @@ LLAMA3_SPECIAL = {  # place among the 256 after the ranks; the others are reserv
 
 def from_model(file):
     """A tokenizer.model: lines of "base64 rank", else SentencePiece's binary."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    ranks = re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", data)
-    return from_ranks(file, data) if ranks else from_sentencepiece(file)
+    data = settings.read_bytes(file)
+    is_text = re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", data)
+    return from_ranks(file, data) if is_text else from_sentencepiece(file)
 
 
 def from_ranks(file, data):
     """Llama 3's ranks and its 256 special tokens."""
+    tokens = {}
     try:
-        pairs = [line.split() for line in data.splitlines() if line.strip()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        for line in filter(bytes.strip, data.splitlines()):
+            token, rank = line.split()
+            tokens[base64.b64decode(token, validate=True)] = int(rank)
     except (ValueError, binascii.Error) as error:
         raise UserError(f"{file}: not a list of tokens and ranks ({error})") from None
-    if sorted(ranks.values()) != list(range(128_000)):
-        raise UserError(f"{file}: {len(ranks)} ranks; only Llama 3's 128000 are known")
-    tokens = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    reserved = iter(range(256))
-    names = [LLAMA3_SPECIAL.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
-    special = {name: len(tokens) + i for i, name in enumerate(names)}
-    pieces = {i: token for token, i in tokens.items()} | {i: name.encode() for name, i in special.items()}
-    words = byte_pair_encoder(tokens, [LLAMA3])
-    return Tokenizer(words, pieces, special, bos=128_000, eos=128_001, stops=_stops(file))
+    if sorted(tokens.values()) != list(range(128_000)):
+        raise UserError(f"{file}: {len(tokens)} ranks; only Llama 3's 128000 are known")
+    tokens = dict(sorted(tokens.items(), key=lambda item: item[1]))
+    special, reserved = {}, itertools.count()
+    for number in range(256):
+        name = LLAMA3_SPECIAL.get(number) or f"<|reserved_special_token_{next(reserved)}|>"
+        special[name] = len(tokens) + number
+    bytes_of = {i: token for token, i in tokens.items()} | names_as_bytes(special)
+    encode_text = byte_pair_encoder(tokens, [LLAMA3])
+    return Tokenizer(encode_text, bytes_of, special, bos=128_000, eos=128_001, stops=stop_ids(file))
 
 
 def from_sentencepiece(file):
@@ -516,51 +583,51 @@ def from_sentencepiece(file):
         model = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError, ValueError):
         raise UserError(f"{file}: neither a SentencePiece model nor a list of tokens and ranks") from None
-    pieces, special = {}, {}
+    bytes_of, special = {}, {}
     for i in range(model.get_piece_size()):
         name = model.id_to_piece(i)
         if model.is_byte(i):
-            pieces[i] = bytes([int(name[1:-1], 16)])  # "<0x0A>"
+            bytes_of[i] = bytes([int(name[1:-1], 16)])  # "<0x0A>"
         else:
-            pieces[i] = name.replace("▁", " ").encode()
+            bytes_of[i] = name.replace("▁", " ").encode()
         if model.is_control(i) or model.is_unknown(i):
             special[name] = i
-    config = _beside(file, "tokenizer_config.json")
+    config = sibling_json(file, "tokenizer_config.json")
     try:
-        later = {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+        for i, entry in config.get("added_tokens_decoder", {}).items():
+            if int(i) not in bytes_of:
+                special[entry["content"]], bytes_of[int(i)] = int(i), entry["content"].encode()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file.parent / 'tokenizer_config.json'}: added_tokens_decoder: {error!r}") from None
-    for name, i in later.items():
-        if i not in pieces:
-            special[name], pieces[i] = i, name.encode()
     bos = model.bos_id() if model.bos_id() >= 0 and config.get("add_bos_token", True) else None
     eos = model.eos_id() if model.eos_id() >= 0 else None
     inner = None
     if not config.get("legacy", True):  # then only the text that begins a conversation gets a space before it
-        # the model file once more with four bytes behind it, which say: normalizer_spec.add_dummy_prefix = false
-        inner = SentencePieceProcessor(model_proto=file.read_bytes() + b"\x1a\x02\x18\x00").encode
-    return Tokenizer(model.encode, pieces, special, bos=bos, eos=eos, stops=_stops(file), inner=inner)
+        # four more bytes at the end of the model file say: normalizer_spec.add_dummy_prefix = false
+        inner = SentencePieceProcessor(model_proto=settings.read_bytes(file) + b"\x1a\x02\x18\x00").encode
+    stops = stop_ids(file)
+    return Tokenizer(model.encode, bytes_of, special, bos=bos, eos=eos, stops=stops, encode_after_special=inner)
 
 
 # ---- conversations ---------------------------------------------------------------------------
 
 
 class Special(str):
-    """A special token by name, in a list of texts: a message that contains the same letters is no such thing."""
+    """A special token by name, in a list of texts. A plain str with the same letters is text."""
 
 
-BOS, EOS = Special("<s>"), Special("</s>")  # whatever begins and ends a text in the tokenizer at hand
+BOS, EOS = Special("<s>"), Special("</s>")  # stand for the tokenizer's own bos and eos
 
 
 def render_chat(messages, template):
     """Messages → [text or Special, …], as a template (a key of TEMPLATES) writes them."""
     if template not in TEMPLATES:
         raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')
-    return TEMPLATES[template](*_turns(messages))
+    return TEMPLATES[template](*check_turns(messages))
 
 
-def _turns(messages):
-    """→ the system's text (None: it said nothing), [(role, text), …] of the others in turns; or a UserError."""
+def check_turns(messages):
+    """Messages → the system's text (None without one), [(role, text), …] of user and assistant, who must take turns."""
     if not messages:
         raise UserError("a conversation needs a message")
     first, *rest = messages
@@ -575,9 +642,10 @@ def _turns(messages):
 
 def plain(system, turns):
     """No template: all texts, a line break between them."""
-    texts = [text for _, text in turns]
+    texts = [] if system is None else [system]
+    texts += [text for _, text in turns]
     end = [EOS] if turns[-1][0] == "assistant" else []
-    return [BOS, "\n".join(texts if system is None else [system, *texts]), *end]
+    return [BOS, "\n".join(texts), *end]
 
 
 VICUNA_SYSTEM = (
@@ -587,7 +655,7 @@ VICUNA_SYSTEM = (
 
 
 def vicuna(system, turns):
-    """Vicuna v1.1 (FastChat's "vicuna_v1.1"); its usual system text stands in for none."""
+    """Vicuna v1.1 (FastChat's "vicuna_v1.1"); without a system message, its usual one."""
     system = VICUNA_SYSTEM if system is None else system
     parts, text = [BOS], f"{system} " if system else ""
     for role, content in turns:
@@ -619,9 +687,10 @@ def llama3(system, turns):
     def header(role):
         return [Special("<|start_header_id|>"), role, Special("<|end_header_id|>")]
 
-    said = turns if system is None else [("system", system.strip()), *turns]
+    if system is not None:
+        turns = [("system", system.strip()), *turns]
     parts = [Special("<|begin_of_text|>")]
-    for role, content in said:
+    for role, content in turns:
         parts += [*header(role), f"\n\n{content}", Special("<|eot_id|>")]
     return [*parts, *header("assistant"), "\n\n"] if turns[-1][0] == "user" else parts
 
@@ -629,29 +698,37 @@ def llama3(system, turns):
 TEMPLATES = {"plain": plain, "vicuna": vicuna, "llama2": llama2, "llama3": llama3}
 
 
-# ---- (from clip) ----
+# ---- CLIP's tokenizer ------------------------------------------------------------------------
+# It differs in three ways: a text is cleaned and lower-cased, spaces separate words and are no part of them, and the
+# end of a word belongs to its last byte ("t</w>" is not "t"). tiktoken knows bytes only, so "</w>" is written 0xFF,
+# a byte that no UTF-8 text contains.
 
 CLIP_START, CLIP_END, CLIP_WORD_END = "<|startoftext|>", "<|endoftext|>", b"\xff"
-
 CLIP_WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
-
+CLIP_SIZE = 49408
 CLIP_FILES = (("vocab.json", "merges.txt"), ("bpe_simple_vocab_16e6.txt.gz",), ("tokenizer.json",))
 
 
-def _clip_basic_tokens():
-    """The 512 tokens before any merge: each byte within a word, then each at a word's end."""
-    return [*BYTE_OF, *(f"{c}</w>" for c in BYTE_OF)]
+def clip_tokens(merges):
+    """All tokens but start and end: each byte within a word, each at a word's end, and what the merges make."""
+    tokens = [*BYTE_OF, *(f"{letter}</w>" for letter in BYTE_OF)]
+    return tokens + [left + right for left, right in merges]
 
 
-def _clip_bytes(token):
+def clip_bytes(token):
     word = token.removesuffix("</w>")
-    return bytes(BYTE_OF[c] for c in word) + (CLIP_WORD_END if word != token else b"")
+    return from_letters(word) + (CLIP_WORD_END if word != token else b"")
+
+
+def numbered(tokens):
+    """{token: id} in their order, with start and end behind them."""
+    return {token: i for i, token in enumerate([*tokens, CLIP_START, CLIP_END])}
 
 
 @functools.cache
-def _say_that_ftfy_is_missing():
+def note_that_ftfy_is_missing():
     print("note: without ftfy (pip install ftfy), a few unusual texts get other CLIP tokens", file=sys.stderr)
 
 
@@ -660,94 +737,88 @@ def clean_caption(text):
     if ftfy:
         text = ftfy.fix_text(text)
     elif not text.isascii():
-        _say_that_ftfy_is_missing()
+        note_that_ftfy_is_missing()
     return regex.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first joined first.
+    """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first merged first.
 
-    `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in OpenAI's own
-    code and in open_clip's. The pooled feature never sees it, for attention only looks back; latent diffusion
-    reads every position, so it does. (Where it is 0, which is
-    "!", transformers takes every "!" of a text for padding too; the original code does not, nor does this.)
+    `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in OpenAI's own code and in
+    open_clip's. The pooled feature never sees it, because attention only looks back; latent diffusion reads every
+    position, so it does. (Where it is 0, which is "!", transformers takes every "!" of a text for padding too; the
+    original code does not, nor does this.)
     """
 
     def __init__(self, vocabulary, merges, pad):
-        tokens = [*_clip_basic_tokens(), *(left + right for left, right in merges)]
+        tokens = clip_tokens(merges)
         missing = [token for token in (*tokens, CLIP_START, CLIP_END) if token not in vocabulary]
         if missing:
             raise UserError(f"CLIP's vocabulary lacks {missing[0]!r} ({len(missing)} tokens are missing)")
+        for token, i in vocabulary.items():
+            if type(i) is not int or not 0 <= i < 2**31:
+                raise UserError(f"CLIP's vocabulary gives {token!r} the id {i!r}")
         self.vocabulary, self.merges, self.pad = vocabulary, merges, pad
         self.start, self.end = vocabulary[CLIP_START], vocabulary[CLIP_END]
-        self.tokens = {id: token for token, id in vocabulary.items()}
-        self.ids = [vocabulary[token] for token in tokens]  # tiktoken's ids are ranks; these are the model's
-        ranks = {_clip_bytes(token): rank for rank, token in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding("clip", pat_str="", mergeable_ranks=ranks, special_tokens={})
+        self.tokens = {i: token for token, i in vocabulary.items()}
+        self.bpe, self.ids = merger({clip_bytes(token): vocabulary[token] for token in tokens})
 
     @classmethod
     def of_bytes(cls):
         """The tokenizer of a small CLIP: 512 basic tokens, start 512, end 513, and no merges."""
-        return cls({token: i for i, token in enumerate([*_clip_basic_tokens(), CLIP_START, CLIP_END])}, [], pad=513)
+        return cls(numbered(clip_tokens([])), [], pad=513)
 
     @classmethod
     def from_pretrained(cls, path):
         """From vocab.json + merges.txt, OpenAI's bpe_simple_vocab_16e6.txt.gz or tokenizer.json, or their folder."""
         path = Path(path)
         if path.is_dir():
-            found = next((names for names in CLIP_FILES if all((path / n).exists() for n in names)), None)
-            if not found:
+            names = find_clip_files(path)
+            if not names:
                 raise UserError(f"{path}: no CLIP tokenizer in this folder (looked for {clip_file_names()})")
-            path = path / found[0]
+            path = path / names[0]
         try:
             if path.name.endswith(".gz"):
-                lines = gzip.decompress(path.read_bytes()).decode().split("\n")
-                # the file lists more merges than CLIP uses: 49,408 tokens less the 512 basic ones, start and end
-                merges = [tuple(line.split()) for line in lines[1 : 1 + 49408 - 512 - 2]]
-                tokens = [*_clip_basic_tokens(), *(left + right for left, right in merges), CLIP_START, CLIP_END]
-                return cls({token: i for i, token in enumerate(tokens)}, merges, pad=0)
-            if path.name == "tokenizer.json":
-                saved = checkpoint.read_json(path)
-                vocabulary = saved["model"]["vocab"] | {t["content"]: t["id"] for t in saved["added_tokens"]}
-                # newer files write a merge as a pair, older ones as a text with a space
-                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in saved["model"]["merges"]]
-            else:
-                vocabulary = checkpoint.read_json(path.with_name("vocab.json"))
-                lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
-                merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-            return cls(vocabulary, merges, pad=vocabulary[_clip_pad_token(path.parent)])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                merges = read_clip_gz(path)
+                return cls(numbered(clip_tokens(merges)), merges, pad=0)
+            read = read_clip_json if path.name == "tokenizer.json" else read_clip_pair
+            vocabulary, merges = read(path)
+            return cls(vocabulary, merges, vocabulary[clip_pad_token(path)])
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             raise UserError(f"{path}: not a CLIP tokenizer ({type(error).__name__}: {error})") from None
 
     def save_pretrained(self, path, context_length):
         """Writes vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
         path = Path(path)
-        special = {
+        config = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": context_length,
             "bos_token": CLIP_START,
             "eos_token": CLIP_END,
             "unk_token": CLIP_END,
             "pad_token": self.tokens[self.pad],
         }
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length} | special
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
         checkpoint.write_text(path / "vocab.json", json.dumps(self.vocabulary, ensure_ascii=False))
         checkpoint.write_text(path / "merges.txt", "#version: 0.2\n" + merges)
-        checkpoint.write_text(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        checkpoint.write_json(path / "tokenizer_config.json", config)
 
     def encode(self, text):
         """text → ids, without start and end."""
         ids = []
-        for piece in CLIP_WORDS.findall(clean_caption(text)):
-            if piece in (CLIP_START, CLIP_END):
-                ids.append(self.vocabulary[piece])
+        for word in CLIP_WORDS.findall(clean_caption(text)):
+            if word in (CLIP_START, CLIP_END):
+                ids.append(self.vocabulary[word])
             else:
-                ids += [self.ids[rank] for rank in self.encoding._encode_single_piece(piece.encode() + CLIP_WORD_END)]
+                ranks = self.bpe._encode_single_piece(word.encode() + CLIP_WORD_END)
+                ids += [self.ids[rank] for rank in ranks]
         return ids
 
     def decode(self, ids):
         """ids → text, with a space after every word; the letters' case and the spacing are lost."""
-        tokens = [self.tokens[id] for id in ids]
-        written = b"".join(t.encode() if t in (CLIP_START, CLIP_END) else _clip_bytes(t) for t in tokens)
+        written = b""
+        for token in map(self.tokens.__getitem__, ids):
+            written += token.encode() if token in (CLIP_START, CLIP_END) else clip_bytes(token)
         return written.replace(CLIP_WORD_END, b" ").decode(errors="replace")
 
     def tokenize(self, texts, context_length=77):
@@ -761,24 +832,56 @@ class CLIPTokenizer:
         return tokens
 
 
-def clip_file_names():
-    return " or ".join(" + ".join(names) for names in CLIP_FILES)
+def read_clip_gz(path):
+    """OpenAI's list of merges, which is longer than what CLIP uses."""
+    lines = gzip.decompress(settings.read_bytes(path)).decode().split("\n")
+    used = CLIP_SIZE - 2 * 256 - 2
+    return [tuple(line.split()) for line in lines[1 : 1 + used]]
 
 
-def _clip_pad_token(folder):
+def read_clip_json(path):
+    """A tokenizer.json → (vocabulary, merges)."""
+    saved = checkpoint.read_json(path)
+    vocabulary = saved["model"]["vocab"] | {token["content"]: token["id"] for token in saved["added_tokens"]}
+    # newer files write a merge as a pair, older ones as a text with a space
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in saved["model"]["merges"]]
+    return vocabulary, merges
+
+
+def read_clip_pair(path):
+    """vocab.json and merges.txt → (vocabulary, merges)."""
+    vocabulary = checkpoint.read_json(path.with_name("vocab.json"))
+    lines = settings.read_text(path.with_name("merges.txt")).split("\n")
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    return vocabulary, merges
+
+
+def clip_pad_token(file):
     """The padding token that the files beside a vocabulary name; without any, the end token."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # SD 2: they differ, the first is right
-        if (folder / name).exists():
-            token = checkpoint.read_json(folder / name).get("pad_token")
-            if token:
-                return token["content"] if isinstance(token, dict) else token
+        token = name_of(sibling_json(file, name).get("pad_token"))
+        if token:
+            return token
     return CLIP_END
 
 
+def clip_file_names():
+    return " or ".join(map(" + ".join, CLIP_FILES))
+
+
+def find_clip_files(folder):
+    """The names of the first of CLIP_FILES that are in a folder, or None."""
+    for names in CLIP_FILES:
+        if all((folder / name).exists() for name in names):
+            return names
+    return None
+
+
 def find_clip_tokenizer(path):
-    """The Tokenizer beside the weights at `path`: there, in tokenizer/ within, or in tokenizer/ for text_encoder/."""
+    """The CLIPTokenizer of the weights at `path`: in their folder, in tokenizer/ in it, or in the text_encoder/'s."""
     folder = path if path.is_dir() else path.parent
-    for place in (folder, folder.parent / folder.name.replace("text_encoder", "tokenizer"), folder / "tokenizer"):
-        if any(all((place / name).exists() for name in names) for names in CLIP_FILES):
+    pipelines = folder.parent / folder.name.replace("text_encoder", "tokenizer")  # tokenizer/ next to text_encoder/
+    for place in (folder, pipelines, folder / "tokenizer"):
+        if find_clip_files(place):
             return CLIPTokenizer.from_pretrained(place)
     return None

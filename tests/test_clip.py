@@ -512,7 +512,7 @@ def test_ids_need_not_be_in_the_merges_order():
 
 
 def vocabulary_of(merges):
-    tokens = [*tokenizer._clip_basic_tokens(), *(a + b for a, b in merges), tokenizer.CLIP_START, tokenizer.CLIP_END]
+    tokens = [*tokenizer.clip_tokens([]), *(a + b for a, b in merges), tokenizer.CLIP_START, tokenizer.CLIP_END]
     return {token: i for i, token in enumerate(tokens)}
 
 
@@ -540,7 +540,7 @@ def test_a_long_text_loses_its_end_but_not_the_end_token():
 
 def test_without_ftfy_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(tokenizer, "ftfy", None)
-    tokenizer._say_that_ftfy_is_missing.cache_clear()
+    tokenizer.note_that_ftfy_is_missing.cache_clear()
     CLIPTokenizer.of_bytes().tokenize(["plain", "schön", "größer"])
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -237,7 +237,11 @@ def changed(saved, path, value):
     ("path", "value", "says"),
     [
         (["model", "type"], "Unigram", "holds no byte-level BPE"),
-        (["pre_tokenizer"], {"type": "Metaspace"}, "holds no byte-level BPE; put the tokenizer.model"),
+        (
+            ["pre_tokenizer"],
+            {"type": "Metaspace"},
+            "BPE; put the original tokenizer.model next to it",
+        ),
         (["pre_tokenizer"], None, "holds no byte-level BPE"),
         (["model"], [], "holds no byte-level BPE"),
         (["normalizer"], {"type": "Lowercase"}, "the normalizer Lowercase is not supported"),
@@ -388,7 +392,7 @@ def test_beside_a_sentencepiece_model_its_json_is_not_needed(vicuna, tmp_path):
 
 def test_a_tokenizer_that_is_not_there_or_broken_is_one_line(tmp_path, monkeypatch, vicuna):
     assert "no such file or folder" in refused(tmp_path / "absent")
-    assert "no tokenizer here" in refused(tmp_path)
+    assert "no tokenizer in this folder" in refused(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01 nonsense")
     assert "neither a SentencePiece model nor" in refused(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -407,7 +411,7 @@ def messages(*texts, system=None):
 
 def render_chat(template, said):
     """The template's text, special tokens by name."""
-    return "".join(tokenizer.TEMPLATES[template](*tokenizer._turns(said)))
+    return "".join(tokenizer.TEMPLATES[template](*tokenizer.check_turns(said)))
 
 
 def test_plain_is_the_texts_alone():
