@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,31 +127,36 @@ def read_run(path, overrides=()):
 # ---- start: resume, init or scratch ------------------------------------------------------------
 
 
+def part_of(config_class, section):
+    """The model's own configuration out of its section [model], which has more keys."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    return config_class(**{name: getattr(section, name) for name in names})
+
+
 def start_model(cls, config_class, section, explicit_keys, resume):
     """A float32 model from `resume` (a step's folder), else section.init, else fresh.
 
     A key of [model] that was written down must agree with what is loaded.
     """
-    names = [field.name for field in dataclasses.fields(config_class)]
-    folder = resume or section.init
+    config, folder = part_of(config_class, section), resume or section.init
     if not folder:
-        return fresh_model(cls, config_class(**{name: getattr(section, name) for name in names}))
+        return fresh_model(cls, config)
     model = cls.from_pretrained(folder, dtype=torch.float32).train()
-    settings.must_agree(explicit_keys & set(names), section, model.config, folder)
+    settings.must_agree(explicit_keys & vars(config).keys(), section, model.config, folder)
     return model
 
 
 def fresh_model(cls, config):
-    """cls(config) with random weights; a UserError if it does not fit into memory."""
+    """cls(config) with random weights; a UserError if there is not memory enough."""
     try:
         return cls(config)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search("alloc|out of memory|overflow", str(error)):
             raise
-    with torch.device("meta"):
-        count = sum(p.numel() for p in cls(config).parameters())
-    size = f"{count:,} parameters, {4 * count / 1e9:,.0f} GB in float32"
-    raise UserError(f"the {cls.__name__} that [model] describes has {size}: more than this machine's memory")
+    count = "more"
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # more than 2⁶³ bytes are too many even to count
+        count = f"{sum(p.numel() for p in cls(config).parameters()):,}"
+    raise UserError(f"[model] describes a {cls.__name__} of {count} parameters, 4 bytes each: too large for the memory")
 
 
 # ---- what every task says ----------------------------------------------------------------------
@@ -542,14 +548,7 @@ class UNetTask(Task):
         unet = start_model(UNet, UNetConfig, config.model, explicit_keys, resume)
         unet.activation_checkpointing = config.train.activation_checkpointing
         vae, text = self.load_parts(resume)
-        for key, value, whose in (
-            ("cross_attention_dim", text.config.text.width, "CLIP's width"),
-            ("in_channels", vae.config.latent_channels, "the autoencoder's latent_channels"),
-            ("out_channels", vae.config.latent_channels, "the autoencoder's latent_channels"),
-            ("addition_time_embed_dim", 0, "left out: sampling from SDXL's conditioning is there, training is not, so"),
-        ):
-            if getattr(unet.config, key) != value:
-                raise UserError(f"model.{key} {getattr(unet.config, key)} must be {whose}, {value}")
+        self.check_fit(unet.config, vae.config, text.config.text)
         self.model = LatentDiffusion(unet, vae, config.schedule, text).to(ranks.device)
         vae.requires_grad_(False)
         text.requires_grad_(False)
@@ -571,6 +570,17 @@ class UNetTask(Task):
         if text.tokenizer is None:
             raise UserError(f"{data.clip}: came without a tokenizer, so it cannot read captions")
         return AutoencoderKL.from_pretrained(data.vae, dtype=torch.float32), text
+
+    def check_fit(self, unet, vae, text):
+        """A UserError unless the three configurations fit each other."""
+        if unet.cross_attention_dim != text.width:
+            raise UserError(f"model.cross_attention_dim {unet.cross_attention_dim} must be CLIP's width, {text.width}")
+        for key in ("in_channels", "out_channels"):
+            if getattr(unet, key) != vae.latent_channels:
+                latents = f"the autoencoder's latent_channels, {vae.latent_channels}"
+                raise UserError(f"model.{key} {getattr(unet, key)} must be {latents}")
+        if unet.addition_time_embed_dim:
+            raise UserError("model.addition_time_embed_dim must be 0: SDXL's sizes are for sampling only, not training")
 
     def latent_scale(self):
         """The factor between the autoencoder's latents and those that the U-Net sees."""
@@ -676,6 +686,7 @@ class DreamLLMTask(Task):
     """
 
     unit = "samples"
+    SHAPE = ("queries", "projector", "condition")  # the keys of [model] that the weights decide
     may_skip_weights = True  # of a CLIP or a U-Net that is trained too, if a batch has no picture for it
 
     def __init__(self, config, explicit_keys, ranks, resume):
@@ -683,8 +694,8 @@ class DreamLLMTask(Task):
         if config.train.ema:
             raise UserError("train.ema is not for model.kind dreamllm: set it to 0")
         self.model = model = self.load(explicit_keys, resume)
-        section = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(DreamLLMConfig)}
-        model.config = DreamLLMConfig(**section | self.shape(model.config))
+        fixed = {name: getattr(model.config, name) for name in self.SHAPE}
+        model.config = dataclasses.replace(part_of(DreamLLMConfig, config.model), **fixed)
         counts = freeze_all_but(model, config.model.trained or STAGES[config.model.stage])
         if ranks.is_main:
             frozen_count = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -702,17 +713,12 @@ class DreamLLMTask(Task):
         model = self.config.model
         return model.init or ", ".join((model.llama, model.clip, model.diffusion))
 
-    @staticmethod
-    def shape(config):
-        """What must stay as it is in the weights."""
-        return {name: getattr(config, name) for name in ("queries", "projector", "condition")}
-
     def load(self, explicit_keys, resume):
         """A DreamLLM from `resume`, else model.init, else from its parts."""
         section = self.config.model
         if folder := resume or section.init:
-            model = DreamLLM.from_pretrained(folder, CLIP, LatentDiffusion, dtype=torch.float32)
-            settings.must_agree(explicit_keys & set(self.shape(section)), section, model.config, folder)
+            model = DreamLLM.from_pretrained(folder, dtype=torch.float32)
+            settings.must_agree(explicit_keys & set(self.SHAPE), section, model.config, folder)
             return model
         for key in ("llama", "clip", "diffusion"):
             if not getattr(section, key):
@@ -723,28 +729,18 @@ class DreamLLMTask(Task):
         llama.resize(tokenizer.vocab_size)
         clip = CLIP.from_pretrained(section.clip, dtype=torch.float32)
         diffusion = LatentDiffusion.from_pretrained(section.diffusion, dtype=torch.float32)
-        names = [field.name for field in dataclasses.fields(DreamLLMConfig)]
-        config = DreamLLMConfig(**{name: getattr(section, name) for name in names})
-        return DreamLLM(llama, clip, diffusion, config, tokenizer)
+        return DreamLLM(llama, clip, diffusion, part_of(DreamLLMConfig, section), tokenizer)
 
     def make_writer(self):
         model, data, stage = self.model, self.config.data, self.config.model.stage
-        return Writer(
-            model.tokenizer,
-            model.patches,
-            model.config.queries,
-            model.llama.config.max_seq_len,
-            understand=stage != "create",
-            create=stage != "understand",
-            template=data.template,
-            system=data.system,
-        )
+        options = {"understand": stage != "create", "create": stage != "understand"}
+        options |= {"template": data.template, "system": data.system}
+        context = model.llama.config.max_seq_len
+        return Writer(model.tokenizer, model.patches, model.config.queries, context, **options)
 
     def open_rows(self, split):
-        train, clip_side = self.config.train, self.model.clip.config.vision.image_size
-        return DocumentRows(
-            self.config.data, self.writer, clip_side, self.model.side, train.batch_size, train.seed, split
-        )
+        data, train, clip_side = self.config.data, self.config.train, self.model.clip.config.vision.image_size
+        return DocumentRows(data, self.writer, clip_side, self.model.side, train.batch_size, train.seed, split)
 
     def batch(self, step, microstep, rows):
         return self.make_batch(self.rows, self.batch_number(step, microstep), rows)

@@ -99,7 +99,6 @@ def test_two_processes_have_the_curve_of_one(dream_parts, tmp_path):
     ("override", "says"),
     [
         ('model.trained=["lama"]', 'no weight\'s name begins with "lama"; there are dream_queries, llama, clip'),
-        ("model.trained=[]", "no weight's name begins with"),
         ("model.stage=understand", "the stage understand learns no pictures"),
         ("model.stage=dreaming", 'stage "dreaming" must be one of understand'),
         ("model.llama=", "model.llama is empty"),
@@ -114,6 +113,24 @@ def test_what_cannot_be_trained_is_one_line(override, says, dream_parts, tmp_pat
 def test_a_stage_with_other_queries_than_its_start_is_one_line(dream_run, tmp_path):
     message = refused(run_tiny, "dreamllm", tmp_path / "run", f"model.init={dream_run}", "model.queries=5")
     assert message.startswith("model.queries is 5 in the configuration but 4 in ")
+
+
+@pytest.mark.parametrize("stage", tasks.STAGES)
+def test_a_stage_says_what_is_trained_if_the_configuration_does_not(stage, dream_run, tmp_path, capsys):
+    """As in the published recipes: stage I trains what joins the parts, II and III the LLaMA too."""
+    weights = {"understand": ["model.w_vm=0"], "create": ["model.w_lm=0"]}.get(stage, [])
+    options = [f"model.init={dream_run}", "model.trained=[]", f"model.stage={stage}", *weights, *TWO_STEPS]
+    run_tiny("dreamllm", tmp_path / "run", *options)
+    shown = capsys.readouterr().out.splitlines()[0].partition(";")[0].removeprefix("trained: ")
+    assert tuple(part.split()[0] for part in shown.split(", ")) == tasks.STAGES[stage]
+
+
+def test_a_dreamllm_without_held_out_rows_goes_on(dream_run, pictures, tmp_path, capsys):
+    source = [f'data.sources=[{{path = "{pictures}", kind = "image"}}]', "data.held_out_fraction=0"]
+    often = ["train.steps=2", "train.eval_every=1", "train.sample_every=1"]
+    run = run_tiny("dreamllm", tmp_path / "run", f"model.init={dream_run}", *source, *often)
+    assert capsys.readouterr().err.count("no held-out metrics: ") == 1
+    assert metrics(run)[-1]["step"] == 2 and "held_out_lm_loss" not in metrics(run)[-1]
 
 
 @pytest.mark.parametrize("stage", tasks.STAGES)

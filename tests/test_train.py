@@ -97,7 +97,7 @@ def test_a_run_leaves_checkpoints_samples_and_one_line_a_step(tokenizer_run, lvm
         assert [entry["step"] for entry in metrics(run)] == list(range(1, 13))
         assert not list(run.rglob("*.part"))
         step = run / "step_00000012"
-        assert json.loads((step / "state.json").read_text()) == {"step": 12}
+        assert json.loads((step / "state.json").read_text()) == {"step": 12, "threads": 1}
         for folder in (step, step / "ema"):
             assert (folder / "config.json").exists() and weights.from_pretrained(folder)
 
@@ -222,10 +222,32 @@ def test_lines_of_steps_that_are_run_again_are_cut(tokenizer_run, tmp_path):
     assert metrics(run) == metrics(tokenizer_run)
 
 
-def test_a_run_without_held_out_rows_has_nothing_to_evaluate(row_overrides, tmp_path):
-    overrides = [*row_overrides, "data.held_out=[]", "train.steps=2", "train.eval_every=1", "train.sample_every=0"]
-    run = run_tiny("llama", tmp_path / "run", *overrides)
-    assert [entry["step"] for entry in metrics(run)] == [1, 2] and "held_out_loss" not in metrics(run)[-1]
+@pytest.fixture
+def no_held_out(pictures, tokenizer_run, row_overrides, tmp_path):
+    """{kind: overrides}: the training data of each kind of run, of which none falls into the held-out split."""
+    folder = shutil.copytree(pictures, tmp_path / "captioned")
+    for picture in folder.glob("*.png"):
+        picture.with_suffix(".txt").write_text(f"picture {picture.stem}")
+    source = [f'data.sources=[{{path = "{folder}"}}]', "data.held_out_fraction=0"]
+    clip, vae = (run_tiny(kind, tmp_path / kind, "train.steps=1", *QUIET) for kind in ("clip", "vae"))
+    return {
+        "vqgan": source,
+        "vae": source,
+        "clip": source,
+        "unet": [*source, f"data.vae={vae}", f"data.clip={clip}"],
+        "llama": [*row_overrides, "data.held_out=[]"],
+    }
+
+
+def test_a_run_without_held_out_data_says_so_at_the_start_and_goes_on(no_held_out, tmp_path, capsys):
+    """Evaluated and sampled after every step, it logs the rest."""
+    often = ["train.steps=2", "train.log_every=1", "train.eval_every=1", "train.sample_every=1"]
+    for kind, overrides in no_held_out.items():
+        capsys.readouterr()
+        run = run_tiny(kind, tmp_path / f"{kind}_run", *overrides, *often)
+        assert capsys.readouterr().err.count("no held-out metrics: ") == 1, kind
+        assert [entry["step"] for entry in metrics(run)] == [1, 2] and not (run / "samples").exists()
+        assert not any(name.startswith("held_out") for name in metrics(run)[-1])
 
 
 def test_a_complete_run_started_again_does_nothing(lvm_run, row_overrides, tmp_path, capsys):
@@ -233,15 +255,17 @@ def test_a_complete_run_started_again_does_nothing(lvm_run, row_overrides, tmp_p
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*")}
     run_tiny("llama", run, "train.keep=0", "train.ema=0.9", *row_overrides)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in run.rglob("*")} == before
-    assert "is complete: step 12 of 12" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{run} is complete: step 12 of 12\n"
+    run_tiny("llama", run, "train.keep=0", "train.ema=0.9", "optim.lr=1", *row_overrides)
+    assert capsys.readouterr().out.endswith("now says otherwise, without effect: optim.lr = 1.0 (was 0.003)\n")
 
 
 def test_a_changed_setting_is_told_on_resuming(lvm_run, row_overrides, tmp_path, capsys):
     run = copy_up_to(lvm_run, 8, tmp_path / "run")
     run_tiny("llama", run, "train.steps=9", "optim.lr=1e-4", "train.ema=0.9", "train.keep=0", *QUIET, *row_overrides)
     out = capsys.readouterr().out
-    assert "resuming with another setting than before: lr = 0.0001" in out
-    assert "another setting than before: seed" not in out
+    assert "resuming with another setting than before: optim.lr = 0.0001 (was 0.003)" in out
+    assert "train.steps = 9 (was 12)" in out and "seed" not in out and "run.dir" not in out
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
@@ -300,7 +324,7 @@ def test_init_gives_the_shape_where_nothing_is_written(lvm_run, row_overrides, t
     """A folder's own config.json is enough: no need to repeat it."""
     config = tmp_path / "config.toml"
     config.write_text('[model]\nkind = "llama"\n[train]\nsteps = 1\nbatch_size = 1\ncompile = false\n')
-    overrides = [f"run.dir={tmp_path / 'run'}", f"model.init={lvm_run}", *QUIET, *row_overrides]
+    overrides = [f"run.dir={tmp_path / 'run'}", f"model.init={lvm_run}", "data.side=32", *QUIET, *row_overrides]
     run = train.train(*tasks.read_run(config, overrides), device="cpu")
     assert LLaMA.from_pretrained(run).config == LLaMA.from_pretrained(lvm_run).config
     assert tasks.read_run(run / "config.toml")[0].model.dim == 32
@@ -343,6 +367,112 @@ def test_sentences_too_short_to_sample_do_not_end_a_run_half_way(row_overrides, 
         assert not run.exists()
     else:
         assert checkpoint.latest_step_folder(run).name == "step_00000002"
+
+
+@pytest.mark.parametrize("method", ["sample", "evaluate"])
+def test_an_error_in_a_sample_or_an_evaluation_loses_no_steps(method, row_overrides, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(tasks.LLaMATask, method, broken)
+    often = ["train.save_every=100", "train.eval_every=3", "train.sample_every=3", "train.ema=0.9"]
+    with pytest.raises(UserError, match="the disk is full"):
+        run_tiny("llama", tmp_path / "run", *often, *row_overrides)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.step_folders(tmp_path / "run")] == ["step_00000003"]
+    run_tiny("llama", tmp_path / "run", *often, *row_overrides)
+    assert checkpoint.latest_step_folder(tmp_path / "run").name == "step_00000012"
+
+
+DAMAGE = {  # name of a tensor of the optimizer → what is done to it, and what is said
+    "shape": ("norm.weight.exp_avg", lambda t: t[:-1], "norm.weight.exp_avg is float32 (31,), expected float32 (32,)"),
+    "dtype": ("norm.weight.exp_avg_sq", lambda t: t.half(), "norm.weight.exp_avg_sq is float16 (32,), expected"),
+    "step": ("norm.weight.step", lambda t: t[None], "norm.weight.step is float32 (1,), expected float32 ()"),
+    "moment left out": ("norm.weight.exp_avg", lambda t: None, "norm.weight.exp_avg is missing"),
+    "weight left out": ("norm.weight.", lambda t: None, "norm.weight.step is missing"),
+    "one too many": ("noise.exp_avg", lambda t: torch.zeros(3), "noise.exp_avg belongs to nothing in this run"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_optimizer_file_is_one_line(damage, lvm_run, row_overrides, tmp_path):
+    """AdamW would read and write beyond a moment that is too short."""
+    name, change, says = damage
+    run = copy_up_to(lvm_run, 8, tmp_path / "run")
+    file = run / "step_00000008" / "training" / "optimizer.model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.startswith(name)] or [name]:
+        changed = change(tensors.pop(key, None))
+        tensors |= {} if changed is None else {key: changed}
+    checkpoint.write_tensors(file, tensors)
+    message = refused(run_tiny, "llama", run, "train.ema=0.9", "train.keep=0", *row_overrides)
+    assert message.startswith(f"{file}: {says}")
+
+
+def test_other_damaged_files_of_a_checkpoint_are_one_line(tokenizer_run, tmp_path):
+    run = copy_up_to(tokenizer_run, 8, tmp_path / "run")
+    training = run / "step_00000008" / "training"
+    for name, damaged in (("discriminator", {}), ("state", {"counts": torch.zeros(3)})):
+        whole = load_file(training / f"{name}.safetensors")
+        checkpoint.write_tensors(training / f"{name}.safetensors", damaged)
+        assert str(training / f"{name}.safetensors") in refused(run_tiny, "vqgan", run, *TOKENIZER)
+        checkpoint.write_tensors(training / f"{name}.safetensors", whole)
+    for text in ("[]", "{}", '{"step": -1}', '{"step": "8"}'):
+        (run / "step_00000008" / "state.json").write_text(text)
+        message = refused(run_tiny, "vqgan", run, *TOKENIZER)
+        assert message.startswith(f"{run}/step_00000008/state.json: step is ")
+
+
+def test_a_folder_of_another_kind_of_run_is_left_alone(tokenizer_run, row_overrides):
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tokenizer_run.rglob("*")}
+    message = refused(run_tiny, "llama", tokenizer_run, *row_overrides)
+    assert message == f'{tokenizer_run} holds a run of model.kind "vqgan", not "llama": name another folder as run.dir'
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tokenizer_run.rglob("*")} == before
+
+
+def test_a_run_that_is_resumed_with_other_threads_says_so(lvm_run, row_overrides, tmp_path, capsys):
+    """A sum's rounding depends on how it is split. A checkpoint from before this was recorded says nothing."""
+    for state, said in (({"step": 8, "threads": 7}, True), ({"step": 8}, False)):
+        run = copy_up_to(lvm_run, 8, tmp_path / str(said))
+        (run / "step_00000008" / "state.json").write_text(json.dumps(state))
+        run_tiny("llama", run, "train.steps=9", "train.ema=0.9", *QUIET, *row_overrides)
+        assert ("resuming with 1 threads instead of 7" in capsys.readouterr().out) == said
+
+
+def test_a_model_too_large_for_the_memory_is_one_line(row_overrides, tmp_path):
+    huge = ["model.vocab_size=16777216", "model.dim=1048576"]
+    message = refused(run_tiny, "llama", tmp_path / "run", *row_overrides, *huge)
+    assert message.startswith("[model] describes a LLaMA of 41,7") and message.endswith("too large for the memory")
+
+
+def test_init_of_another_kind_is_one_line(tokenizer_run, row_overrides, tmp_path):
+    message = refused(run_tiny, "llama", tmp_path / "run", *row_overrides, f"model.init={tokenizer_run}")
+    assert message.endswith("holds a VQGAN, but a LLaMA is wanted")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.vocab_size=63", "has 64 codes, but model.vocab_size is 63"),
+        ("data.side=16", "was made at side 32, data.side is 16"),
+        ("data.side=33", "data.side 33 is no multiple of data.tokenizer's"),
+        ("data.text_tokenizer=bytes", "but model.vocab_size is 64"),
+        ("data.tokenizer=no/such/folder", "no/such/folder: no such file or folder"),
+    ],
+)
+def test_a_llama_that_does_not_fit_its_tokenizer_is_told_at_the_start(override, says, row_overrides, tmp_path):
+    assert says in refused(run_tiny, "llama", tmp_path / "run", *row_overrides, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_codes_that_the_tokenizer_does_not_have_are_told_at_the_start(row_overrides, tmp_path):
+    """LVM's own rows say nothing of the tokenizer that they were made with."""
+    small = run_tiny("vqgan", tmp_path / "small", "model.num_embeddings=4", "train.steps=1", *QUIET)
+    for split in ("train", "held_out"):
+        shutil.copy(Path(row_overrides[0].partition("=")[2]).parent / f"{split}.jsonl", tmp_path)
+    rows = [f'data.rows=["{tmp_path}/train.jsonl"]', f'data.held_out=["{tmp_path}/held_out.jsonl"]']
+    message = refused(run_tiny, "llama", tmp_path / "run", *rows, f"data.tokenizer={small}")
+    assert message.startswith("data.held_out has the code ") and message.endswith("but data.tokenizer only 4 codes")
 
 
 def test_rows_are_asked_for(tmp_path):
