@@ -46,8 +46,8 @@ from support.sources import around, first_readable, open_source, warn
 from support.token_rows import RowsFiles, rows_files
 
 # ---- what an item gives to a sentence ------------------------------------------------------------
-# One function for each layout: (item, N, modalities, shared, own) → [Frame, …]. `shared` is a random generator
-# that all items of the sentence have in common, `own` is this item's alone.
+# A function for each kind of sentence: (item, N, modalities, shared, own) → [Frame, …]. Of the two random generators
+# `shared` gives all items of a sentence the same numbers, `own` gives each item others.
 
 
 class Frame(NamedTuple):
@@ -183,11 +183,11 @@ class FourCategories(Shuffled):
 
 
 class Items(NamedTuple):
-    """Which items of a source serve."""
+    """Which items of a source a kind of sentence can use."""
 
-    serves: Callable  # (item, N) → bool
-    called: str  # in errors
-    categories: int = 1  # in which they must be, at least
+    usable: Callable  # (item, N) → bool
+    name: str  # in errors
+    categories: int = 1  # of how many categories they must be, at least
 
 
 ANY = Items(lambda item, n: True, "pictures")
@@ -255,7 +255,7 @@ class Sentences:
             raise UserError(f"{source.path}: was opened at {source.side} pixels, not {side}")
         self.source, self.kind, self.modalities, self.pictures = source, KINDS[kind], tuple(modalities), pictures
         self.mirror, self.seed = mirror, (seed, zlib.crc32(kind.encode()))
-        items = [i for i, item in enumerate(source) if self.kind.items.serves(item, pictures)]
+        items = [i for i, item in enumerate(source) if self.kind.items.usable(item, pictures)]
         if need := self._unmet(items):
             offers = ", ".join(sorted(source.offers))
             raise UserError(f"{source.path}: {kind} sentences ({self.kind.holds}) need {need}; it offers {offers}")
@@ -271,7 +271,7 @@ class Sentences:
         """What the kind needs that these items of the source, N or M do not give, in words; None: nothing."""
         kind, n, m = self.kind, self.pictures, len(self.modalities)
         if len({self.source[i].category for i in items}) < kind.items.categories:
-            return kind.items.called.format(n=n, views=n // 4)
+            return kind.items.name.format(n=n, views=n // 4)
         if n % kind.divisor:
             return f"data.pictures to be a multiple of {kind.divisor}, not {n}"
         if m < kind.modalities:
@@ -381,7 +381,7 @@ def check_weights(weights, rows):
     if not weights:
         return
     if len(weights) != len(rows) or not all(0 <= w <= 1e9 for w in weights) or not any(weights):
-        raise ValueError(f"weights {list(weights)}: one number ≥ 0 is needed for each of {len(rows)} rows files")
+        raise ValueError(f"weights {list(weights)}: {len(rows)} rows files need a number from 0 to 1e9 each")
 
 
 # ---- batches of pictures -------------------------------------------------------------------------

@@ -17,6 +17,7 @@ Beside rows.jsonl, tokenize writes rows.jsonl.info.json: what the rows were made
 import argparse
 import functools
 import hashlib
+import inspect
 import itertools
 import os
 import re
@@ -43,7 +44,7 @@ from vqgan import VQGAN
 
 
 def tokenize(args):
-    """The visual sentences, or the texts, of [[data.sources]] as rows of a file."""
+    """Encode the visual sentences (or the texts) of [[data.sources]], one JSON row each."""
     for path in (args.out, f"{args.out}{INFO}"):
         out_file(path)
     data, seed = read_config(args)
@@ -153,7 +154,10 @@ def all_texts(data, split):
 
 
 def vocabulary(args):
-    """The commonest pieces of the texts of [[data.sources]] as a tokenizer's files."""
+    """Find the commonest pieces of the texts of [[data.sources]], and write them as a tokenizer's files.
+
+    Byte-pair encoding of their train split, model.vocab_size tokens in all: a folder for data.text_tokenizer.
+    """
     out = out_folder(args.out, r"tokenizer(_config)?\.json")
     data, _ = read_config(args)
     model = settings.read(args.config, args.overrides).get("model", {})
@@ -179,8 +183,15 @@ def vocabulary(args):
 
 
 def show(args):
-    """A sheet of pictures, a sentence in each row, evenly spaced through a rows file or through all sentences."""
+    """Draw a sheet of pictures, one sentence a row, evenly spaced.
+
+    Of a rows file, which is decoded; without one, of the visual sentences of [[data.sources]], as tokenize would
+    encode them.
+    """
     out_file(args.out, SUFFIXES)
+    if args.rows_file and "=" in args.rows_file and not os.path.exists(args.rows_file):
+        args.overrides.insert(0, args.rows_file)  # argparse takes the first override for the rows
+        args.rows_file = None
     data, seed = read_config(args) if args.config else (None, 0)
     if args.rows_file:
         sheet, total = decoded_rows(args, data)
@@ -247,7 +258,10 @@ def decode_pictures(line, model, device, side):
 
 
 def check(args):
-    """All that training DreamLLM would skip of a file, a .tar or a folder, line by line."""
+    """Name all that training DreamLLM would skip of captioned pictures or of rows in JSON.
+
+    Every row is read, every picture opened. Exit code 2 if any is bad.
+    """
     wrong = []
     if os.path.isdir(args.file) or args.file.endswith(".tar"):
         counts = check_pictures(args.file, wrong.append)
@@ -335,81 +349,74 @@ def shard(text):
     return int(match[1]), int(match[2])
 
 
-def add_tokenize(commands):
-    parser = commands.add_parser(
-        "tokenize",
-        help="pictures → visual sentences → rows.jsonl (or texts → rows.jsonl)",
-        description="Encode the visual sentences (or texts) of a configuration's [data] section, one JSON row each.",
-        epilog="example: python prepare.py tokenize --config configs/lvm.toml --out rows-0.jsonl --shard 0/4",
-    )
-    parser.add_argument("--config", required=True, help="a TOML file with [data] and [[data.sources]]")
-    parser.add_argument("--out", required=True, help="the rows file to write")
-    parser.add_argument("--split", default="train", choices=SPLITS, help="which pictures (default: train)")
-    parser.add_argument("--shard", type=shard, default="0/1", help="i/n: every n-th sentence from i on")
-    parser.add_argument("--batch", type=positive_int, default=16, help="pictures encoded at once (default: 16)")
-    add_model(parser, "the VQGAN's folder, or a text tokenizer's")
-    parser.set_defaults(run=tokenize)
-
-
-def add_vocabulary(commands):
-    parser = commands.add_parser(
-        "vocabulary",
-        help="texts → a tokenizer of their own",
-        description="Find the commonest pieces of a configuration's texts (byte-pair encoding of their train split), "
-        "model.vocab_size in all, and write them as tokenizer.json: a folder for data.text_tokenizer.",
-        epilog="example: python prepare.py vocabulary --config configs/emoji_llama.toml --out out/emoji/vocabulary",
-    )
-    parser.add_argument("--config", required=True, help="a TOML file with [[data.sources]] of kind text")
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.set_defaults(run=vocabulary)
-
-
-def add_show(commands):
-    parser = commands.add_parser(
-        "show",
-        help="rows.jsonl, or the sentences of a configuration → a picture of them",
-        description="Draw a sheet, one sentence a row, evenly spaced: of a rows file, which is decoded, or without "
-        "one of the visual sentences of a configuration's [[data.sources]], as tokenize will encode them.",
-        epilog="example: python prepare.py show rows.jsonl --tokenizer out/vqgan --out grid.png",
-    )
-    parser.add_argument("rows_file", metavar="rows.jsonl", nargs="?", help="the rows (default: the sentences)")
-    parser.add_argument("--out", required=True, help="the picture to write")
-    parser.add_argument("--config", help="where data.tokenizer, data.side and [[data.sources]] are read")
-    parser.add_argument("--rows", type=positive_int, default=8, help="how many rows (default: 8)")
-    parser.add_argument("--side", type=positive_int, help="of a picture (default: the rows', data.side)")
-    add_model(parser, "the VQGAN's folder")
-    parser.set_defaults(run=show)
-
-
-def add_check(commands):
-    parser = commands.add_parser(
-        "check",
-        help="name every row of a DreamLLM's data that cannot be used",
-        description="Check captioned pictures (a folder, a .tar, or JSONL), MMC4, OBELICS or LLaVA rows: every row is "
-        "read, every picture opened. Exit code 2 if any is bad.",
-        epilog="example: python prepare.py check llava.json --images coco",
-    )
-    parser.add_argument("file", metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder")
-    parser.add_argument("--images", help="the folder of the pictures that rows name (default: the file's own)")
-    parser.set_defaults(run=check)
-
-
-def add_model(parser, what):
-    parser.add_argument("--tokenizer", help=f"{what} (default: the configuration's)")
-    parser.add_argument("--device", help="default: cuda where there is one")
+MODEL = {
+    "--tokenizer": dict(help="the tokenizer's folder: a VQGAN's, or a text tokenizer's (default: the configuration's)"),
+    "--device": dict(help="default: cuda where there is one"),
+}
+COMMANDS = {  # name → (function, help in short, example, options); its docstring is the help at length
+    "tokenize": (
+        tokenize,
+        "pictures → visual sentences → rows.jsonl (or texts → rows.jsonl)",
+        "--config configs/lvm.toml --out rows-0.jsonl --shard 0/4",
+        {
+            "--config": dict(required=True, help="a TOML file with [data] and [[data.sources]]"),
+            "--out": dict(required=True, help="the rows file to write"),
+            "--split": dict(default="train", choices=SPLITS, help="which pictures (default: train)"),
+            "--shard": dict(type=shard, default="0/1", help="i/n: every n-th sentence from i on"),
+            "--batch": dict(type=positive_int, default=16, help="pictures encoded at once (default: 16)"),
+            **MODEL,
+        },
+    ),
+    "vocabulary": (
+        vocabulary,
+        "texts → a tokenizer of their own",
+        "--config configs/emoji_llama.toml --out out/emoji/vocabulary",
+        {
+            "--config": dict(required=True, help="a TOML file with [[data.sources]] of kind text"),
+            "--out": dict(required=True, help="the folder to write"),
+        },
+    ),
+    "show": (
+        show,
+        "rows.jsonl, or a configuration's sentences → a picture of them",
+        "rows.jsonl --tokenizer out/vqgan --out grid.png",
+        {
+            "rows_file": dict(metavar="rows.jsonl", nargs="?", help="the rows (default: the sentences)"),
+            "--out": dict(required=True, help="the picture to write"),
+            "--config": dict(help="where data.tokenizer, data.side and [[data.sources]] are read"),
+            "--rows": dict(type=positive_int, default=8, help="how many rows (default: 8)"),
+            "--side": dict(type=positive_int, help="of a picture (default: the rows', or data.side)"),
+            **MODEL,
+        },
+    ),
+    "check": (
+        check,
+        "name every row of a DreamLLM's data that cannot be used",
+        "llava.json --images coco",
+        {
+            "file": dict(metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder"),
+            "--images": dict(help="the folder of the pictures that rows name (default: the file's own)"),
+        },
+    ),
+}
 
 
 def main():
-    kinds = "\n".join(f"  {name:14} {kind.holds}" for name, kind in KINDS.items())
+    kinds = {name: kind.holds for name, kind in KINDS.items()}
+    kinds["text"] = "no pictures: a document a row (.txt, .jsonl, or the emoji's names and categories)"
+    lines = [f"  {name:14} {holds}" for name, holds in kinds.items()]
     parser = settings.Parser(
         prog="python prepare.py",
         description="Pictures to visual sentences, rows of codes, and back; texts to rows of ids.",
-        epilog=f"kinds of visual sentences (N = data.pictures):\n{kinds}\n"
-        f"  {'text':14} no pictures: a document a row (.txt, .jsonl, or the emoji's names and categories)",
+        epilog="\n".join(["kinds of visual sentences (N = data.pictures):", *lines]),
     )
-    commands = parser.add_subparsers(required=True, metavar="tokenize | vocabulary | show | check")
-    for add in (add_tokenize, add_vocabulary, add_show, add_check):
-        add(commands)
+    commands = parser.add_subparsers(required=True, metavar=" | ".join(COMMANDS))
+    for name, (run, summary, example, options) in COMMANDS.items():
+        epilog = f"example: python prepare.py {name} {example}"
+        command = commands.add_parser(name, help=summary, description=inspect.getdoc(run), epilog=epilog)
+        command.set_defaults(run=run)
+        for option, keywords in options.items():
+            command.add_argument(option, **keywords)
     args = parser.parse_with_overrides()
     args.run(args)
 

@@ -478,6 +478,8 @@ def read_texts(path, split="train", held_out_fraction=0.02):
             yield item.caption
             yield f"{item.category.lower()}: {item.caption}"
         return
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file or folder of texts")
     files = [path] if os.path.isfile(path) else sorted(folder_files(path).values())
     files = [file for file in files if file.endswith((".txt", ".jsonl"))]
     if not files:

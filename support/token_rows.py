@@ -130,8 +130,8 @@ def _mapped(path):
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL in it
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
 # ---- what rows were made with --------------------------------------------------------------------

@@ -2,6 +2,7 @@
 batches that are pure functions of their numbers. Each test is one promise."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -16,14 +17,12 @@ import pytest
 from PIL import Image
 
 import data
-import prepare
 from data import CaptionRows, DataSettings, HeldOutPictures, PictureRows, Sentences, SourceSettings, TokenRows
-from support import pictures, sources
+from support import pictures, settings, sources
+from support.chance import shuffled
 from support.settings import UserError
 from support.sources import open_source
 from support.token_rows import decode_row, encode_row
-from support.tokenizer import Tokenizer, train_bpe
-from vqgan import VQGAN, VQGANConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16
@@ -395,6 +394,44 @@ def test_settings_refuse_what_does_not_fit_together():
         SourceSettings(kind="vidoe")
 
 
+@pytest.mark.parametrize("cls", [DataSettings, SourceSettings])
+def test_a_wrong_value_is_one_line_that_names_its_key(cls):
+    """Every field, whatever stands in it: it is taken, or refused by name."""
+    values = [0, -1, 2**40, 1e300, float("nan"), None, [], [1], {}, "x", True, 1.5, ["a"], [float("inf")]]
+    for field in dataclasses.fields(cls):
+        for value in values:
+            try:
+                settings.build(cls, {field.name: value}, "data")
+            except UserError as error:
+                assert field.name in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("wrong", [{"side": 2**15}, {"pictures": 0}, {"pictures": 2**17}, {"workers": 5000}])
+def test_numbers_that_no_machine_can_serve_are_refused(wrong):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} .* must be at (least|most)"):
+        settings.build(DataSettings, wrong, "data")
+
+
+def test_a_kind_of_sentence_is_known_as_a_whole():
+    """What a kind must have cannot be left out: forgetting how its pictures are made stops the import."""
+    with pytest.raises(TypeError, match="frames"):
+        data.Kind("N pictures, some day", lambda n, m: (n, 1))
+
+
+def test_a_new_kind_is_one_row_of_the_table(emoji, monkeypatch):
+    """Bright → dark, as a reader would add it: a function that says what an item gives, and a row."""
+
+    def darker(item, n, modalities, shared, own):
+        return [data.Frame("image"), data.Frame("image", change=lambda picture, rng: picture // 2)]
+
+    kind = data.Kind("(bright, dark) × N/2", lambda n, m: (n // 2, 2), darker, divisor=2)
+    monkeypatch.setitem(data.KINDS, "dark", kind)
+    rows = PictureRows(DataSettings(side=SIDE, pictures=4, sources=(SourceSettings(kind="dark"),)), 0)
+    assert rows.batch(0, 0, range(4)).shape == (4, SIDE, SIDE, 3)
+    bright, dark = np.stack(Sentences(emoji, "dark", (), 4).sentence(0)).reshape(2, 2, SIDE, SIDE, 3).swapaxes(0, 1)
+    assert (bright // 2 == dark).all()
+
+
 # ---- batches of pictures -----------------------------------------------------------------------
 
 
@@ -416,6 +453,36 @@ def test_picture_rows_respect_the_weights(tmp_path):
     sources = tuple(SourceSettings(str(tmp_path / n), weight=w) for n, w in (("black", 3.0), ("white", 1.0)))
     rows = PictureRows(DataSettings(side=4, pictures=1, sources=sources, held_out_fraction=0), 0)
     assert 0.68 < (rows.batch(0, 0, range(800)) == 0).mean() < 0.82
+
+
+def test_a_text_source_is_no_source_of_pictures():
+    with pytest.raises(UserError, match="kind text has no pictures"):
+        PictureRows(DataSettings(side=SIDE, sources=(SourceSettings("emoji", "text"),)), seed=0)
+
+
+def test_held_out_pictures_are_fixed_and_held_out():
+    """What a tokenizer is judged by is none of what it is trained on."""
+    settings = DataSettings(side=SIDE, sources=(SourceSettings("emoji"),))
+    shown = HeldOutPictures(settings).take(5)
+    held_out = {item.image.tobytes() for item in open_source("emoji", SIDE, "held_out")}
+    train = {item.image.tobytes() for item in open_source("emoji", SIDE, "train")}
+    assert shown.shape == (5, SIDE, SIDE, 3)
+    assert {picture.tobytes() for picture in shown} <= held_out - train
+
+
+def test_a_set_without_held_out_pictures_says_so_when_it_is_opened(tmp_path):
+    """A run can then say so, once, before its first step, and go on."""
+    settings = DataSettings(side=SIDE, sources=(SourceSettings(folder_of(tmp_path, ["a.png"])),))
+    with pytest.raises(UserError, match="none of its 1 pictures falls into the held_out split"):
+        HeldOutPictures(settings)
+
+
+def test_a_broken_held_out_picture_is_replaced_by_its_neighbour(tmp_path):
+    path = folder_of(tmp_path, [f"{i}.png" for i in range(40)])
+    settings = DataSettings(side=SIDE, sources=(SourceSettings(path),), held_out_fraction=0.3)
+    items = list(open_source(path, SIDE, "held_out", 0.3))
+    (tmp_path / items[0].name).write_bytes(b"broken")
+    assert np.array_equal(HeldOutPictures(settings).take(1)[0], items[1].image)
 
 
 # ---- rows of tokens --------------------------------------------------------------------------------
@@ -482,6 +549,15 @@ def test_the_ranks_slices_make_the_batch(tmp_path):
         assert (np.concatenate([np.array(part) for part in parts], axis=1) == whole).all()
 
 
+def test_one_stream_of_permutations_serves_all():
+    """Any stretch of it can be had alone, each pass holds all items once, and another key gives another order."""
+    whole = shuffled((1, 2), 7, 0, 21)
+    assert [sorted(part) for part in np.split(whole, 3)] == [list(range(7))] * 3
+    assert all(np.array_equal(shuffled((1, 2), 7, start, 9), whole[start : start + 9]) for start in range(12))
+    assert np.array_equal(whole[7:14], np.random.default_rng((1, 1, 2)).permutation(7))  # (seed, pass, name)
+    assert not np.array_equal(whole, shuffled((1, 3), 7, 0, 21)) and len(shuffled((1, 2), 7, 3, 0)) == 0
+
+
 def test_an_epoch_is_a_permutation_of_all_rows(tmp_path):
     """Proportional mixing: every token once an epoch, in another order in the next and with another seed."""
     paths = [rows_file(tmp_path / f"{i}.jsonl", some_rows(6, i)) for i in range(2)]
@@ -543,108 +619,10 @@ def test_a_grid_is_written_whole(tmp_path):
     assert os.listdir(tmp_path / "new") == ["grid.png"]
 
 
-# ---- commands ----------------------------------------------------------------------------------
-
-
 def test_data_is_importable_without_torch():
     """The JAX trainer reads it on machines that have no torch."""
     code = "import sys; sys.modules['torch'] = None; import data, documents; print(data.DataSettings().side)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "256\n"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A VQGAN of a few thousand weights, as it falls out of the generator: 4 codes a picture of 16 pixels."""
-    torch = pytest.importorskip("torch")
-
-    torch.manual_seed(0)
-    config = VQGANConfig(
-        resolution=SIDE, hidden_channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=8,
-        num_embeddings=32, quantized_embed_dim=8,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("vqgan")
-    VQGAN(config).save_pretrained(path)
-    return path
-
-
-def run(capsys, *words):
-    """data.py's command line in this process: what it printed."""
-    previous, sys.argv = sys.argv, ["prepare.py", *map(str, words)]
-    try:
-        prepare.main()
-    finally:
-        sys.argv = previous
-    return capsys.readouterr().out
-
-
-@pytest.fixture
-def config(tmp_path, tokenizer):
-    folder_of(tmp_path / "pictures", [f"{i}.png" for i in range(10)])
-    (tmp_path / "x.toml").write_text(f"""
-        [train]
-        seed = 4
-        [model]
-        kind = "llama"
-        [data]
-        side = {SIDE}
-        pictures = 4
-        held_out_fraction = 0.0
-        tokenizer = "{tokenizer}"
-        [[data.sources]]
-        path = "{tmp_path / "pictures"}"
-        kind = "colorization"
-        passes = 2
-        [[data.sources]]
-        path = "{tmp_path / "pictures"}"
-        kind = "image"
-    """)
-    return tmp_path / "x.toml"
-
-
-def test_tokenize_writes_the_codes_of_each_sentence_and_show_reads_them(tmp_path, capsys, config, tokenizer):
-    """A row is its sentence's pictures, encoded and laid end to end; `show` decodes them to a sheet."""
-    import torch
-
-    out = run(capsys, "tokenize", "--config", config, "--out", tmp_path / "rows.jsonl")
-    assert "13 rows, 208 tokens" in out  # (2 passes × 5 + 3 sentences) × 4 pictures × 4 codes
-    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-    source = open_source(str(tmp_path / "pictures"), SIDE, held_out_fraction=0)
-    shown = np.stack(Sentences(source, "colorization", (), 4, seed=4).sentence(6))  # the second of pass 1
-    images = torch.from_numpy(shown).permute(0, 3, 1, 2).float() / 255
-    codes = VQGAN.from_pretrained(tokenizer).eval().encode(images)
-    assert decode_row(lines[6]).tolist() == codes.flatten().tolist()
-    run(capsys, "show", tmp_path / "rows.jsonl", "--config", config, "--out", tmp_path / "g.png", "--rows", 3)
-    assert Image.open(tmp_path / "g.png").size == (4 * (SIDE + 2) + 2, 3 * (SIDE + 2) + 2)
-
-
-def test_shards_together_are_the_whole(tmp_path, capsys, config):
-    """--shard i/n takes every n-th sentence: dealt back together, the shards are the file of one machine."""
-    words = ("tokenize", "--config", config, "data.workers=1", "--out")
-    run(capsys, *words, tmp_path / "whole.jsonl")
-    shards = []
-    for i in range(3):
-        run(capsys, *words, tmp_path / f"{i}.jsonl", "--shard", f"{i}/3")
-        shards.append((tmp_path / f"{i}.jsonl").read_text().splitlines())
-    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
-    assert [shards[i % 3][i // 3] for i in range(len(whole))] == whole
-
-
-@pytest.mark.parametrize("row, says", [("{}\n", "not a JSON row"), (encode_row([99] * 4), "code 99 lies outside")])
-def test_show_refuses_a_bad_row(tmp_path, capsys, tokenizer, row, says):
-    """A file that was named is not half shown: the line and what is wrong with it."""
-    (tmp_path / "r.jsonl").write_text(row)
-    with pytest.raises(UserError, match=f"r.jsonl:1: {says}"):
-        run(capsys, "show", tmp_path / "r.jsonl", "--tokenizer", tokenizer, "--out", tmp_path / "g.png")
-
-
-def test_held_out_pictures_are_fixed_and_held_out():
-    """What a tokenizer is judged by is none of what it is trained on."""
-    settings = DataSettings(side=SIDE, sources=(SourceSettings("emoji"),))
-    shown = HeldOutPictures(settings).take(5)
-    held_out = {item.image.tobytes() for item in open_source("emoji", SIDE, "held_out")}
-    train = {item.image.tobytes() for item in open_source("emoji", SIDE, "train")}
-    assert shown.shape == (5, SIDE, SIDE, 3)
-    assert {picture.tobytes() for picture in shown} <= held_out - train
 
 
 def test_rows_may_be_named_by_a_pattern(tmp_path):
@@ -653,136 +631,6 @@ def test_rows_may_be_named_by_a_pattern(tmp_path):
         (tmp_path / f"rows-{shard}.jsonl").write_text(encode_row(np.full(8, shard)))
     rows = TokenRows((str(tmp_path / "rows-*.jsonl"),), 4, 2, seed=0)
     assert rows.tokens == 24 and set(rows.stream(0, 24)) == {0, 1, 2}
-
-
-# ---- text --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def library(tmp_path):
-    """A folder of texts: two files of one each, and one of forty; and what its rows should say."""
-    texts = [f"text {i}, naïve 🎉" for i in range(42)]
-    (tmp_path / "library" / "deep").mkdir(parents=True)
-    (tmp_path / "library" / "a.txt").write_text(texts[0])
-    (tmp_path / "library" / "deep" / "b.txt").write_text(texts[1])
-    lines = [json.dumps({"text": text, "more": 1}) for text in texts[2:]]
-    lines[20:20] = ["{oops", '{"text": null}', r'{"text": "\ud800"}']
-    (tmp_path / "library" / "c.jsonl").write_text("\n".join(lines))
-    (tmp_path / "library" / "d.md").write_text("not a text of ours")
-    return tmp_path / "library", texts
-
-
-def test_a_text_is_a_file_or_a_line(library, capsys):
-    folder, texts = library
-    assert sorted(sources.read_texts(str(folder), held_out_fraction=0)) == sorted(texts)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[0] for line in lines] == [f"skipped {folder / 'c.jsonl'}:{n}" for n in (21, 22, 23)]
-    assert list(sources.read_texts(str(folder / "a.txt"), held_out_fraction=0)) == texts[:1]
-
-
-def test_a_text_is_held_out_by_what_it_says(library):
-    """More texts, or the same in another file, move none from one split to the other."""
-    folder, texts = library
-    train, held_out = (list(sources.read_texts(str(folder), split, 0.3)) for split in ("train", "held_out"))
-    assert sorted(train + held_out) == sorted(texts) and train and held_out
-    (folder / "again.txt").write_text(held_out[0])
-    assert set(sources.read_texts(str(folder), "train", 0.3)) == set(train)
-
-
-def test_the_texts_of_emoji_have_the_pictures_split():
-    """Each name alone, and after its category: so that a language model knows which belong together."""
-    texts, items = list(sources.read_texts("emoji", "combo")), open_source("emoji", SIDE, "combo")
-    assert texts[::2] == [item.caption for item in items]
-    assert texts[1::2] == [f"{item.category.lower()}: {item.caption}" for item in items]
-
-
-def test_a_vocabulary_is_made_of_the_texts_to_train_on(tmp_path, capsys):
-    """A folder of it is a text_tokenizer, in which they are shorter than in bytes; what is held out has no part."""
-    texts = [f"{i * 7919 % 1000} {i * 104729 % 1000} naïve" for i in range(60)]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    config, out = ROOT / "configs" / "tiny_llama.toml", tmp_path / "words"
-    overrides = [f'data.sources=[{{path = "{tmp_path}", kind = "text"}}]', "data.held_out_fraction=0.3"]
-    run(capsys, "vocabulary", "--config", config, "--out", out, *overrides, "model.vocab_size=290")
-    words = Tokenizer.from_pretrained(out)
-    assert words.vocab_size == 290
-    for text in texts:
-        assert words.decode(words.encode(text)) == text and len(words.encode(text)) < len(text.encode())
-    joins = train_bpe(sources.read_texts(str(tmp_path), "train", 0.3), 32)
-    assert [words.bytes_of[256 + n] for n in range(32)] == [first + second for first, second in joins]
-    assert joins != train_bpe(texts, 32)
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "out", "says"),
-    [
-        ("image", 300, "words", "a vocabulary is made of texts"),
-        ("text", 257, "words", "model.vocab_size 257: 256 bytes, what begins and what ends"),
-        ("text", 9000, "words", "these texts give [0-9]+ tokens at most: set model.vocab_size = "),
-        ("text", 300, "book.txt", "book.txt: is a file"),
-        ("text", 300, "run", "run: holds .*, which this command did not write"),
-    ],
-)
-def test_no_vocabulary_where_there_can_be_none(kind, size, out, says, tmp_path, capsys):
-    (tmp_path / "book.txt").write_text("low lower lowest")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    overrides = [f'data.sources=[{{path = "{tmp_path}/book.txt", kind = "{kind}"}}]', f"model.vocab_size={size}"]
-    config = ROOT / "configs" / "tiny_llama.toml"
-    with pytest.raises(UserError, match=says):
-        run(capsys, "vocabulary", "--config", config, "--out", tmp_path / out, *overrides, "data.held_out_fraction=0")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["book.txt", "config.json", "run"]
-
-
-def test_no_vocabulary_of_texts_that_are_all_held_out(tmp_path, capsys):
-    (tmp_path / "book.txt").write_text("low lower lowest")
-    overrides = [f'data.sources=[{{path = "{tmp_path}/book.txt", kind = "text"}}]', "data.held_out_fraction=0.999"]
-    config = ROOT / "configs" / "tiny_llama.toml"
-    with pytest.raises(UserError, match="none of the texts falls into the train split"):
-        run(capsys, "vocabulary", "--config", config, "--out", tmp_path / "x", *overrides, "model.vocab_size=300")
-    with pytest.raises(UserError, match="how many tokens"):
-        run(capsys, "vocabulary", "--config", ROOT / "configs" / "lvm.toml", "--out", tmp_path / "x", *overrides)
-
-
-def test_rows_of_text_are_rows(library, tmp_path, capsys):
-    """begin, the text's bytes, end: TokenRows reads them as it reads pictures."""
-    folder, texts = library
-    source = f'data.sources=[{{path = "{folder}", kind = "text"}}]'
-    words = [source, "data.text_tokenizer=bytes", "data.held_out_fraction=0.3"]
-    config = ROOT / "configs" / "tiny_llama.toml"
-    found = []
-    for split in ("train", "held_out"):
-        shards = [tmp_path / f"{split}-{i}.jsonl" for i in range(2)]
-        for i, shard in enumerate(shards):
-            run(capsys, "tokenize", "--config", config, "--out", shard, "--split", split, "--shard", f"{i}/2", *words)
-        rows = [decode_row(line, 258).tolist() for shard in shards for line in shard.read_text().splitlines()]
-        assert {(row[0], row[-1]) for row in rows} == {(256, 257)}
-        found += [bytes(row[1:-1]).decode() for row in rows]
-        assert TokenRows([str(tmp_path / f"{split}-*.jsonl")], 8, 2, seed=0).tokens == sum(map(len, rows))
-    assert sorted(found) == sorted(texts)
-
-
-@pytest.mark.parametrize(
-    ("sources", "more", "says"),
-    [
-        ('[{kind = "text"}, {kind = "image"}]', ["data.text_tokenizer=bytes"], "mixes text and pictures"),
-        ('[{kind = "text"}]', [], "no tokenizer for text: set data.text_tokenizer"),
-        ('[{kind = "text", passes = 2}]', [], "of kind text it takes nothing but a path"),
-        ('[{path = "configs", kind = "text"}]', ["data.text_tokenizer=bytes"], "configs: no .txt or .jsonl file"),
-        ('[{path = "requirements.txt", kind = "text"}]', ["data.text_tokenizer=bytes"], "into the held_out split"),
-    ],
-)
-def test_texts_that_cannot_be_are_one_line(sources, more, says, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    config = ROOT / "configs" / "tiny_llama.toml"
-    with pytest.raises(UserError, match=says):
-        words = ["--out", tmp_path / "x.jsonl", "--split", "held_out", f"data.sources={sources}", *more]
-        run(capsys, "tokenize", "--config", config, *words)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_text_source_is_no_source_of_pictures():
-    with pytest.raises(UserError, match="kind text has no pictures"):
-        PictureRows(DataSettings(side=SIDE, sources=(SourceSettings("emoji", "text"),)), seed=0)
 
 
 # ---- captioned pictures ----------------------------------------------------------------------
