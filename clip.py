@@ -405,7 +405,13 @@ class CLIP(nn.Module):
                 f"this CLIP came without a tokenizer: put {clip_file_names()} next to its weights, "
                 "or set .tokenizer = CLIPTokenizer.from_pretrained(…)"
             )
-        return self.tokenizer.tokenize(texts, self.config.text.context_length)
+        tokens = self.tokenizer.tokenize(texts, self.config.text.context_length)
+        if tokens.numel() and tokens.max() >= self.config.text.vocab_size:
+            raise UserError(
+                f"its tokenizer is another model's: it has the id {tokens.max()}, this CLIP has only "
+                f"{self.config.text.vocab_size} tokens"
+            )
+        return tokens
 
     def text_encoder(self):
         """The text tower as a CLIP of its own that shares the weights: what latent diffusion keeps."""

@@ -553,6 +553,27 @@ def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path):
     (tmp_path / "vocab.json").write_text("[]")
     with pytest.raises(UserError, match=r"vocab\.json: not a CLIP tokenizer"):
         CLIPTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(UserError, match=r"special_tokens_map\.json: expected a table"):
+        CLIPTokenizer.from_pretrained(tmp_path)
+    vocabulary = CLIPTokenizer.of_bytes().vocabulary
+    for wrong in (-1, 2**40, 1.5, "7", None):
+        with pytest.raises(UserError, match="CLIP's vocabulary gives 'a' the id"):
+            CLIPTokenizer(vocabulary | {"a": wrong}, [], pad=513)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("bpe_simple_vocab_16e6.txt.gz", b"no gzip"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b'{"model": {"vocab": {}, "merges": [5]}, "added_tokens": []}'),
+        ("tokenizer.json", b'{"model": {"vocab": 5, "merges": []}, "added_tokens": []}'),
+    ],
+)
+def test_a_file_that_is_no_clip_tokenizer_is_one_line(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert f"{name}: not a CLIP tokenizer" in refusal(CLIPTokenizer.from_pretrained, tmp_path)
 
 
 # ---- losses ----------------------------------------------------------------------------------
@@ -785,6 +806,12 @@ def test_a_run_that_cannot_be_is_one_line(override, says):
     values = settings.read(ROOT / "configs" / "tiny_clip.toml", [override])["model"]
     assert values.pop("kind") == "clip"
     assert says in refusal(settings.build, CLIPConfig, values, "model")
+
+
+def test_another_models_tokenizer_is_named():
+    model = tiny(text=dataclasses.replace(TINY.text, vocab_size=500))
+    model.tokenizer = CLIPTokenizer.of_bytes()
+    assert "it has the id 513, this CLIP has only 500 tokens" in refusal(model.tokenize, ["a"])
 
 
 def test_another_models_folder_is_named(tmp_path):
