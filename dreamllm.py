@@ -33,7 +33,7 @@ from model import LLaMA, LLaMAConfig, rotary_frequencies, sample_token
 from support import checkpoint, settings
 from support.pictures import to_pil
 from support.settings import UserError
-from support.tokenizer import ADDED, Special, Tokenizer
+from support.tokenizer import ADDED, Special
 
 # ---- projectors: from one model's width to another's -----------------------------------------
 
@@ -419,33 +419,29 @@ class DreamLLM(nn.Module):
         the folder, beside it, and in the folders `parts`.
         """
         checkpoint.expect(path, "a DreamLLM")
-        folder = checkpoint.weights_folder(path)
-        if folder.is_file():
-            raise UserError(f"{folder}: a DreamLLM is a folder of several files, not one")
         depths = {name: kind.depth for name, kind in PROJECTORS.items()}
-        saved = published.dreamllm.read(folder, parts, depths)
+        saved = published.dreamllm.read(checkpoint.weights_folder(path), parts, depths)
         config = settings.build(DreamLLMConfig, saved.fields)
-        tensors, llama_config = saved.tensors, settings.build(LLaMAConfig, saved.llama)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        for name, i in saved.ids.items():
-            if tokenizer.special.get(name) != i:
-                known = tokenizer.special.get(name)
-                file = folder / "config.json"
-                raise UserError(f"{file}: {name} is {i}, but {known} in the tokenizer's files")
-        llama = LLaMA.from_tensors(tensors["llama"], folder, dtype, device, llama_config)
+        llama_config = settings.build(LLaMAConfig, saved.llama)
+        tensors = saved.tensors
+        llama = LLaMA.from_tensors(tensors["llama"], saved.folder, dtype, device, llama_config)
         clip = CLIP.from_tensors(tensors["clip"], saved.clip, dtype, device)
         head = tensors["diffusion"]
         diffusion = LatentDiffusion.from_tensors(head, saved.diffusion, dtype, device)
-        model = cls(llama, clip, diffusion, config, tokenizer)
-        queries = nn.ParameterDict({"dream_queries": model.dream_queries})
-        own = {"projector": model.projector, "condition": model.condition, "queries": queries}
-        for name, module in own.items():
-            file = folder / published.dreamllm.FILES[name]
-            checkpoint.load_into(module, tensors[name], file, dtype, device)
-        model.dream_queries = queries["dream_queries"]
-        for part in (model.clip, model.projector, model.condition, model.diffusion.unet):
-            part.to(llama.embed_tokens.weight.dtype)  # the files may have different dtypes
+        model = cls(llama, clip, diffusion, config, saved.tokenizer)
+        model.load_own_weights(saved, dtype, device)
         return model.eval()
+
+    def load_own_weights(self, saved, dtype, device):
+        """Loads, from a published.dreamllm.Folder, the weights that belong to no part."""
+        queries = nn.ParameterDict({"dream_queries": self.dream_queries})
+        own = {"projector": self.projector, "condition": self.condition, "queries": queries}
+        for name, module in own.items():
+            file = saved.folder / published.dreamllm.FILES[name]
+            checkpoint.load_into(module, saved.tensors[name], file, dtype, device)
+        self.dream_queries = queries["dream_queries"]
+        for part in (self.clip, self.projector, self.condition, self.diffusion.unet):
+            part.to(self.llama.embed_tokens.weight.dtype)  # the files may have different dtypes
 
 
 def merge_texts(stream):

@@ -7,9 +7,9 @@
     stable_diffusion_head.bin    unet.…, vae.…, projector.… (our `condition`)
 
 Of CLIP and Stable Diffusion the folder has the weights only: config.json names the folders of their
-configurations. A checkpoint that was saved in shards may have the tensors of the three .bin files in
-its main files, each name behind the plugin's. Fields of ours that are not the publication's are
-written as a table `picturebook_dreamllm` where they differ from their defaults.
+configurations. A checkpoint that was saved in shards may have the tensors of the .bin files in its
+main files, each name behind the plugin's. Fields of ours that the publication lacks are written as
+a table `picturebook_dreamllm` if they differ from their defaults.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from published import llama
 from support import checkpoint, settings
 from support.settings import Fields, UserError
-from support.tokenizer import ADDED
+from support.tokenizer import ADDED, Tokenizer
 
 CLIP_PART, DIFFUSION_PART = "clip_vision", "stable_diffusion"  # the folders that `write` names
 
@@ -47,11 +47,12 @@ FILES = {"projector": f"{CLIP}.bin", "condition": f"{DIFFUSION}.bin", "queries":
 class Folder(NamedTuple):
     """What a published folder holds."""
 
+    folder: Path
     fields: Fields  # of a DreamLLMConfig
     llama: Fields  # of its LLaMAConfig
-    ids: dict  # {special token: id}
+    tokenizer: Tokenizer
     clip: Path  # the folder of CLIP's configuration
-    diffusion: Path
+    diffusion: Path  # … of Stable Diffusion's
     tensors: dict  # {part: {name: tensor}}: llama, clip, projector, queries, condition, diffusion
 
 
@@ -61,19 +62,23 @@ def read(folder, parts, depths):
     parts: more folders in which the configurations of CLIP and Stable Diffusion may lie
     depths: {kind of projector: the projector_depth that it has}
     """
+    if folder.is_file():
+        raise UserError(f"{folder}: a DreamLLM is a folder of several files, not one")
     file = folder / "config.json"
     saved = checkpoint.read_json(file)
     fields, plugins = config_from_hf(saved, file, depths)
-    names = {}
-    for plugin, key in FOLDER_KEYS.items():
-        names[plugin] = plugins[plugin].get(key)
-        if not isinstance(names[plugin], str) or not names[plugin]:
-            raise UserError(f"{file}: {plugin}: {key} must name a folder, not {names[plugin]!r}")
     llama_fields = llama.config_from_hf(saved | {"model_type": "llama"}, file)
-    ids = special_ids(saved, file)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    check_ids(saved, tokenizer, file)
     tensors = read_tensors(folder)
-    clip, diffusion = (find_part(names[plugin], folder, parts) for plugin in (CLIP, DIFFUSION))
-    return Folder(fields, llama_fields, ids, clip, diffusion, tensors)
+    configs = {}
+    for plugin, key in FOLDER_KEYS.items():
+        name = plugins[plugin].get(key)
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{file}: {plugin}: {key} must name a folder, not {name!r}")
+        configs[plugin] = find_part(name, folder, parts)
+    clip, diffusion = configs[CLIP], configs[DIFFUSION]
+    return Folder(folder, fields, llama_fields, tokenizer, clip, diffusion, tensors)
 
 
 # ---- config.json -----------------------------------------------------------------------------
@@ -105,11 +110,15 @@ def _table(saved, key, file):
     return table
 
 
-def special_ids(saved, file):
-    """config.json → {special token: id}."""
+def check_ids(saved, tokenizer, file):
+    """Raises a UserError unless config.json and the tokenizer's files agree on special tokens."""
     table = _table(saved, "special_tokens2ids_dict", file)
     added = _table(table, "additional_special_tokens", file)
-    return {name: i for name, i in table.items() if name in ADDED} | added
+    ids = {name: i for name, i in table.items() if name in ADDED} | added
+    for name, i in ids.items():
+        known = tokenizer.special.get(name)
+        if i != known:
+            raise UserError(f"{file}: {name} is {i}, but {known} in the tokenizer's files")
 
 
 def find_part(name, folder, parts):

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import published.dreamllm
-from clip import CLIP, CLIPConfig
+from clip import CLIP, CLIPConfig, TextConfig
 from diffusion import AutoencoderKL, AutoencoderKLConfig, LatentDiffusion, LossNoise, NoiseSchedule, UNet, UNetConfig
-from dreamllm import PROJECTORS, DreamLLM, DreamLLMConfig, merge_texts
+from dreamllm import END, PROJECTORS, DreamLLM, DreamLLMConfig, Projector, merge_texts
 from model import LLaMA, LLaMAConfig, rotary_frequencies
-from support import checkpoint
+from support import checkpoint, settings
 from support.settings import UserError
 from support.tokenizer import ADDED, Tokenizer
 
@@ -273,6 +273,7 @@ def test_a_document_ends_at_the_end_token(dream):
     eager(dream, 2, 100)
     assert document(dream) == []
     assert merge_texts(dream.stream_document("A dog", 3)) == ([], True)
+    assert list(dream.stream_document("A dog", 3)) == [END]
 
 
 def test_a_document_ends_with_its_context(dream):
@@ -304,6 +305,56 @@ def test_every_projector_reaches_the_llama(dream, forward, kind, places):
     assert model.patches == places
     assert model.projector(dream.clip.patch_features(forward["images"])).shape == (3, places, 64)
     assert len(model.dream_states([[Image.new("RGB", (9, 9)), "A dog."]])) == 1
+
+
+def test_the_parts_that_are_handed_in_stay_as_they_are(dream):
+    """A latent diffusion keeps its text encoder, beside the DreamLLM that shares its U-Net."""
+    parts = dream.diffusion.unet, dream.diffusion.vae, dream.diffusion.schedule
+    text = TextConfig(width=16, layers=1, heads=1, hidden_dim=16, vocab_size=10, context_length=4, eos=None)
+    diffusion = LatentDiffusion(*parts, CLIP(CLIPConfig(text=text, vision=None, embed_dim=0)))
+    model = DreamLLM(dream.llama, dream.clip, diffusion, dream.config, dream.tokenizer)
+    assert len(diffusion.text_encoders) == 1 and len(model.diffusion.text_encoders) == 0
+    assert model.diffusion.unet is diffusion.unet
+    assert model.state_dict().keys() == dream.state_dict().keys()
+
+
+def test_the_context_needs_a_projector_without_a_grid():
+    """Queries are a row, not a square."""
+    for kind, projector in PROJECTORS.items():
+        if projector.on_grid:
+            with pytest.raises(ValueError, match=f'condition "{kind}" must be one of linear, mlp'):
+                DreamLLMConfig(condition=kind)
+        else:
+            assert DreamLLMConfig(condition=kind).condition == kind
+
+
+class JoinedPatches(Projector):
+    """What somebody adds: 2×2 patches become one."""
+
+    on_grid = True
+
+    def layers(self, i, o, bias):
+        return torch.nn.Sequential(torch.nn.PixelUnshuffle(2), torch.nn.Conv2d(4 * i, o, 1, bias=bias))
+
+    def length(self, n):
+        return n // 4
+
+
+def test_a_projector_that_is_added_is_one_row_of_the_table(dream, forward, tmp_path, monkeypatch):
+    """It is saved under its own name and read back; a program that lacks it says so."""
+    monkeypatch.setitem(PROJECTORS, "joined", JoinedPatches)
+    config = dataclasses.replace(dream.config, projector="joined", condition="mlp")
+    model = DreamLLM(dream.llama, dream.clip, dream.diffusion, config, dream.tokenizer).eval()
+    assert model.projector(dream.clip.patch_features(forward["images"])).shape == (3, model.patches, 64)
+    model.save_pretrained(tmp_path)
+    plugins = json.loads((tmp_path / "config.json").read_text())["plugins_init_kwargs"]
+    written = [(plugin["projector_type"], plugin["projector_depth"]) for plugin in list(plugins.values())[::2]]
+    assert written == [("joined", 1), ("mlp", 2)]
+    again = DreamLLM.from_pretrained(tmp_path)
+    assert torch.equal(again.dream_states(["A dog."]), model.dream_states(["A dog."])) and again.patches == 4
+    monkeypatch.delitem(PROJECTORS, "joined")
+    with pytest.raises(UserError, match=r'clip_vision_embedding\.projector_type "joined" must be one of linear'):
+        DreamLLM.from_pretrained(tmp_path)
 
 
 def test_a_smaller_grid_rounds_up():
@@ -395,6 +446,62 @@ def test_the_parts_may_lie_elsewhere_under_their_names_on_the_hub(tmp_path):
     assert DreamLLM.from_pretrained(folder, parts=given).patches == 16
 
 
+PLUGIN_FIELDS = [  # plugin, key, a second legal value, ours: None if it is refused
+    ("clip_vision_embedding", "projector_type", "mlp", "projector"),
+    ("clip_vision_embedding", "projector_depth", 2, None),
+    ("clip_vision_embedding", "select_layer", -1, None),
+    ("clip_vision_embedding", "use_additional_post_layernorm", True, None),
+    ("dream_embedding", "num_dream_queries", 16, "queries"),
+    ("stable_diffusion_head", "projector_type", "mlp", "condition"),
+    ("stable_diffusion_head", "projector_depth", 2, None),
+    ("stable_diffusion_head", "drop_prob", 0.5, "drop"),
+    ("stable_diffusion_head", "snr_gamma", 5.0, "min_snr"),
+    ("stable_diffusion_head", "noise_offset", 0.5, "noise_offset"),
+    ("stable_diffusion_head", "input_perturbation", 0.5, "perturbation"),
+    (None, "loss_weight_lm", 2.0, "w_lm"),
+    (None, "loss_weight_vm", 2.0, "w_vm"),
+    (None, "loss_scale_schedule", "linear", None),
+]
+
+
+def read_config(plugin, key, value):
+    saved = json.loads((FOLDER / "checkpoint" / "config.json").read_text())
+    table = saved["plugins_init_kwargs"][plugin] if plugin else saved
+    table[key] = value
+    if key == "projector_type":
+        table["projector_depth"] = 2
+    depths = {name: projector.depth for name, projector in PROJECTORS.items()}
+    fields, _ = published.dreamllm.config_from_hf(saved, "config.json", depths)
+    return settings.build(DreamLLMConfig, fields)
+
+
+@pytest.mark.parametrize(("plugin", "key", "value", "ours"), PLUGIN_FIELDS)
+def test_every_field_of_the_config_is_honoured_or_refused_by_name(plugin, key, value, ours):
+    if ours:
+        assert getattr(read_config(plugin, key, value), ours) == value
+    else:
+        with pytest.raises(UserError, match=f"config.json: .*{key}"):
+            read_config(plugin, key, value)
+
+
+@pytest.mark.parametrize(("plugin", "key", "ours"), [(p, key, ours) for p, key, _, ours in PLUGIN_FIELDS if ours])
+def test_a_wrong_value_is_one_line_that_names_plugin_and_key(plugin, key, ours):
+    kind = type(getattr(DreamLLMConfig(), ours))
+    for value in (-1, 2**70, float("nan"), "many", [], {}, True, *([0, 2**40, 1.5] if kind is int else [])):
+        with pytest.raises(UserError) as error:
+            read_config(plugin, key, value)
+        message = str(error.value)
+        assert message.startswith(f"config.json: {plugin or ''}") and key in message and "\n" not in message
+
+
+def test_a_field_that_the_publication_lacks_is_saved_and_read_back(dream, tmp_path, monkeypatch):
+    fork = dataclasses.make_dataclass("Fork", [("gamma", float, 1.0)], bases=(DreamLLMConfig,), frozen=True)
+    monkeypatch.setattr("dreamllm.DreamLLMConfig", fork)
+    dream.config = fork(**vars(dream.config), gamma=2.0)
+    dream.save_pretrained(tmp_path)
+    assert DreamLLM.from_pretrained(tmp_path).config == dream.config
+
+
 def test_damaged_folders_are_named(tmp_path):
     def damaged(change):
         folder = tmp_path / "checkpoint"
@@ -418,6 +525,10 @@ def test_damaged_folders_are_named(tmp_path):
     ids = {"additional_special_tokens": {"<dream_start>": 388}}
     message = damaged(lambda f: edit(f / "config.json", special_tokens2ids_dict=ids))
     assert "<dream_start> is 388, but 387" in message
+    nan = {"dream_queries": torch.full((1, 8, 64), float("nan"))}
+    assert "dream_queries holds NaN" in damaged(lambda f: torch.save(nan, f / "dream_embedding.bin"))
+    extra = {"dream_queries": torch.zeros(1, 8, 64), "more": torch.zeros(1)}
+    assert "more belongs to no part" in damaged(lambda f: torch.save(extra, f / "dream_embedding.bin"))
     wrong = {"dream_queries": torch.zeros(1, 7, 64)}
     assert "dream_queries is (1, 7, 64)" in damaged(lambda f: torch.save(wrong, f / "dream_embedding.bin"))
 
