@@ -1,29 +1,31 @@
 """Data: pictures → visual sentences → rows of codes → batches.
 
-A language model reads sentences of words; LVM reads sentences of *pictures*. A visual sentence is a short list
-of related pictures (a photo and its depth map, eight times over; the frames of a clip; a picture with a hole
-and the whole one), and its layout alone says what the task is. A VQGAN writes each picture as a few hundred
-codes, the codes of a sentence are laid end to end, and a LLaMA continues them.
+A language model reads sentences of words; LVM reads sentences of *pictures*. A visual sentence is a
+short list of related pictures (a photo and its depth map, eight times over; the frames of a clip; a
+picture with a hole and the whole one), and its layout alone says what the task is. A VQGAN writes
+each picture as a few hundred codes, the codes of a sentence are laid end to end, and a LLaMA
+continues them.
 
-    emoji | folder | tar ── open_source ──▶ source ──▶ Item     name, caption, category, pictures by modality
-                                              │ Sentences(kind): which items, which modality, in which order
+    emoji | folder | tar ── open_source ──▶ source ──▶ Item     name, caption, category, pictures
+                                              │ Sentences(kind): which items, modalities, order
                                               ▼
     sentence = [picture, picture, …]      each (side, side, 3) uint8
          │                         │
-         │ tokenize: VQGAN.encode  └─ PictureRows.batch ──▶ (B, side, side, 3) uint8    trains the VQGAN
+         │ tokenize: VQGAN.encode  └─ PictureRows.batch ──▶ (B, side, side, 3) uint8     train the VQGAN
          ▼
-    rows.jsonl, a sentence a line ─── TokenRows.batch ────▶ inputs, targets (B, S) int64   train the LLaMA
+    rows.jsonl, a sentence a line ─── TokenRows.batch ───▶ inputs, targets (B, S) int64  train the LLaMA
          ▲
-         └─ Tokenizer.encode ── read_texts(path)      text makes rows just as well: then it is a language model
+         └─ Tokenizer.encode ── read_texts(path)     rows of text train a language model likewise
 
-Nothing here keeps a state: a batch is a pure function of (seed, step, row), so that a run resumes exactly and
-the number of machines changes nothing. numpy and Pillow only: the JAX trainer reads it too. prepare.py makes
-the rows; support/sources.py opens the pictures.
+Nothing here keeps a state: a batch is a pure function of (seed, step, row), so that a run resumes
+exactly and the number of machines changes nothing. numpy and Pillow only: the JAX trainer reads it
+too. prepare.py makes the rows; support/sources.py opens the pictures.
 
     N       pictures in a sentence (data.pictures)     M       modalities (data.sources.modalities)
     B       rows of a batch                            S       tokens of a row: the model's context
 
-Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) and 4.2 (their codes in a row).
+Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) and 4.2 (their codes
+in a row).
 """
 
 import bisect
@@ -46,8 +48,8 @@ from support.sources import around, first_readable, open_source, warn
 from support.token_rows import RowsFiles, rows_files
 
 # ---- what an item gives to a sentence ------------------------------------------------------------
-# A function for each kind of sentence: (item, N, modalities, shared, own) → [Frame, …]. Of the two random generators
-# `shared` gives all items of a sentence the same numbers, `own` gives each item others.
+# A function for each kind of sentence: (item, N, modalities, shared, own) → [Frame, …]. The random
+# generator `shared` gives all items of a sentence the same numbers, `own` gives each item others.
 
 
 class Frame(NamedTuple):
@@ -59,10 +61,12 @@ class Frame(NamedTuple):
 
 
 def punch_hole(picture, rng):
-    """The picture with black holes to fill in, (S, S, 3) → (S, S, 3); sizes are LVM's for 256 pixels, scaled.
+    """The picture with black holes to fill in, (S, S, 3) → (S, S, 3).
 
-    With probability 0.3 one square of side 25..128 is missing; otherwise the picture is cut into patches of
-    32 and each is kept with one probability, itself uniform in (0, 1).
+    Sizes are LVM's for 256 pixels, scaled.
+
+    With probability 0.3 one square of side 25..128 is missing; otherwise the picture is cut into
+    patches of 32 and each is kept with one probability, itself uniform in (0, 1).
     """
     side = len(picture)
     masked = picture.copy()
@@ -133,7 +137,7 @@ def object3d(item, n, modalities, shared, own):
 
 
 class Shuffled:
-    """Items in random order, cut into sentences of `count`; the last one is filled up from the start."""
+    """Items in random order, `count` a sentence; the last one is filled up from the start."""
 
     def __init__(self, source, items, count):
         self.items, self.count = items, count
@@ -201,8 +205,8 @@ class Kind:
     """A kind of visual sentence: all that is to be known of it."""
 
     holds: str  # in words
-    layout: Callable  # (N, M) → how many items make a sentence, and how many pictures each of them gives
-    frames: Callable  # the pictures that an item gives: see above
+    layout: Callable  # (N, M) → (items of a sentence, pictures that each of them gives)
+    frames: Callable  # which pictures an item gives: see above
     items: Items = ANY
     order: type = Shuffled
     divisor: int = 1  # of N
@@ -242,10 +246,10 @@ KINDS = {
 
 
 class Sentences:
-    """The visual sentences of one kind that a source gives: sentence(index) is a list of (side, side, 3) uint8.
+    """The visual sentences of one kind that a source gives.
 
-    index counts through passes of `len(self)` sentences; in each of them the items come in a new order. `count` is
-    how many sentences `passes` make. All is a pure function of (seed, index).
+    index counts through passes of `len(self)` sentences; in each of them the items come in a new
+    order. `count` is how many sentences `passes` make. All is a pure function of (seed, index).
     """
 
     def __init__(self, source, kind, modalities=(), pictures=16, side=None, seed=0, mirror=False, passes=1.0):
@@ -253,8 +257,9 @@ class Sentences:
             raise UserError(f'unknown kind "{kind}" of visual sentence: one of {", ".join(KINDS)}')
         if side not in (None, source.side):
             raise UserError(f"{source.path}: was opened at {source.side} pixels, not {side}")
-        self.source, self.kind, self.modalities, self.pictures = source, KINDS[kind], tuple(modalities), pictures
-        self.mirror, self.seed = mirror, (seed, zlib.crc32(kind.encode()))
+        self.source, self.kind = source, KINDS[kind]
+        self.modalities, self.pictures, self.mirror = tuple(modalities), pictures, mirror
+        self.seed = (seed, zlib.crc32(kind.encode()))
         items = [i for i, item in enumerate(source) if self.kind.items.usable(item, pictures)]
         if need := self._unmet(items):
             offers = ", ".join(sorted(source.offers))
@@ -268,7 +273,7 @@ class Sentences:
         self._permuted = functools.lru_cache(8)(lambda number: self.order.permute(self._rng(number, 0, 2)))
 
     def _unmet(self, items):
-        """What the kind needs that these items of the source, N or M do not give, in words; None: nothing."""
+        """What the kind needs that items, N or M do not offer, for an error; None: nothing."""
         kind, n, m = self.kind, self.pictures, len(self.modalities)
         if len({self.source[i].category for i in items}) < kind.items.categories:
             return kind.items.name.format(n=n, views=n // 4)
@@ -288,7 +293,7 @@ class Sentences:
         return self.order.sentences
 
     def sentence(self, index):
-        """The pictures of one sentence, in order."""
+        """The pictures of one sentence in order: a list of (side, side, 3) uint8."""
         pictures = []
         for number in range(self.items_per_sentence):
             item, frames = self._choose(index, number)
@@ -296,12 +301,12 @@ class Sentences:
         return pictures
 
     def picture(self, index, number, k):
-        """Picture k of the item `number` in sentence `index`, without the others: (side, side, 3) uint8."""
+        """Picture k of item `number` of a sentence, alone: (side, side, 3) uint8."""
         item, frames = self._choose(index, number)
         return self._render(item, frames[k], index, number)
 
     def _choose(self, index, number):
-        """→ (Item, [Frame, …]): an item of a sentence, or what replaces it if it is broken."""
+        """Item `number` of a sentence, or what replaces it if it is broken, and its Frames."""
         pass_number, row = divmod(index, len(self))
         wanted = int(self._permuted(pass_number)[row, number])
         pool = self.order.substitutes(self.source[wanted])
@@ -333,13 +338,13 @@ class Sentences:
 class SourceSettings:
     """One [[data.sources]] table: where pictures come from and what sentences are made of them."""
 
-    path: str = "emoji"  # "emoji", a folder, or a WebDataset .tar (a shell pattern names many); a file of text
+    path: str = "emoji"  # "emoji", a folder, WebDataset .tar (a shell pattern names many), a text
     kind: str = "image"  # which visual sentence: a key of KINDS; or "text", which has no pictures
     modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
-    weight: float = 1.0  # share of the pictures drawn while training the tokenizer, from the same sentences
-    passes: float = 1.0  # how often its pictures are permuted into sentences when tokenizing; 0.5: half of them
-    mirror: bool = False  # half of the sentences as in a mirror: a small set goes further (LVM needs none)
-    move: bool = False  # of captioned pictures: each time a little turned, shrunk and shifted, on white
+    weight: float = 1.0  # its share of the pictures that train the tokenizer
+    passes: float = 1.0  # how often its pictures are permuted into sentences; 0.5: half of them
+    mirror: bool = False  # mirrors half of the sentences: a small set goes further (LVM: no)
+    move: bool = False  # of captioned pictures: turns, shrinks and shifts each a little, on white
 
     def __post_init__(self):
         settings.one_of(self, (*KINDS, "text"), "kind")
@@ -357,13 +362,13 @@ class DataSettings:
     side: int = 256  # pictures are side × side pixels
     pictures: int = 16  # pictures in a visual sentence: the N of KINDS
     sources: tuple[SourceSettings, ...] = ()
-    held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have their own split
+    held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have a split
     tokenizer: str = ""  # the VQGAN of an LVM run: a run's folder or a published one
     text_tokenizer: str = ""  # of a run on text: "bytes", or a folder with a tokenizer's files
     vae: str = ""  # of a U-Net's run: the autoencoder whose latents it draws
     clip: str = ""  # of a U-Net's run: the CLIP whose text tower reads its prompts
-    rows: tuple[str, ...] = ()  # JSONL files of tokenized sentences to train on, or patterns of them
-    weights: tuple[float, ...] = ()  # how rows files are mixed; empty: all rows shuffled together (LVM)
+    rows: tuple[str, ...] = ()  # rows files of tokenized sentences to train on, or patterns of them
+    weights: tuple[float, ...] = ()  # how they are mixed; empty: all rows shuffled together (LVM)
     held_out: tuple[str, ...] = ()  # JSONL files for the held-out loss
     workers: int = 2  # threads that prepare pictures
 
@@ -402,12 +407,13 @@ def open_sentences(data, seed, split="train"):
     opened, sentences = open_sources(data, split), []
     for s in data.sources:
         source = opened[s.path]
-        sentences.append(Sentences(source, s.kind, s.modalities, data.pictures, data.side, seed, s.mirror, s.passes))
+        sizes = (data.pictures, data.side)
+        sentences.append(Sentences(source, s.kind, s.modalities, *sizes, seed, s.mirror, s.passes))
     return sentences
 
 
 class PictureRows:
-    """Single pictures to train the tokenizer on, as they will stand in the sentences, holes and masks too."""
+    """Single pictures to train the tokenizer on, as sentences have them, holes and masks too."""
 
     def __init__(self, data, seed, split="train"):
         self.seed = seed
@@ -416,7 +422,7 @@ class PictureRows:
         self.cumulative_weights = np.cumsum(weights / weights.sum())
 
     def batch(self, step, microstep, rows):
-        """Rows `rows` (a range) of a batch: (len(rows), side, side, 3) uint8, from their numbers only."""
+        """Rows `rows` (a range) of a batch: (len(rows), side, side, 3) uint8."""
         return np.stack([self._picture(step, microstep, row) for row in rows])
 
     def _picture(self, step, microstep, row):
@@ -443,13 +449,13 @@ class HeldOutPictures:
         return len(self.entries)
 
     def take(self, n):
-        """n pictures, always the same, spaced evenly through the sources: (n, side, side, 3) uint8."""
+        """n pictures, always the same, evenly spaced in the sources: (n, side, side, 3) uint8."""
         chosen = [self.entries[i * len(self) // n] for i in range(n)]
         return np.stack([first_readable(source, start).image for source, start in chosen])
 
 
 class CaptionRows:
-    """Captioned pictures, to train what joins pictures and texts: every pair once in a pass, in a new order each."""
+    """Captioned pictures: every pair once in a pass, each pass in a new order."""
 
     def __init__(self, data, batch_size, seed, split="train"):
         self.seed, self.batch_size = seed, batch_size
@@ -469,9 +475,10 @@ class CaptionRows:
         return [item for item, _ in self.pairs if item.source.readable(item)]
 
     def batch(self, number, rows):
-        """Rows `rows` (a range) of batch `number`: (len(rows), side, side, 3) uint8, [caption, …]."""
+        """Rows `rows` (a range) of batch `number`: (n, side, side, 3) uint8, n captions."""
         pairs = [self.pair(number * self.batch_size + row) for row in rows]
-        return np.stack([picture for picture, _ in pairs]), [caption for _, caption in pairs]
+        pictures, captions = zip(*pairs, strict=True)
+        return np.stack(pictures), list(captions)
 
     def pair(self, position):
         """The picture and caption at one position of the endless sequence of passes."""
@@ -490,14 +497,16 @@ class CaptionRows:
 class TokenRows:
     """Rows files as batches of (inputs, targets): one endless stream of tokens, cut into windows.
 
-    The rows of an epoch are permuted and laid end to end without separators, epoch after epoch. Microstep m
-    covers stream[m·B·S : (m+1)·B·S + 1]: its first B·S tokens are the inputs, the last B·S the targets, both
-    as (B, S). Any window is found from the sums of row lengths: a run resumes at any microstep.
+    The rows of an epoch are permuted and laid end to end without separators, epoch after epoch.
+    Microstep m covers stream[m·B·S : (m+1)·B·S + 1]: its first B·S tokens are the inputs, the last
+    B·S the targets, both as (B, S). Any window is found from the sums of row lengths: a run resumes
+    at any microstep.
 
-    Rows lie in pools. Without `weights` there is one, and an epoch is all of it. With them each file is a pool:
-    file i gives round(total·w_i/Σw) rows to an epoch, taken onward from its own endless stream of permutations.
+    Rows lie in pools. Without `weights` there is one, and an epoch is all of it. With them each
+    file is a pool: file i gives round(total·w_i/Σw) rows to an epoch, taken onward from its own
+    endless stream of permutations.
 
-    rows      all readable rows of the files (RowsFiles: how broken ones are left out); `skipped`: how many are not
+    rows      RowsFiles: all readable rows; skipped: how many rows are broken and left out
     pools     [(indices of its rows, how many of them make an epoch)]
     tokens    in all rows together
     """
@@ -513,7 +522,9 @@ class TokenRows:
         self.rows = RowsFiles(itertools.chain.from_iterable(map(rows_files, paths)), vocab_size)
         self.skipped, self.tokens = self.rows.skipped, self.rows.tokens
         self.weighted = bool(weights)
-        self.pools = self._weighted_pools(paths, weights) if weights else [(np.arange(len(self.rows)), len(self.rows))]
+        self.pools = [(np.arange(len(self.rows)), len(self.rows))]
+        if weights:
+            self.pools = self._weighted_pools(paths, weights)
         self._epoch = functools.lru_cache(2)(self._permute)
         self._epoch_starts = [0]  # of epochs whose lengths differ
 
@@ -547,9 +558,9 @@ class TokenRows:
 
     def _locate(self, position):
         """Position in the stream → (epoch, position in the epoch)."""
-        if all(len(indices) == count for indices, count in self.pools):  # all epochs are equally long
+        if all(len(indices) == count for indices, count in self.pools):  # epochs of one length
             return divmod(position, self.tokens)
-        starts = self._epoch_starts[:]  # a copy, put back whole: threads of prefetch() may do this at once
+        starts = self._epoch_starts[:]  # a copy, put back whole: threads may do this at once
         while starts[-1] <= position:
             starts.append(starts[-1] + int(self._epoch(len(starts) - 1)[1][-1]))
         self._epoch_starts = starts
@@ -574,7 +585,7 @@ class TokenRows:
         return tokens
 
     def batch(self, microstep, rows):
-        """Rows `rows` (a range within range(B)) of a microstep: inputs, targets, (len(rows), S) int64."""
+        """Rows `rows` (a range within range(B)) of a microstep: inputs, targets (n, S) int64."""
         size = len(rows) * self.context
         first = (microstep * self.batch_size + rows.start) * self.context
         window = self.stream(first, size + 1)
@@ -585,7 +596,7 @@ class TokenRows:
 
 
 def prefetch(make, indices, workers, depth=4):
-    """make(i) for each i, in order, made by threads a few ahead of their use; exceptions surface here."""
+    """Yields make(i) for each i, in order; threads make them ahead. Exceptions are raised here."""
     indices = iter(indices)
     pool = ThreadPoolExecutor(max(1, workers))
     try:

@@ -1,17 +1,19 @@
 """Prepare: pictures and texts → rows of tokens, vocabularies; and looks at what was prepared.
 
-    [[data.sources]] ──▶ Sentences ──▶ VQGAN.encode ────▶ rows.jsonl     tokenize: a visual sentence a row
-    [[data.sources]] ──▶ read_texts ─▶ Tokenizer.encode ▶ rows.jsonl     tokenize, where the sources are texts
+    [[data.sources]] ──▶ Sentences ──▶ VQGAN.encode ────▶ rows.jsonl     tokenize: a sentence a row
+    [[data.sources]] ──▶ read_texts ─▶ Tokenizer.encode ▶ rows.jsonl     tokenize: a text a row
     [[data.sources]] ──▶ read_texts ─▶ train_bpe ───────▶ tokenizer.json vocabulary
-    rows.jsonl ────────▶ VQGAN.decode ──────────────────▶ grid.png       show (without rows: the sentences themselves)
+    rows.jsonl ────────▶ VQGAN.decode ──────────────────▶ grid.png       show
+    [[data.sources]] ──▶ Sentences ─────────────────────▶ grid.png       show, without rows
     rows, folder, tar ─▶ every row, every picture ──────▶ what is wrong  check, for DreamLLM's data
 
-    python prepare.py tokenize --config configs/X.toml --out rows.jsonl [--split held_out] [--shard i/n]
-    python prepare.py vocabulary --config configs/X.toml --out FOLDER
-    python prepare.py show [rows.jsonl] --config configs/X.toml --out grid.png
-    python prepare.py check rows.jsonl --images FOLDER
+    python prepare.py tokenize --config configs/X.toml --out rows.jsonl [--split held_out] [--shard
+    i/n] python prepare.py vocabulary --config configs/X.toml --out FOLDER python prepare.py show
+    [rows.jsonl] --config configs/X.toml --out grid.png python prepare.py check rows.jsonl --images
+    FOLDER
 
-Beside rows.jsonl, tokenize writes rows.jsonl.info.json: what the rows were made with (support/token_rows.py).
+Beside rows.jsonl, tokenize writes rows.jsonl.info.json: what the rows were made with
+(support/token_rows.py).
 """
 
 import argparse
@@ -61,7 +63,7 @@ def tokenize(args):
     made = prefetch(lambda number: with_digests(sentence(sentences, number)), numbers, data.workers)
     made = iter(tqdm(made, total=len(numbers), desc="tokenize", unit=" sentences", mininterval=1))
     with new_rows(args.out, RowsInfo.of_pictures(path, model, data.side)) as file:
-        while group := list(itertools.islice(made, 16)):  # 16 sentences at a time: enough to fill batches
+        while group := list(itertools.islice(made, 16)):  # sentences: enough to fill batches
             codes = cache.codes(list(itertools.chain.from_iterable(group)))  # (pictures, h·w)
             tokens, pictures = tokens + codes.size, pictures + len(codes)
             start = 0
@@ -69,7 +71,8 @@ def tokenize(args):
                 file.write(encode_row(codes[start : start + len(row)].ravel()))
                 start += len(row)
     rate = pictures / max(time.time() - began, 1e-9)
-    skipped = sum(source.skipped for source in {s.source for s in sentences})
+    sources = {s.source for s in sentences}
+    skipped = sum(source.skipped for source in sources)
     print(f"{args.out}: {len(numbers)} rows, {tokens} tokens, {rate:.1f} pictures/s, {skipped} skipped")
 
 
@@ -111,8 +114,8 @@ class CodeCache:
         return self.table[[self.rows[digest] for digest, _ in pictures]]
 
     def _make_room(self, count):
-        if len(self.rows) + count > len(self.table):  # full: forget all (a small data set never gets here)
-            self.rows.clear()
+        if len(self.rows) + count > len(self.table):
+            self.rows.clear()  # full: forget all (a small data set never gets here)
         if count > len(self.table):
             self.table = np.empty((count, self.table.shape[1]), np.int32)
 
@@ -128,7 +131,7 @@ class CodeCache:
 
 
 def tokenize_texts(args, data):
-    """Texts as rows of ids: what begins a text (if its tokenizer has such an id), the text, what ends it."""
+    """Texts as rows of ids: the id that begins a text (if there is one), the text, the end's."""
     if any(source.kind != "text" for source in data.sources):
         raise UserError("[[data.sources]] mixes text and pictures: make a rows file of each, in runs of their own")
     path = args.tokenizer or data.text_tokenizer
@@ -154,9 +157,10 @@ def all_texts(data, split):
 
 
 def vocabulary(args):
-    """Find the commonest pieces of the texts of [[data.sources]], and write them as a tokenizer's files.
+    """Find the commonest pieces of the texts of [[data.sources]]; write them as a tokenizer's files.
 
-    Byte-pair encoding of their train split, model.vocab_size tokens in all: a folder for data.text_tokenizer.
+    Byte-pair encoding of their train split, model.vocab_size tokens in all: a folder for
+    data.text_tokenizer.
     """
     out = out_folder(args.out, r"tokenizer(_config)?\.json")
     data, _ = read_config(args)
@@ -179,14 +183,14 @@ def vocabulary(args):
     print(f'{out}: {size} tokens; the longest is "{longest}"')
 
 
-# ---- show ------------------------------------------------------------------------------------------
+# ---- show --------------------------------------------------------------------------------------
 
 
 def show(args):
     """Draw a sheet of pictures, one sentence a row, evenly spaced.
 
-    Of a rows file, which is decoded; without one, of the visual sentences of [[data.sources]], as tokenize would
-    encode them.
+    Of a rows file, which is decoded; without one, of the visual sentences of [[data.sources]], as
+    tokenize would encode them.
     """
     out_file(args.out, SUFFIXES)
     if args.rows_file and "=" in args.rows_file and not os.path.exists(args.rows_file):
@@ -245,7 +249,7 @@ def some_lines(path, count):
 
 @torch.inference_mode()
 def decode_pictures(line, model, device, side):
-    """A line of a rows file → its pictures, (pictures, side, side, 3) uint8; ValueError if they are none."""
+    """A line of a rows file → (pictures, side, side, 3) uint8; ValueError if they are none."""
     height, width = model.grid(side)
     codes = decode_row(line, model.config.num_embeddings)
     if len(codes) % (height * width):
@@ -254,7 +258,7 @@ def decode_pictures(line, model, device, side):
     return np.concatenate([to_uint8(model.decode(some.to(device))) for some in grids.split(16)])
 
 
-# ---- check -----------------------------------------------------------------------------------------
+# ---- check -------------------------------------------------------------------------------------
 
 
 def check(args):
@@ -277,7 +281,7 @@ def check(args):
 
 
 def check_rows(path, folder, report):
-    """Reads every row of a JSON file and opens every picture that it names in `folder`; → a line of counts."""
+    """Reads every row of a JSON file, opens every picture that it names; → a line of counts."""
     problems = {}  # picture → what is wrong with it, or None
     formats, rows = [], 0
     for line, _, raw in json_rows(path):
@@ -319,7 +323,7 @@ def problem(open_it):
     return None
 
 
-# ---- the command line ------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
 def read_config(args):
@@ -353,7 +357,7 @@ MODEL = {
     "--tokenizer": dict(help="the tokenizer's folder: a VQGAN's, or a text tokenizer's (default: the configuration's)"),
     "--device": dict(help="default: cuda where there is one"),
 }
-COMMANDS = {  # name → (function, help in short, example, options); its docstring is the help at length
+COMMANDS = {  # name → (function, whose docstring is its --help; a summary; an example; its options)
     "tokenize": (
         tokenize,
         "pictures → visual sentences → rows.jsonl (or texts → rows.jsonl)",

@@ -1,7 +1,8 @@
 """Chance: endless streams of permutations, each item a pure function of its position.
 
-An epoch's order is never stored: pass p over `size` items is permuted by a generator of its own, whose key
-holds p. So a resumed run finds its place at once, and any number of machines sees the same order.
+An epoch's order is never stored: pass p over `size` items is permuted by a generator of its own,
+whose key holds p. So a resumed run finds its place at once, and any number of machines sees the
+same order.
 """
 
 import functools
@@ -11,7 +12,7 @@ import numpy as np
 
 @functools.lru_cache(8)
 def permutation(key, size, number):
-    """The order of pass `number` over the numbers 0 … size - 1: (size,) int64, not to be written to.
+    """The order of pass `number` over 0 … size - 1: (size,) int64, read-only.
 
     key = (seed, …) names the stream; the generator's key is (seed, number, …).
     """
@@ -22,7 +23,9 @@ def permutation(key, size, number):
 
 
 def shuffled(key, size, start, count):
-    """Items start … start + count of the endless stream that runs through 0 … size - 1, each pass permuted anew.
+    """Items start … start + count of the endless stream of passes over 0 … size - 1.
+
+    Each pass is permuted anew.
 
     → (count,) int64. key = (seed, …) names the stream: see `permutation`.
     """

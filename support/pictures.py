@@ -1,11 +1,12 @@
 """One picture: opened, cropped, moved, written; and batches of them as tensors.
 
-    file, bytes ──load_picture──▶ (H, W, 3) uint8 ──stack──▶ (B, H, W, 3) uint8 ──to_float──▶ (B, 3, H, W) in [0, 1]
-         ▲                            │   ▲                                                       │
-         └── save_grid, save_animation┘   └────────────────────── to_uint8, to_pil ───────────────┘
+    file ──load_picture──▶ (H, W, 3) uint8 ──stack, to_float──▶ (B, 3, H, W) float32 in [0, 1]
+     ▲                         │   ▲                                    │
+     └─ save_grid, ────────────┘   └────────── to_uint8, to_pil ────────┘
+        save_animation
 
-An array is always RGB, with white where the file is transparent. torch is imported by `to_float` only, so
-that the data code and the JAX trainer do without.
+An array is always RGB, with white where the file is transparent. torch is imported by `to_float`
+only, so that the data code and the JAX trainer do without.
 """
 
 import io
@@ -28,9 +29,9 @@ ANIMATED = (".gif", ".webp", ".apng")  # only these are opened to see whether th
 def load_picture(source, side=None, resize="crop", name=None, frame=0):
     """A picture file as (H, W, 3) uint8 RGB, transparency laid on white, camera rotation undone.
 
-    `source` is a path or the file's bytes (then `name` is what errors call it). With `side` the result is
-    (side, side, 3): resize="crop" cuts the middle square first, "stretch" squeezes the whole picture.
-    `frame` is for animations. A file that is absent or broken is a UserError.
+    `source` is a path or the file's bytes (then `name` is what errors call it). With `side` the
+    result is (side, side, 3): resize="crop" cuts the middle square first, "stretch" squeezes the
+    whole picture. `frame` is for animations. A file that is absent or broken is a UserError.
     """
     name = name or (source if isinstance(source, str | os.PathLike) else "picture")
     try:
@@ -61,7 +62,7 @@ def on_white(image):
 
 
 def fit_square(image, side, resize="crop"):
-    """A Pillow image as side × side pixels: the middle square is cut out, then resized (bicubic, antialiased).
+    """A Pillow image as side × side pixels: its middle square, resized (bicubic, antialiased).
 
     resize="stretch" squeezes the whole image instead; side None leaves it as it is.
     """
@@ -75,10 +76,10 @@ def fit_square(image, side, resize="crop"):
 
 
 def square(image, side, resample=Image.Resampling.BICUBIC, rounding=math.floor):
-    """A Pillow image as side × side pixels: its shorter side becomes `side`, then the middle is cut out.
+    """A Pillow image as side × side pixels: its shorter side becomes `side`, the rest is cut off.
 
-    So do CLIP (bicubic, floor) and torchvision's Resize with CenterCrop (bilinear, round): `rounding` says which
-    pixel comes first where the middle lies half a pixel off.
+    So do CLIP (bicubic, floor) and torchvision's Resize with CenterCrop (bilinear, round):
+    `rounding` says which pixel comes first where the middle lies half a pixel off.
     """
     width, height = image.size
     edge = min(width, height)
@@ -112,7 +113,7 @@ CLIP_FRAMES = 128  # 16 frames, 8 apart, and a little room for the start
 
 
 def random_motion(rng):
-    """(2, 4): a pose (scale, angle in degrees, x and y of the centre in sides) and its change per frame.
+    """(2, 4): a pose (scale, angle in degrees, x and y of the centre in sides), its change a frame.
 
     The picture turns by 10-30° in 8 frames, or slides, or grows and shrinks.
     """
@@ -131,12 +132,13 @@ def random_motion(rng):
 def motion_frame(picture, motion, t, background=255):
     """Frame t of the clip in which `picture` (S, S, 3) moves: (S, S, 3) uint8.
 
-    At the edge (of the frame, or of the sizes 0.4..1) it bounces, so any two frames determine the next.
+    At the edge (of the frame, or of the sizes 0.4..1) it bounces, so any two frames determine the
+    next.
     """
     side = len(picture)
     scale, angle, x, y = motion[0] + t * motion[1]
     scale, x, y = _bounce(scale, 0.4, 1), _bounce(x, -0.25, 0.25), _bounce(y, -0.25, 0.25)
-    # Pillow asks where each output pixel comes from. Drawn at twice the size, then halved: antialiased.
+    # Pillow asks where each output pixel comes from. At twice the size, then halved: antialiased.
     a, b = np.cos(np.deg2rad(angle)) / (2 * scale), np.sin(np.deg2rad(angle)) / (2 * scale)
     u, v = side * (1 + 2 * x), side * (1 + 2 * y)  # the picture's centre in the doubled frame
     inverse = (a, -b, side / 2 - a * u + b * v, b, a, side / 2 - b * u - a * v)
@@ -148,7 +150,7 @@ def motion_frame(picture, motion, t, background=255):
 
 
 def jitter(picture, rng):
-    """A picture (S, S, 3) uint8, turned by up to 12°, shrunk to 0.8 at most and shifted a little, on white."""
+    """A picture (S, S, 3), turned up to 12°, shrunk to 0.8 at most, shifted a little, on white."""
     x, y = rng.uniform(-0.06, 0.06, size=2)
     pose = (rng.uniform(0.8, 1), rng.uniform(-12, 12), x, y)
     return motion_frame(picture, np.array([pose, (0, 0, 0, 0)]), 0)
@@ -164,14 +166,14 @@ def _bounce(value, low, high):
 
 
 def to_float(pictures, device="cpu"):
-    """(B, H, W, 3) uint8, as an array or a list of pictures of one size → tensor (B, 3, H, W) float32 in [0, 1]."""
+    """Array or list (B, H, W, 3) uint8 → tensor (B, 3, H, W) float32 in [0, 1] on `device`."""
     import torch
 
     return torch.from_numpy(np.asarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 def to_uint8(images):
-    """Tensor (B, 3, H, W) around [0, 1] → array (B, H, W, 3) uint8; what lies outside is clipped."""
+    """Tensor (B, 3, H, W) in [0, 1] (what lies outside is clipped) → array (B, H, W, 3) uint8."""
     return (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -181,7 +183,7 @@ def to_pil(images):
 
 
 def psnr(images, truth):
-    """Peak signal-to-noise ratio of each picture in dB, (B,): tensors (B, 3, H, W), `truth` in [0, 1].
+    """Peak signal-to-noise ratio of each picture, (B,), in dB; of tensors (B, 3, H, W) in [0, 1].
 
     -10 log₁₀ of the mean squared error, `images` clipped to [0, 1].
     """

@@ -1,11 +1,12 @@
 """Sources: everything that opens pictures, captions and texts.
 
     "emoji" ──────────────▶ EmojiSource ┐
-    a folder, .tar files ─▶ FileSource  ┴─▶ Item: name, caption, category, pictures by modality, frames, views
+    a folder, .tar files ─▶ FileSource  ┴─▶ Item: name, caption, category, pictures, frames, views
     .txt, .jsonl ─────────▶ read_texts ───▶ str
 
-A picture is held out by a hash of its name, a text by a hash of itself: more data moves none of them from one
-split to the other, and no list is kept. What is broken is named once on stderr, counted, and left out.
+A picture is held out by a hash of its name, a text by a hash of itself: more data moves none of
+them from one split to the other, and no list is kept. What is broken is named once on stderr,
+counted, and left out.
 """
 
 import collections
@@ -26,19 +27,28 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support.pictures import ANIMATED, CLIP_FRAMES, COMPUTED, SUFFIXES, fit_square, load_picture, motion_frame, on_white
+from support.pictures import (
+    ANIMATED,
+    CLIP_FRAMES,
+    COMPUTED,
+    SUFFIXES,
+    fit_square,
+    load_picture,
+    motion_frame,
+    on_white,
+)
 from support.settings import UserError
 
 # ---- what is left out ----------------------------------------------------------------------------
 
 
 def warn(text):
-    """Prints one line on stderr, clear of progress bars: something is left out, and the work goes on."""
+    """Prints one line on stderr, clear of progress bars."""
     tqdm.write(text, file=sys.stderr)
 
 
 class Skipping:
-    """Base of all that reads many files or rows, some of which may be broken: each fault is named once.
+    """Base of what reads many files or rows, some of them broken: each fault is named once.
 
     skipped   how many faults have been found so far
     report    is called with one line for each, "skipped FILE: REASON"
@@ -62,7 +72,7 @@ SPLITS = ("train", "held_out", "new", "combo")
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a source, with all that is known of it; or a clip, or an object seen from many sides."""
+    """A picture of a source and all that is known of it; or a clip; or views of an object."""
 
     source: object
     name: str  # unique in its source
@@ -87,7 +97,7 @@ class Item:
         return {*self.parts, *COMPUTED}
 
     def picture(self, modality="image", frame=None, motion=None):
-        """One modality as (side, side, 3) uint8; `frame` counts a clip's frames or an object's views.
+        """One modality as (side, side, 3) uint8; `frame`: of a clip, or the view of an object.
 
         `motion` is for stills that are made to move (emoji); a filmed clip has its own.
         """
@@ -99,14 +109,14 @@ class Item:
 
 
 class PictureSource(Skipping):
-    """Base of the two sources of pictures: a list of Items, which ask it for their captions and pictures.
+    """Base of the two sources of pictures: a list of Items, and how their pictures are opened.
 
-    path, side    where it was opened, and how large its pictures are (None: as large as each of them is)
+    path, side    where it was opened; the pixels of a picture's side (None: as large as it is)
     items         all Items of one split; source[i] is one of them, len(source) their number
-    offers        the modalities that all items have, and "category", "frames", "views" where any item has them
+    offers        modalities that all items have; "category", "frames", "views" if any item has them
 
-    A subclass has caption(item) → str and picture(item, modality, frame, motion) → (side, side, 3) uint8, which
-    raises a UserError where the file is broken.
+    A subclass has caption(item) → str and picture(item, modality, frame, motion) → (side, side, 3)
+    uint8, which raises a UserError where the file is broken.
     """
 
     def __init__(self, path, side, report=warn):
@@ -130,7 +140,7 @@ class PictureSource(Skipping):
         return self.items[index]
 
     def readable(self, item, frames=(("image", None),)):
-        """Whether each of these pictures of an item, (modality, frame), can be made; a fault is skipped."""
+        """Whether these pictures of an item, [(modality, frame), …], can be made; else `skip`s."""
         try:
             for modality, frame in frames:
                 item.picture(modality, frame)
@@ -141,10 +151,10 @@ class PictureSource(Skipping):
 
 
 def open_source(path, side, split="train", held_out_fraction=0.02, report=warn):
-    """The pictures at `path`: "emoji", a folder, a .tar or a shell pattern of .tar files, as a PictureSource.
+    """The PictureSource at `path`: "emoji", a folder, a .tar or a shell pattern of .tar files.
 
     side                the pixels of a picture's side; None leaves every picture as large as it is
-    split               "train" or "held_out"; emoji also have the halves of the latter, "new" and "combo"
+    split               "train" or "held_out"; of emoji also its halves, "new" and "combo"
     held_out_fraction   which share of a folder or tar is held out; emoji have their own split
     report(text)        is called once for each file that is left out
 
@@ -167,7 +177,7 @@ def open_source(path, side, split="train", held_out_fraction=0.02, report=warn):
 
 
 def around(items, start):
-    """All items of a list, from index `start` on and then from its beginning: who replaces a broken one."""
+    """Yields all items of a list, from index `start` on and then from its beginning."""
     for step in range(len(items)):
         yield items[(start + step) % len(items)]
 
@@ -202,7 +212,7 @@ SAME = {  # men and women → persons, and likewise children, elders, couples
 
 
 def emoji_group(code):
-    """What a code sequence shows, whoever does it: "1f469-1f3ff-200d-1f692" → "1f9d1-1f692" (firefighter)."""
+    """What a code shows, whoever does it: "1f469-1f3ff-200d-1f692" → "1f9d1-1f692"."""
     parts = [SAME.get(part, part) for part in code.split("-") if part not in SIGNS]
     return "-".join(parts) or code  # a skin tone by itself is its own group
 
@@ -210,8 +220,8 @@ def emoji_group(code):
 def emoji_splits(codes):
     """{code: "train" | "new" | "combo"} for all emoji.
 
-    5 % of the groups are wholly `new`. Of the others, 5 % of the variants are `combo`: training sees the group,
-    in other variants (its shortest code always stays in training).
+    5 % of the groups are wholly `new`. Of the others, 5 % of the variants are `combo`: training
+    sees the group, in other variants (its shortest code always stays in training).
     """
     groups = collections.defaultdict(list)
     for code in sorted(codes, key=lambda code: (len(code), code)):
@@ -261,7 +271,7 @@ class EmojiSource(PictureSource):
         self.pixels = functools.lru_cache(max(64, 2**26 // (4 * (side or 72) ** 2)))(self._decode)
 
     def _describe(self, code):
-        """(number in the standard's order, category, caption such as "woman firefighter, dark skin tone")."""
+        """(number in the standard, category, caption: "woman firefighter, dark skin tone")."""
         code = code.replace("-fe0f", "")
         bare = "-".join(part for part in code.split("-") if part not in SKIN) or code
         emoji = self.known.get(code) or self.known.get(bare)
@@ -270,7 +280,7 @@ class EmojiSource(PictureSource):
         else:  # 200 files are newer than the list, or mere letters: name their parts
             parts = [part for part in bare.split("-") if part != "200d"]
             name = ", ".join(map(self._part_name, parts))
-            emoji = self.known.get(parts[0], self.known["1f523"])  # its first part, or "input symbol"
+            emoji = self.known.get(parts[0], self.known["1f523"])  # "input symbol"
         tones = list(dict.fromkeys(SKIN[part] for part in code.split("-")[1:] if part in SKIN))
         tone = f", {' and '.join(tones)} skin tone" if tones else ""
         return emoji.sort_order, emoji.category, name.lower() + tone
@@ -284,7 +294,7 @@ class EmojiSource(PictureSource):
         return self.captions[item.name]
 
     def picture(self, item, modality, frame=None, motion=None):
-        """(side, side, 3) uint8; frame `frame` of the clip, if `motion` (see `random_motion`) moves it."""
+        """(side, side, 3) uint8; with a `motion` (see `random_motion`), that frame of the clip."""
         pixels = self.pixels(item.name)  # (side, side, 4): colour on white, and the mask
         if modality == "mask":
             still, ground = np.repeat(pixels[..., 3:], 3, axis=-1), 0
@@ -315,13 +325,13 @@ def folder_files(folder):
 
 
 def _tar_files(tars, report):
-    """{shard/member: (tar, offset, size)}: headers are read once, the bytes only when they are wanted."""
+    """{shard/member: (tar, offset, size)}: headers are read now, the bytes when they are wanted."""
     files = {}
     top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in tars])
     for path in tars:
         shard, size, broken = os.path.relpath(os.path.abspath(path), top), os.path.getsize(path), None
         try:
-            with tarfile.open(path, "r:") as archive:  # uncompressed: members are found by their offset
+            with tarfile.open(path, "r:") as archive:  # uncompressed: members have offsets
                 try:
                     for member in archive:
                         if not member.isfile():
@@ -353,7 +363,8 @@ class FileSource(PictureSource):
     """Pictures of a folder, or of WebDataset tars: both are just names and bytes.
 
     a/b.jpg             an item of category "a"
-    a/b.txt, a/b.json   its caption (text, or {"caption": …}); or captions.jsonl: {"file": …, "caption": …}
+    a/b.txt, a/b.json   its caption (text, or {"caption": …})
+    captions.jsonl      captions of pictures beside it, a line each: {"file": …, "caption": …}
     a/b.depth.png       its annotation "depth"; every item must have it for the source to offer it
     a/c.gif, a/d.frames/00.png …      clips
     a/e.views/00.png, 00.mask.png …   an object from many sides
@@ -382,7 +393,7 @@ class FileSource(PictureSource):
         pictures.sort(key=_natural)
         stems = set(map(_stem, pictures))
         sidecars = collections.defaultdict(dict)  # stem of a picture → {modality: file}
-        groups = collections.defaultdict(list)  # name of a clip, an object or a picture → its files in order
+        groups = collections.defaultdict(list)  # name of a clip, object or picture → its files
         for name in pictures:
             base, _, modality = _stem(name).rpartition(".")
             parent = os.path.dirname(name)
@@ -467,11 +478,11 @@ class FileSource(PictureSource):
 
 
 def read_texts(path, split="train", held_out_fraction=0.02):
-    """Yields the texts at `path`: a .txt file is one, each line {"text": …} of a .jsonl file another.
+    """Yields the texts at `path`: a .txt file is one, each line {"text": …} of a .jsonl file is one.
 
-    A folder means all such files in it; "emoji" the captions, alone and after their category, with the pictures'
-    own split. Elsewhere a text is held out by a hash of itself: whatever else is added, it stays there, and so do
-    its copies.
+    A folder means all such files in it; "emoji" the captions, alone and after their category, with
+    the pictures' own split. Elsewhere a text is held out by a hash of itself: whatever else is
+    added, it stays there, and so do its copies.
     """
     if path == "emoji":
         for item in open_source(path, 1, split):

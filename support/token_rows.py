@@ -1,10 +1,10 @@
 """Rows of tokens on the disk: LVM's format, and what a rows file was made with.
 
-    rows.jsonl             {"tokens": "…"} a line: base64 of little-endian int32, a visual sentence or a text each
-    rows.jsonl.info.json   beside it: with which tokenizer, of pictures how large. LVM's own rows have no such file
+    rows.jsonl             a visual sentence or a text a line, {"tokens": base64 of little-endian int32}
+    rows.jsonl.info.json   what they were made with: RowsInfo. LVM's own rows have no such file
 
-prepare.py writes both, data.TokenRows reads the rows, and a run compares the rest with its configuration before
-it starts (check_rows).
+prepare.py writes both, data.TokenRows reads the rows, and a run compares the rest with its
+configuration before it starts (check_rows).
 """
 
 import base64
@@ -30,13 +30,13 @@ from support.sources import Skipping
 
 
 def encode_row(codes):
-    """A sentence's codes as a line of a rows file: base64 of little-endian int32, in JSON, with newline."""
+    """A sentence's codes (n,) as a line of a rows file, with its newline."""
     text = base64.b64encode(np.ascontiguousarray(codes, dtype="<i4").tobytes()).decode()
     return json.dumps({"tokens": text}) + "\n"
 
 
 def decode_row(line, vocab_size=None):
-    """A line of a rows file → codes (n,) int32 in [0, vocab_size); ValueError says what is wrong with it."""
+    """A line of a rows file → codes (n,) int32 in [0, vocab_size); ValueError: what is wrong."""
     try:
         text = json.loads(line)["tokens"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -56,21 +56,21 @@ def decode_row(line, vocab_size=None):
 
 # ---- rows files ---------------------------------------------------------------------------------
 
-INFO = ".info.json"  # ROWS.info.json lies beside ROWS and says what it was made with; LVM's own rows have none
+INFO = ".info.json"  # ROWS.info.json lies beside ROWS
 
 
 def rows_files(name):
-    """The rows files that an entry of data.rows or data.held_out names, which may be a pattern: [path, …]."""
+    """[path, …] of an entry of data.rows or data.held_out, which may be a pattern."""
     found = sorted(path for path in glob.glob(str(name)) if not path.endswith(INFO))
     return found or [str(name)]
 
 
 @contextlib.contextmanager
 def new_rows(path, info):
-    """Gives an open text file for the rows; when the block ends without an error, it is `path`, `info` beside it.
+    """Gives an open text file for rows, which becomes `path` when the block ends; `info` beside it.
 
-    Both appear whole, or not at all. The rows come first: rows without an info are read unchecked, a wrong one
-    would stop a run.
+    Both appear whole, or not at all. The rows come first: rows without an info are read unchecked,
+    a wrong one would stop a run.
     """
     beside = Path(f"{path}{INFO}")
     with checkpoint.atomic_file(beside) as info_file:
@@ -83,8 +83,9 @@ def new_rows(path, info):
 class RowsFiles(Skipping):
     """All readable rows of some rows files: rows[i] → its tokens, (n,) int32.
 
-    Opening reads and checks all of them (seconds per gigabyte); a broken one is named, counted in `skipped` and left
-    out. The files stay mapped into memory, and a row is decoded when it is asked for.
+    Opening reads and checks all of them (seconds per gigabyte); a broken one is named, counted in
+    `skipped` and left out. The files stay mapped into memory, and a row is decoded when it is asked
+    for.
 
     paths                the files
     file, start, end     (rows,) in which file a row's line is, and which of its bytes
@@ -182,11 +183,11 @@ def _fingerprint(data):
 
 
 def check_rows(data, vocab_size, tokenizers=()):
-    """Raises a UserError if rows of a run's [data] were made otherwise than the run would read them.
+    """Raises a UserError if the rows of a run's [data] were made otherwise than it reads them.
 
     vocab_size   the model's
-    tokenizers   a RowsInfo (of_pictures, of_text) of each tokenizer that the run has; rows of a kind for which
-                 there is none are compared in size only
+    tokenizers   RowsInfo.of_pictures or of_text of each tokenizer that the run has; without any,
+                 only sizes are compared
     """
     for own in tokenizers:
         if own.vocab_size > vocab_size:
