@@ -1,9 +1,9 @@
-"""Latent diffusion: pictures out of noise, one small step at a time, steered by text. Stable Diffusion 1, 2, XL.
+"""Latent diffusion: pictures out of noise in small steps, steered by text. SD 1, 2 and XL.
 
-An autoencoder compresses a picture to a grid of latents, 8 times smaller each way. Training adds noise to the latents,
-as much as a random time t says, and a U-Net learns to predict it. Sampling starts from pure noise: it predicts the
-noise, removes a little of it, and repeats. The U-Net sees the prompt through cross-attention. Its loss is a plain
-squared error.
+An autoencoder compresses a picture to a grid of latents, 8 times smaller each way. Training adds
+noise to the latents, as much as a random time t says, and a U-Net learns to predict it. Sampling
+starts from pure noise: it predicts the noise, removes a little of it, and repeats. The U-Net sees
+the prompt through cross-attention. Its loss is a plain squared error.
 
     image (B, 3, H, W) in [-1, 1] ── AutoencoderKL.encode · scaling_factor ──▶ x0 (B, 4, H/8, W/8)
                                                                                 │ add_noise(x0, noise, t)
@@ -15,13 +15,14 @@ squared error.
     symbol  B batch   x0 clean latents   ε noise   T number of times   ᾱ alphas_cumprod   α = √ᾱ   σ = √(1-ᾱ)
             x_t = α·x0 + σ·ε   v = α·ε - σ·x0   SNR = α²/σ²   λ = log(α/σ)   σ' = σ/α
 
-Papers: latent diffusion, Rombach et al. 2022; SDXL, Podell et al. 2023; DDPM, Ho et al. 2020; v-prediction, Salimans &
-Ho 2022; guidance, Ho & Salimans 2022. Each sampler names its own. Modules bear the names of the diffusers files, so
-that a checkpoint's keys can be read beside the code; published/stable_diffusion.py renames those of single files.
+Papers: latent diffusion, Rombach et al. 2022; SDXL, Podell et al. 2023; DDPM, Ho et al. 2020;
+v-prediction, Salimans & Ho 2022; guidance, Ho & Salimans 2022. Each sampler names its own. Modules
+bear the names of the diffusers files, so that a checkpoint's keys can be read beside the code;
+published/stable_diffusion.py renames those of single files.
 
-A text encoder has `.tokenize(texts) → (B, 77) int64`, `.hidden(tokens, layer=-1 | -2, final_norm=True) → (B, 77, D)`
-and `.pooled(tokens) → (B, P)`. To be saved, it also has what clip.CLIP has: `.save_pretrained(folder)`, `.tokenizer`,
-`.config.text.context_length`.
+A text encoder has `.tokenize(texts) → (B, 77) int64`, `.hidden(tokens, layer=-1 | -2,
+final_norm=True) → (B, 77, D)` and `.pooled(tokens) → (B, P)`. To be saved, it also has what
+clip.CLIP has: `.save_pretrained(folder)`, `.tokenizer`, `.config.text.context_length`.
 """
 
 import functools
@@ -47,24 +48,24 @@ from support.settings import UserError
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a U-Net; the defaults are SD 1.5's. Tuples have one entry per level, the largest grid first."""
+    """Shape of a U-Net, SD 1.5's by default. Tuples: one entry per level, largest grid first."""
 
     in_channels: int = 4
     out_channels: int = 4
     sample_size: int = 64  # side of the latents it was trained on; others work too
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # width of each level
     layers_per_block: int = 2
-    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block; 0: no attention
+    depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after each residual block
     mid_depth: int = 1  # … and in the middle
     heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: int = 768
-    use_linear_projection: bool = False  # around the transformer blocks: linear layers, or 1×1 convolutions
+    use_linear_projection: bool = False  # in SpatialTransformer; else 1×1 convolutions
     norm_num_groups: int = 32
-    # SDXL's second conditioning, one vector a picture: pooled text beside six numbers about its size, each
-    # of which becomes `addition_time_embed_dim` sines and cosines. 0: none
+    # SDXL's second conditioning, one vector a picture: pooled text beside six numbers about its
+    # size, each of which becomes `addition_time_embed_dim` sines and cosines. 0: none
     addition_time_embed_dim: int = 0
     projection_class_embeddings_input_dim: int = 0  # pooled text + 6 · addition_time_embed_dim
-    upcast_attention: bool = False  # kept only so that diffusers reads it back; ours sums in float32 anyway
+    upcast_attention: bool = False  # for diffusers only: our attention sums in float32
 
     def __post_init__(self):
         check_levels(self)
@@ -125,7 +126,7 @@ UNETS = {
 
 @dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """Shape of an autoencoder; the defaults are those of SD 1 and 2. The fields are those of vae/config.json."""
+    """Shape of an autoencoder, SD 1's and 2's by default. The fields are vae/config.json's."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -134,7 +135,7 @@ class AutoencoderKLConfig:
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # 1 / standard deviation of the latents: the U-Net sees them at about 1
+    scaling_factor: float = 0.18215  # 1 / standard deviation of the latents
 
     def __post_init__(self):
         check_levels(self)
@@ -212,7 +213,7 @@ class PixelAttention(Attention):
 
 
 class GEGLU(nn.Module):
-    """A gated layer (Shazeer 2020): the second half of the projection, through gelu, gates the first."""
+    """A gated layer (Shazeer 2020): half of the projection, through gelu, gates the other half."""
 
     def __init__(self, i, o):
         super().__init__()
@@ -224,15 +225,15 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Tokens of the picture (B, N, D) attend to each other, then to the prompt (B, M, D'); then an MLP. → (B, N, D)."""
+    """Tokens x (B, N, D): self-attention, then to the prompt (B, M, D'), an MLP → (B, N, D)."""
 
     def __init__(self, width, heads, context_width):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(width), Attention(width, heads)
         self.norm2, self.attn2 = nn.LayerNorm(width), Attention(width, heads, context_width)
         self.norm3 = nn.LayerNorm(width)
-        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # [1] was dropout
-        self.ff = nn.ModuleDict({"net": net})
+        gated, dropout, out = GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
+        self.ff = nn.ModuleDict({"net": nn.Sequential(gated, dropout, out)})
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
@@ -241,7 +242,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """(B, D, h, w), with a context (B, M, D') → (B, D, h, w): the positions become h·w tokens, and come back."""
+    """(B, D, h, w) and a context (B, M, D') → (B, D, h, w); the positions are h·w tokens within."""
 
     def __init__(self, width, heads, depth, config):
         super().__init__()
@@ -290,7 +291,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, with an attention after each if there are any, and the way to the next."""
+    """One resolution: residual blocks, an attention after each (or none), the way to the next."""
 
     def __init__(self, resnets, attentions=(), down=None, up=None):
         super().__init__()
@@ -316,7 +317,7 @@ class Level(nn.Module):
 
 
 def sinusoids(t, dim):
-    """t (B,), whole or not → (B, dim) float32: cosines, then sines, of wavelengths 2π to 2π·10000."""
+    """t (B,) → (B, dim) float32: cosines, then sines, of wavelengths 2π to 2π·10000."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
     angles = t.float()[:, None] * frequency  # (B, dim/2)
@@ -337,14 +338,14 @@ class VectorMLP(nn.Module):
 class UNet(nn.Module):
     """(noisy latents, time, context) → what the schedule calls the prediction: ε, v or x0.
 
-    It goes down to smaller and wider grids, then up again. Each residual block on the way up also gets the output of
-    its counterpart on the way down: the skips.
+    It goes down to smaller and wider grids, then up again. Each residual block on the way up also
+    gets the output of its counterpart on the way down: the skips.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute each block in the backward pass, to save memory
+        self.activation_checkpointing = False  # saves memory: see maybe_recompute
         widths, layers = config.block_out_channels, config.layers_per_block
         last, time_width, eps = len(widths) - 1, 4 * widths[0], 1e-5
 
@@ -382,7 +383,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, before, eps)
         self.conv_out = nn.Conv2d(before, config.out_channels, 3, padding=1)
 
-        # As in the published training code, every residual branch starts at zero, and so does the prediction.
+        # As in the published training code, all residual branches and the prediction start at zero.
         for module in self.modules():
             for name in ("conv2", "proj_out", "conv_out"):
                 if hasattr(module, name):
@@ -392,8 +393,8 @@ class UNet(nn.Module):
     def forward(self, latents, t, context, text_embeds=None, time_ids=None):
         """latents (B, C, h, w), t a number or (B,), context (B, M, D) → prediction (B, C, h, w).
 
-        SDXL: text_embeds (B, P), the pooled prompt, and time_ids (B, 6): height and width of the original picture,
-        top and left of the crop, height and width wanted.
+        SDXL: text_embeds (B, P), the pooled prompt, and time_ids (B, 6): height and width of the
+        original picture, top and left of the crop, height and width wanted.
         """
         emb = self.embed(torch.as_tensor(t, device=latents.device).expand(len(latents)), text_embeds, time_ids)
         emb = emb.to(latents.dtype)
@@ -416,7 +417,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def embed(self, t, text_embeds, time_ids):
-        """t (B,), SDXL's text_embeds (B, P) and time_ids (B, 6) → the time embedding (B, 4·width)."""
+        """t (B,), and SDXL's text_embeds (B, P), time_ids (B, 6) → time embedding (B, 4·width)."""
         dtype = self.time_embedding.linear_1.weight.dtype
         emb = self.time_embedding(sinusoids(t, self.config.block_out_channels[0]).to(dtype))
         if self.config.addition_time_embed_dim:
@@ -428,7 +429,8 @@ class UNet(nn.Module):
         return emb
 
     def maybe_recompute(self, level, *inputs):
-        # Not only while training: the gradient may have to pass through a U-Net that is itself frozen.
+        # Recomputes a block in the backward pass; in eval mode too, for the gradient may have to
+        # pass through a U-Net that is itself frozen.
         if self.activation_checkpointing and torch.is_grad_enabled():
             return recompute(level, *inputs, use_reentrant=False)
         return level(*inputs)
@@ -437,9 +439,10 @@ class UNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu", config=None):
-        """A U-Net from a diffusers folder (its own or a pipeline's) or a single file; `dtype` None: as stored.
+        """A U-Net from a diffusers folder, its own or a pipeline's, or from a single file.
 
-        A single file says nothing of its heads: unless it is one of the published sizes, give its UNetConfig.
+        dtype None: as stored. config: a UNetConfig for a single file, which says nothing of its
+        heads; not needed for the published sizes.
         """
         path = published.subfolder(path, "unet", published.UNET, published.PIPELINE)
         tensors = checkpoint.read_tensors(path)
@@ -452,7 +455,7 @@ class UNet(nn.Module):
         return checkpoint.load(cls, config, tensors, path, dtype, device)
 
     def save_pretrained(self, path):
-        """Writes config.json and diffusion_pytorch_model.safetensors, as diffusers' UNet2DConditionModel has them."""
+        """Writes a folder that diffusers' UNet2DConditionModel opens: config.json and weights."""
         checkpoint.write_json(Path(path) / "config.json", published.unet_json(self.config))
         checkpoint.write_tensors(Path(path) / "diffusion_pytorch_model.safetensors", self.state_dict())
 
@@ -530,7 +533,7 @@ def middle(width, groups):
 
 
 class AutoencoderKL(nn.Module):
-    """images ⇄ latents; each image becomes a normal distribution over latents (Kingma & Welling 2014)."""
+    """images ⇄ latents; an image becomes a normal distribution of them (Kingma & Welling 2014)."""
 
     def __init__(self, config):
         super().__init__()
@@ -540,7 +543,10 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def encode(self, images):
-        """images (B, 3, H, W) in [-1, 1] → (mean, log of the variance), each (B, z, H/factor, W/factor), not scaled."""
+        """images (B, 3, H, W) in [-1, 1] → (mean, log of the variance), not scaled.
+
+        Each is (B, z, H/factor, W/factor).
+        """
         height, width = images.shape[-2:]
         if width % self.config.factor or height % self.config.factor:
             raise UserError(
@@ -555,15 +561,19 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def forward(self, images, noise=None):
-        """images in [-1, 1], noise (B, z, h, w) ~ N(0, 1) or None for the mean → (reconstruction, mean, logvar)."""
+        """→ (reconstruction, mean, logvar) of images (B, 3, H, W) in [-1, 1].
+
+        noise (B, z, h, w) ~ N(0, 1); None: the mean is decoded.
+        """
         mean, logvar = self.encode(images)
         return self.decode(mean if noise is None else reparameterize(mean, logvar, noise)), mean, logvar
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu", config=None):
-        """An autoencoder from a diffusers folder (its own or a pipeline's) or a single file; `dtype` None: as stored.
+        """An autoencoder from a diffusers folder, its own or a pipeline's, or from a single file.
 
-        A single file says nothing of its scaling factor; without `config` it is taken to be SD 1's and 2's.
+        dtype None: as stored. config: an AutoencoderKLConfig for a single file, which says nothing
+        of its scaling factor; without one it is taken to be SD 1's and 2's.
         """
         path = published.subfolder(path, "vae", published.VAE, published.PIPELINE)
         tensors = checkpoint.read_tensors(path)
@@ -575,13 +585,13 @@ class AutoencoderKL(nn.Module):
         return checkpoint.load(cls, config, published.rename_vae(tensors, config), path, dtype, device)
 
     def save_pretrained(self, path):
-        """Writes config.json and diffusion_pytorch_model.safetensors, as diffusers' AutoencoderKL has them."""
+        """Writes a folder that diffusers' AutoencoderKL opens: config.json and weights."""
         checkpoint.write_json(Path(path) / "config.json", published.vae_json(self.config))
         checkpoint.write_tensors(Path(path) / "diffusion_pytorch_model.safetensors", self.state_dict())
 
 
 def reparameterize(mean, logvar, noise):
-    """A sample of the distribution that encode() returns, from noise ~ N(0, 1); gradients reach mean and logvar."""
+    """A sample of encode()'s distribution, from noise ~ N(0, 1); mean and logvar get gradients."""
     return mean + (logvar / 2).exp() * noise
 
 
@@ -595,7 +605,7 @@ def kl_divergence(mean, logvar):
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
-    """Weights of the terms, each divided by how many numbers a picture has: l1·|x-x̂| + l2·(x-x̂)² + kl·KL."""
+    """l1·|x-x̂| + l2·(x-x̂)² + kl·KL, each divided by how many numbers a picture has."""
 
     l1: float = 1.0
     l2: float = 0.0
@@ -641,11 +651,11 @@ BETA_SCHEDULES = {  # (beta_start, beta_end, T) → β (T,) float32
 
 
 class Prediction(NamedTuple):
-    """One of the things that a U-Net may predict from x_t = α·x0 + σ·ε, and what follows from it."""
+    """A kind of prediction from x_t = α·x0 + σ·ε, and what follows from it."""
 
     target: Callable  # (x0, ε, α, σ) → what it learns to predict
     x0_and_noise: Callable  # (prediction, x_t, α, σ) → (x0, ε)
-    relative_error: Callable  # SNR → the squared error of the prediction, over that of the x0 which follows from it
+    relative_error: Callable  # SNR → its squared error, over that of the x0 that follows from it
 
 
 PREDICTIONS = {
@@ -670,10 +680,11 @@ SPACINGS = ("", "leading", "linspace", "trailing")
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much noise there is at each time t in 0..T-1, and what the U-Net predicts. The defaults are SD 1.5's.
+    """How much noise there is at each time t in 0..T-1, and what the U-Net predicts.
 
-    `alphas_cumprod` (T,) holds ᾱ, float32 and computed as published: x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε. The fields are those
-    of scheduler_config.json; "squaredcos_cap_v2" is the cosine schedule, "sample" the prediction of x0.
+    `alphas_cumprod` (T,) holds ᾱ, float32 and computed as published: x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·ε.
+    The fields are those of scheduler_config.json, by default SD 1.5's; "squaredcos_cap_v2" is the
+    cosine schedule, "sample" the prediction of x0.
     """
 
     num_train_timesteps: int = 1000  # T
@@ -681,7 +692,8 @@ class NoiseSchedule:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"  # one of BETA_SCHEDULES
     prediction_type: str = "epsilon"  # one of PREDICTIONS
-    rescale_betas_zero_snr: bool = False  # nothing of the picture is left at T-1: dark and bright ones can be sampled
+    # nothing of the picture is left at T-1, so that dark and bright ones can be sampled
+    rescale_betas_zero_snr: bool = False
     timestep_spacing: str = ""  # which times a sampler visits; "": its own published choice
     steps_offset: int = 1  # added to "leading" times
     set_alpha_to_one: bool = False  # DDIM's last step goes to ᾱ = 1 (true), or only to ᾱ_0 (false)
@@ -696,24 +708,25 @@ class NoiseSchedule:
         settings.one_of(self, SPACINGS, "timestep_spacing")
         betas = BETA_SCHEDULES[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
         alphas_cumprod = (1 - betas).cumprod(0)
-        if self.rescale_betas_zero_snr:  # Lin et al. 2023, algorithm 1: move √ᾱ so that the last is 0, the first stays
+        if self.rescale_betas_zero_snr:
+            # Lin et al. 2023, algorithm 1: move √ᾱ so that the last is 0 and the first stays
             root = alphas_cumprod.sqrt()
             alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         if not alphas_cumprod[0] < 1 or not (alphas_cumprod[:-1] > 0).all():
             raise ValueError(
-                f"beta_start {self.beta_start} and beta_end {self.beta_end} must add noise at the first and leave "
-                f"something of the picture before the last of num_train_timesteps {self.num_train_timesteps}"
+                f"beta_start {self.beta_start} and beta_end {self.beta_end} must add noise at the first of "
+                f"num_train_timesteps {self.num_train_timesteps}, and leave some of the picture before the last"
             )
         if alphas_cumprod[-1] == 0 and self.prediction_type == "epsilon":
             raise ValueError(
-                "prediction_type epsilon says nothing of a picture of which the last time (rescale_betas_zero_snr, "
-                "large betas) leaves nothing: predict v_prediction or sample"
+                "prediction_type epsilon says nothing of the picture where only noise is left, as at the last time "
+                "with rescale_betas_zero_snr or large betas: use v_prediction or sample"
             )
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
 
     @classmethod
     def from_config(cls, saved, path="scheduler_config.json"):
-        """A diffusers scheduler_config.json (a dict) as a schedule: any of our samplers may then follow it."""
+        """A diffusers scheduler_config.json (a dict) as a schedule, for any of our samplers."""
         return settings.build(cls, published.schedule_fields(saved, path))
 
     def to_config(self):
@@ -741,7 +754,7 @@ class NoiseSchedule:
         return PREDICTIONS[self.prediction_type].target(x0, noise, *self.alpha_sigma_at(t, x0))
 
     def loss_weight(self, t, gamma):
-        """Min-SNR weights (Hang et al. 2023) for t (B,): as though the error of x0 counted min(SNR, γ) times."""
+        """Min-SNR weights (Hang et al. 2023) at t (B,): an error of x0 counts min(SNR, γ) times."""
         abar = self.alphas_cumprod.to(t.device)[t]
         snr = abar / (1 - abar)
         return snr.clamp(max=gamma) / PREDICTIONS[self.prediction_type].relative_error(snr)
@@ -749,15 +762,15 @@ class NoiseSchedule:
     # -- sampling --
 
     def x0_and_noise(self, prediction, x, abar):
-        """What the prediction says of x = α·x0 + σ·ε: (x0, ε); ᾱ is one number."""
+        """(x0, ε) that follow from the prediction at x = α·x0 + σ·ε; ᾱ is one number."""
         return PREDICTIONS[self.prediction_type].x0_and_noise(prediction, x, *self.alpha_sigma(abar))
 
     def timesteps(self, steps, spacing, strength=1.0, skip_last=False):
-        """The times a sampler visits, (n,) falling; float64, since those of "linspace" lie between whole ones.
+        """The times a sampler visits, (n,) falling; float64, for "linspace" falls between whole ones.
 
-        spacing: the sampler's default, unless the schedule sets one. strength below 1 keeps only the last so many
-        (image to image). skip_last divides the time into one step more and leaves the last out, as DPM-Solver++'s
-        published code does.
+        spacing: the sampler's default, unless the schedule sets one. strength below 1 keeps only
+        the last so many (image to image). skip_last divides the time into one step more and leaves
+        the last out, as DPM-Solver++'s published code does.
         """
         T, spacing = self.num_train_timesteps, self.timestep_spacing or spacing
         if not 1 <= steps <= T - skip_last or not 0 < strength <= 1:
@@ -788,39 +801,42 @@ def diffusion_loss(
 ):
     """E‖target - prediction‖² over noised latents (Ho et al. 2020, eq. 14), in float32. → a scalar
 
-    latents, noise (B, C, h, w), scaled; t (B,) int64 in 0..T-1; `unet`: anything called as a UNet is. min_snr: γ of
-    the min-SNR weights, published 5; 0: every time counts the same. perturbation (B, C, h, w): more noise, that the
-    U-Net is not told of (Ning et al. 2023: 0.1 · N(0, 1)), so that it learns to correct its own errors.
+    latents, noise (B, C, h, w), scaled; t (B,) int64 in 0..T-1; `unet`: anything called as a UNet
+    is. min_snr: γ of the min-SNR weights, published 5; 0: every time counts the same. perturbation
+    (B, C, h, w): more noise, that the U-Net is not told of (Ning et al. 2023: 0.1 · N(0, 1)), so
+    that it learns to correct its own errors.
     """
     noised = schedule.add_noise(latents, noise + perturbation, t)
     prediction = unet(noised, t, context, text_embeds, time_ids)
-    errors = (prediction.float() - schedule.target(latents, noise, t).float()).pow(2).mean((1, 2, 3))  # (B,)
+    target = schedule.target(latents, noise, t)
+    errors = (prediction.float() - target.float()).pow(2).mean((1, 2, 3))  # (B,)
     return (errors * schedule.loss_weight(t, min_snr)).mean() if min_snr else errors.mean()
 
 
 def offset_noise(noise, offsets, strength):
     """noise (B, C, h, w) + strength · offsets (B, C, 1, 1), both ~ N(0, 1).
 
-    So each channel's mean is noised as well, and brightness is learned (Guttenberg 2023, published strength 0.1).
+    So each channel's mean is noised as well, and brightness is learned (Guttenberg 2023, published
+    strength 0.1).
     """
     return noise + strength * offsets
 
 
 # ---- samplers --------------------------------------------------------------------------------
-# Each is a generator: it yields x after every step, and the last x is the sample. They share their arguments:
-#   predict(x, t) → prediction       the U-Net, its conditioning and guidance
-#   noise() → N(0, 1) like x          the noise to start from, then that of each step where the algorithm adds some
-#   image, strength                  image to image: latents to start from, and the share of the way they are noised
+# Each is a generator: it yields x after every step, and the last x is the sample. Arguments:
+#   predict(x, t) → prediction   the U-Net, its conditioning and guidance
+#   noise() → N(0, 1) like x     the noise to start from, then that of each step that adds some
+#   image, strength              latents to start from, and the share of the way they are noised
 # To add one, write its function and its row of SAMPLERS, below.
 
 
 def sampler_times(name, schedule, steps, strength):
-    """The times (n,) that the sampler of that name visits; a UserError if it cannot follow the schedule."""
+    """The times (n,) that this sampler visits; a UserError if it cannot follow the schedule."""
     sampler = SAMPLERS[name]
     kind = schedule.prediction_type
     if kind not in sampler.predictions:
         fitting = [other for other in SAMPLERS if kind in SAMPLERS[other].predictions]
-        raise UserError(f'sampler "{name}" cannot follow a {kind} schedule; {", ".join(fitting) or "none"} can')
+        raise UserError(f'sampler "{name}" cannot follow a schedule of {kind}; these can: {", ".join(fitting)}')
     return schedule.timesteps(steps, sampler.spacing, strength, sampler.skip_last)
 
 
@@ -833,7 +849,7 @@ def begin(name, schedule, steps, noise, image, strength, last=1.0):
 
 
 def sample_ddpm(predict, schedule, steps, noise, image=None, strength=1.0):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), with the posterior's own variance (eq. 7)."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2) with the posterior's variance (eq. 7)."""
     times, abar, x = begin("ddpm", schedule, steps, noise, image, strength)
     for t, a, a_next in zip(times, abar[:-1], abar[1:], strict=True):
         x0, _ = schedule.x0_and_noise(predict(x, t), x, a)
@@ -845,7 +861,7 @@ def sample_ddpm(predict, schedule, steps, noise, image=None, strength=1.0):
 
 
 def sample_ddim(predict, schedule, steps, noise, image=None, strength=1.0):
-    """Denoising diffusion implicit models (Song et al. 2021, eq. 12 with η = 0): no noise but the first. Order 1."""
+    """DDIM (Song et al. 2021, eq. 12 with η = 0): adds no noise after the first. Order 1."""
     last = 1.0 if schedule.set_alpha_to_one else schedule.alphas_cumprod[0]
     times, abar, x = begin("ddim", schedule, steps, noise, image, strength, last)
     for t, a, a_next in zip(times, abar[:-1], abar[1:], strict=True):
@@ -855,7 +871,7 @@ def sample_ddim(predict, schedule, steps, noise, image=None, strength=1.0):
 
 
 def sample_dpmpp_2m(predict, schedule, steps, noise, image=None, strength=1.0):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): extrapolates from this x0 and the one before. Order 2."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): extrapolates the last two x0. Order 2."""
     times, abar, x = begin("dpmpp_2m", schedule, steps, noise, image, strength)
     alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     lambdas = (alpha / sigma).log()  # the last is infinite: no noise left
@@ -864,7 +880,7 @@ def sample_dpmpp_2m(predict, schedule, steps, noise, image=None, strength=1.0):
         x0, _ = schedule.x0_and_noise(predict(x, t), x, abar[i])
         h = lambdas[i + 1] - lambdas[i]
         d = x0
-        if before is not None and i < len(times) - 1:  # at the last one h is infinite, and r would be 0
+        if before is not None and i < len(times) - 1:  # at the last step h is infinite: r would be 0
             r = (lambdas[i] - lambdas[i - 1]) / h
             d = x0 + (x0 - before) / (2 * r)
         x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * d
@@ -872,8 +888,8 @@ def sample_dpmpp_2m(predict, schedule, steps, noise, image=None, strength=1.0):
         yield x
 
 
-# Those in σ' = σ/α (Karras et al. 2022) keep x = x0 + σ'·ε, at SD's last time 15 times larger than the other samplers'
-# x, with zero SNR 4096 times; the U-Net still sees α·x.
+# Those in σ' = σ/α (Karras et al. 2022) keep x = x0 + σ'·ε, at SD's last time 15 times larger than
+# the other samplers' x, with zero SNR 4096 times; the U-Net still sees α·x.
 
 
 def begin_sigmas(name, schedule, steps, noise, image, strength):
@@ -895,7 +911,7 @@ def slope(predict, schedule, x, t, s):
 
 
 def sample_euler(predict, schedule, steps, noise, image=None, strength=1.0):
-    """Euler's method on dx/dσ' = ε (Karras et al. 2022, algorithm 1 without its correction). Order 1."""
+    """Euler's method on dx/dσ' = ε (Karras et al. 2022, algorithm 1, uncorrected). Order 1."""
     times, sigmas, x = begin_sigmas("euler", schedule, steps, noise, image, strength)
     for t, s, s_next in zip(times, sigmas[:-1], sigmas[1:], strict=True):
         x = x + slope(predict, schedule, x, t, s) * (s_next - s)
@@ -903,7 +919,7 @@ def sample_euler(predict, schedule, steps, noise, image=None, strength=1.0):
 
 
 def sample_euler_ancestral(predict, schedule, steps, noise, image=None, strength=1.0):
-    """Euler's method, but each step goes further down and adds noise back (Crowson's k-diffusion, `euler_a`)."""
+    """Euler's method, but each step goes too far, then adds noise (Crowson, k-diffusion)."""
     times, sigmas, x = begin_sigmas("euler_ancestral", schedule, steps, noise, image, strength)
     for t, s, s_next in zip(times, sigmas[:-1], sigmas[1:], strict=True):
         up = (s_next**2 * (s**2 - s_next**2) / s**2).sqrt()
@@ -920,7 +936,7 @@ class Sampler(NamedTuple):
     predictions: tuple[str, ...]  # the prediction types whose schedules it can follow
     spacing: str  # of its times, where the schedule sets none: as published
     skip_last: bool  # see NoiseSchedule.timesteps
-    order: int  # a path's error falls as 1/steps^order; 0: it adds noise, and only the distribution converges
+    order: int  # a path's error falls as 1/steps^order; 0: random, its distribution converges
     in_sigma: bool  # x is x0 + σ'·ε instead of x_t
 
     def __call__(self, predict, schedule, steps, noise, image=None, strength=1.0):
@@ -942,7 +958,8 @@ SAMPLERS = {  #               function                predictions spacing     sk
 def classifier_free_guidance(conditional, unconditional, scale, rescale=0.0):
     """Classifier-free guidance (Ho & Salimans 2022): away from the prediction without the prompt.
 
-    rescale in [0, 1] takes back, by so much, the contrast that guidance adds (Lin et al. 2023, eqs. 15-16).
+    rescale in [0, 1] takes back, by so much, the contrast that guidance adds (Lin et al. 2023, eqs.
+    15-16).
     """
     guided = unconditional + scale * (conditional - unconditional)
     if rescale:
@@ -952,8 +969,12 @@ def classifier_free_guidance(conditional, unconditional, scale, rescale=0.0):
 
 
 def seeded_noise(seed, count, shape, device):
-    """→ noise() → (count, *shape) ~ N(0, 1), new at each call. Row i is seeded with seed + i; None: by chance."""
-    generators = [torch.Generator() for _ in range(count)]  # on the CPU: the same noise for every device
+    """→ noise() → (count, *shape) ~ N(0, 1), new at each call.
+
+    Row i comes from a generator seeded with seed + i; seed None: by chance.
+    """
+    # on the CPU: the same noise for every device
+    generators = [torch.Generator() for _ in range(count)]
     for i, generator in enumerate(generators):
         generator.seed() if seed is None else generator.manual_seed(seed + i)
 
@@ -974,18 +995,21 @@ class Conditioning(NamedTuple):
 
 
 class LossNoise(NamedTuple):
-    """The random numbers in the loss of M pictures, in the order in which the published code draws them."""
+    """The random numbers in the loss of M pictures, in the published code's order."""
 
     sample: torch.Tensor  # (M, C, h, w) ~ N(0, 1): of the autoencoder's distribution
     noise: torch.Tensor  # (M, C, h, w) ~ N(0, 1): what the U-Net is to predict
     offset: torch.Tensor  # (M, C, 1, 1) ~ N(0, 1)
     perturbation: torch.Tensor  # (M, C, h, w) ~ N(0, 1)
     t: torch.Tensor  # (M,) int64 in 0..T-1
-    drop: torch.Tensor  # (M,) in [0, 1): DreamLLM drops a picture's conditioning where it is below config.drop
+    drop: torch.Tensor  # (M,) in [0, 1): DreamLLM drops the conditioning if it is below config.drop
 
 
 class LatentDiffusion(nn.Module):
-    """A U-Net, an autoencoder, a schedule, and the text encoder (two for SDXL, as a list; None: bring conditioning)."""
+    """A U-Net, an autoencoder, a schedule, and a text encoder.
+
+    text_encoder: SDXL has two, as a list; None: `generate` then takes conditioning, no texts.
+    """
 
     def __init__(self, unet, vae, schedule, text_encoder=None):
         super().__init__()
@@ -1004,9 +1028,9 @@ class LatentDiffusion(nn.Module):
     def encode_text(self, texts):
         """texts (a list of B) → Conditioning.
 
-        One encoder (SD 1 and 2): its last layer, after the final norm. Two (SDXL): the penultimate layers of both, no
-        norm, side by side, and the second's pooled projection. SD 2 learned from the penultimate layer too: its
-        published text encoder ends there.
+        One encoder (SD 1 and 2): its last layer, after the final norm. Two (SDXL): the penultimate
+        layers of both, no norm, side by side, and the second's pooled projection. SD 2 learned from
+        the penultimate layer too: its published text encoder ends there.
         """
         if not self.text_encoders:
             raise UserError("this latent diffusion has no text encoder: give it conditioning instead of texts")
@@ -1027,7 +1051,7 @@ class LatentDiffusion(nn.Module):
         return self.encode_text([prompts] if isinstance(prompts, str) else list(prompts))
 
     def with_guidance(self, prompts, negative, guidance):
-        """→ the Conditioning of the B prompts; with guidance, 2B rows: what to move away from, then the prompts."""
+        """→ the Conditioning of the B prompts; with guidance 2B rows, the negatives first."""
         wanted = self.to_conditioning(prompts)
         if (width := wanted.context.shape[-1]) != self.unet.config.cross_attention_dim:
             raise UserError(f"a context of width {width}: the U-Net takes {self.unet.config.cross_attention_dim}")
@@ -1051,7 +1075,7 @@ class LatentDiffusion(nn.Module):
         return torch.tensor([[height, width, 0, 0, height, width]] * count, device=self.unet.conv_in.weight.device)
 
     def to_latents(self, images, noise=None):
-        """images (B, 3, H, W) in [0, 1] → scaled latents: a sample made of noise ~ N(0, 1), or the mean."""
+        """images (B, 3, H, W) in [0, 1] → scaled latents: their mean, or a sample from `noise`."""
         weight = self.vae.quant_conv.weight
         mean, logvar = (x.float() for x in self.vae.encode((2 * images - 1).to(weight.device, weight.dtype)))
         return (mean if noise is None else reparameterize(mean, logvar, noise)) * self.vae.config.scaling_factor
@@ -1071,9 +1095,10 @@ class LatentDiffusion(nn.Module):
         return LossNoise(sample, noise, offset, perturbation, t, torch.rand(count, generator=generator).to(device))
 
     def loss(self, images, context, draws, min_snr=0.0, offset=0.0, perturbation=0.0):
-        """images (M, 3, H, W) in [0, 1], context (M, L, D), draws: their LossNoise → diffusion_loss, for DreamLLM.
+        """images (M, 3, H, W) in [0, 1], context (M, L, D), LossNoise → diffusion_loss.
 
-        Frozen weights let the gradient through to `context`. offset, perturbation: see offset_noise, diffusion_loss.
+        For DreamLLM: frozen weights let the gradient through to `context`. offset, perturbation:
+        see offset_noise, diffusion_loss.
         """
         x0 = self.to_latents(images, draws.sample)
         noise = offset_noise(draws.noise, draws.offset, offset)
@@ -1100,10 +1125,13 @@ class LatentDiffusion(nn.Module):
     ):
         """prompts (texts, context (B, M, D) or a Conditioning) → images (B, 3, H, W) in [0, 1].
 
-        negative: what to move away from, in the same forms, one or B; None is the empty text (SDXL: zeros).
-        guidance: 1 for none; one pass of the U-Net a step instead of two. size: pixels, a side or (height, width).
-        seed: picture i's noise is that of seed + i, the same in any batch; or noise() → (B, C, h, w) ~ N(0, 1).
-        image (B, 3, H, W) in [0, 1]: start from it instead of from noise; strength 1 leaves nothing of it.
+        negative: what to move away from, in the same forms, one or B; None: "" (SDXL: zeros).
+        guidance: 1 for none; one pass of the U-Net a step instead of two.
+        size: pixels, a side or (height, width); None: the size the U-Net was trained on.
+        seed: picture i's noise is that of seed + i, in any batch. noise() → (B, C, h, w) ~ N(0, 1)
+        replaces it.
+        image (B, 3, H, W) in [0, 1]: what to start from; strength 1 leaves nothing of it.
+        rescale: see classifier_free_guidance. progress: shows a bar.
         """
         if sampler not in SAMPLERS:
             raise UserError(f'no sampler "{sampler}"; there are {", ".join(SAMPLERS)}')
@@ -1139,10 +1167,11 @@ class LatentDiffusion(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, text_encoder=None, dtype=None, device="cpu", config=None):
-        """Latent diffusion from a diffusers pipeline folder or a single file (.safetensors, .ckpt) of SD 1, 2, XL.
+        """SD 1, 2 or XL from a diffusers pipeline folder or a single file (.safetensors, .ckpt).
 
-        text_encoder: what reads the prompts, as the class takes it: clip.text_encoders(path). config, for single files:
-        the YAML or JSON its code base keeps of it (a path, or its content as a dict), needed where shapes don't decide.
+        text_encoder: as the class takes it, e.g. clip.text_encoders(path).
+        config, for single files: the YAML or JSON its code base keeps of it (a path, or its content
+        as a dict), needed if the shapes don't decide.
         """
         path = checkpoint.weights_folder(path)
         if path.is_file():
@@ -1157,7 +1186,7 @@ class LatentDiffusion(nn.Module):
 
     @classmethod
     def from_single_file(cls, path, text_encoder=None, dtype=None, device="cpu", config=None):
-        """See from_pretrained; a config of the same name beside the file is found. Averaged weights are not read."""
+        """See from_pretrained. A config of the same name beside the file is found."""
         unet_config, vae_config, schedule = single_file_configs(path, config)
         unet = UNet.from_pretrained(path, dtype, device, unet_config)
         vae = AutoencoderKL.from_pretrained(path, dtype, device, vae_config)
@@ -1165,7 +1194,10 @@ class LatentDiffusion(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors, path, dtype=None, device="cpu"):
-        """The same, without a text encoder, from tensors named unet.… and vae.…; `path`: a folder of their configs."""
+        """The same, without a text encoder, from tensors named unet.… and vae.….
+
+        path: a folder of their configurations, as save_configs writes it.
+        """
         path, rest = Path(path), dict(tensors)
         unet_config, vae_config = read_config(UNetConfig, path / "unet"), read_config(AutoencoderKLConfig, path / "vae")
         unet, vae = checkpoint.pop_prefix(rest, "unet."), checkpoint.pop_prefix(rest, "vae.")
@@ -1183,7 +1215,7 @@ class LatentDiffusion(nn.Module):
         checkpoint.write_json(Path(path) / "scheduler" / "scheduler_config.json", self.schedule.to_config())
 
     def save_pretrained(self, path):
-        """Writes a diffusers pipeline folder; model_index.json last, so that it is there only when all else is."""
+        """Writes a diffusers pipeline folder; one that has model_index.json is complete."""
         path, folders = Path(path), ["unet", "vae", "scheduler"]
         xl = bool(self.unet.config.addition_time_embed_dim)
         self.save_configs(path)
@@ -1209,13 +1241,13 @@ def read_config(cls, folder):
 
 
 def original_config(source):
-    """The YAML or JSON a single file's code base keeps of it → (UNetConfig, AutoencoderKLConfig, NoiseSchedule)."""
+    """A single file's YAML or JSON → (UNetConfig, AutoencoderKLConfig, NoiseSchedule)."""
     classes, fields = (UNetConfig, AutoencoderKLConfig, NoiseSchedule), published.original_fields(source)
     return tuple(settings.build(cls, own) for cls, own in zip(classes, fields, strict=True))
 
 
 def single_file_configs(path, config=None):
-    """The three configurations of a whole model in one file: from `config`, one beside it, or its shapes."""
+    """The same three, from `config`, a file beside `path`, or the shapes of its weights."""
     tensors = published.read_single_file(path)
     if config := config or published.config_beside(path):
         return original_config(config)

@@ -2,13 +2,14 @@
 
     python bench/sampler_orders.py
 
-On a line, everything is known. Pictures are numbers: -1 or +1, with spread 0.3, a mixture of two normals. The noised
-densities are such mixtures too, so the best possible prediction is a formula, and so is the exact path of a point: it
-keeps its quantile. tests/test_diffusion.py asserts the orders seen here.
+On a line, everything is known. Pictures are numbers: -1 or +1, with spread 0.3, a mixture of two
+normals. The noised densities are such mixtures too, so the best possible prediction is a formula,
+and so is the exact path of a point: it keeps its quantile. tests/test_diffusion.py asserts the
+orders seen here.
 
-Left: exact paths from noise to the two modes, over the density; 8 steps of DDIM, and of DPM-Solver++(2M). Right: the
-largest error three quarters of the way, against the number of steps, of every sampler whose row in SAMPLERS has an
-order.
+Left: exact paths from noise to the two modes, over the density; 8 steps of DDIM, and of
+DPM-Solver++(2M). Right: the largest error three quarters of the way, against the number of steps,
+of every sampler that has an order in SAMPLERS.
 """
 
 import itertools
@@ -26,7 +27,8 @@ from support import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MEANS, SPREAD, T = torch.tensor([-1.0, 1.0], dtype=torch.float64), 0.3, 4097
-ORDERED = [name for name, sampler in SAMPLERS.items() if sampler.order]
+# those of which the paths of this file's schedule have an order
+ORDERED = [name for name, sampler in SAMPLERS.items() if sampler.order and "epsilon" in sampler.predictions]
 LINE = {"num_train_timesteps": T, "beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T, "beta_schedule": "linear"}
 
 
@@ -60,8 +62,9 @@ def exact(x, a_from, a_to):
 
 
 def path_error(sampler, prediction_type, steps):
-    """After three quarters of the way from T-1 to 0, which `steps` divides evenly; the last steps to no noise at all
-    are first order in every sampler."""
+    """After three quarters of the way from T-1 to 0, which `steps` divides evenly; the last steps
+    to no noise at all are first order in every sampler.
+    """
     schedule = NoiseSchedule(**LINE, prediction_type=prediction_type, timestep_spacing="linspace")
     a = schedule.alphas_cumprod.double()
     start = torch.linspace(-2, 2, 64, dtype=torch.float64)

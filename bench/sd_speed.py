@@ -1,12 +1,14 @@
-"""How long does Stable Diffusion 2.1, at its true size, take for a picture on this machine, and how much memory?
+"""How long does Stable Diffusion 2.1, at its true size, take for a picture on this machine, and how
+much memory?
 
     python bench/sd_speed.py                                         512×512, bfloat16, DDIM with guidance 7.5
     python bench/sd_speed.py --steps 2 --out sd.png                  only to see that it runs
 
-It measures text → tokens → text tower → U-Net → autoencoder. The weights are random, and as many as the published
-ones: SD 2.1's text tower is ViT-H/14's without its last block. CLIP's list of merges does not come with this
-repository, so a prompt is read letter by letter, with the published ids of the 256 bytes and of start and end; the
-tower always reads 77 tokens, so this changes no time. Prints the seconds of each part and the peak memory.
+It measures text → tokens → text tower → U-Net → autoencoder. The weights are random, and as many as
+the published ones: SD 2.1's text tower is ViT-H/14's without its last block. CLIP's list of merges
+does not come with this repository, so a prompt is read letter by letter, with the published ids of
+the 256 bytes and of start and end; the tower always reads 77 tokens, so this changes no time.
+Prints the seconds of each part and the peak memory.
 """
 
 import dataclasses
@@ -45,13 +47,13 @@ def timed(module, name, seconds):
 
 
 def letters():
-    """CLIP's tokenizer without its merges: the ids of the bytes, of start and end, and of the padding are CLIP's."""
+    """CLIP's tokenizer without its merges; the ids of bytes, start, end and padding are CLIP's."""
     vocabulary = CLIPTokenizer.of_bytes().vocabulary | {START: 49406, END: 49407}
     return CLIPTokenizer(vocabulary, [], pad=vocabulary["!"])
 
 
 def text_tower():
-    """SD 2.1's text encoder: of ViT-H/14 the text tower, without the last of its 24 blocks and the projection."""
+    """SD 2.1's text encoder: ViT-H/14's text tower without its last block and projection."""
     config = dataclasses.replace(CLIPConfig.named("ViT-H/14").text, layers=23)
     encoder = CLIP(CLIPConfig(embed_dim=0, vision=None, text=config)).eval()
     encoder.tokenizer = letters()
@@ -82,7 +84,7 @@ def main():
     print(f"SD 2.1 in {a.dtype}, made in {time.perf_counter() - start:.0f} s, on {device}; weights: {sizes}")
 
     text_seconds, unet_seconds, vae_seconds = [], [], []
-    timed(model, "encode_text", text_seconds)  # twice: the prompt, and the empty text that guidance leads away from
+    timed(model, "encode_text", text_seconds)  # twice: the prompt, and guidance's empty text
     timed(unet, "forward", unet_seconds)
     timed(vae, "decode", vae_seconds)
     start = time.perf_counter()

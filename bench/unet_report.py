@@ -2,18 +2,19 @@
 
     python bench/unet_report.py --run out/emoji/unet --clip out/emoji/clip --out out/emoji --guidance 1 2 4
 
-Names of the training set, and unseen combinations (`combo`: another skin tone or gender of a kind that was seen).
-Each is drawn once. A judge must find the name among 100 by the picture; beside it, the same of
+Names of the training set, and unseen combinations (`combo`: another skin tone or gender of a kind
+that was seen). Each is drawn once. A judge must find the name among 100 by the picture; beside it,
+the same of
 
     real    the emoji themselves. Those of the seen names are the CLIP's training pictures, as they are the U-Net's;
             it has seen no picture of `combo`, nor has the U-Net
     noise   what the autoencoder makes of the noise that drawing starts from
 
-There are two judges: the CLIP, whose text tower also tells the U-Net what to draw, so that it may be partial; and the
-bag of words of clip_report.py (linear, on 16×16 thumbnails), which had no part in the U-Net.
-Several --guidance: the one is taken whose pictures the CLIP recognises most often, of other names of the training set
-than those reported. The autoencoder's PSNR on held-out emoji stands in the report too.
-In brackets, and ±: 95 % intervals.
+There are two judges: the CLIP, whose text tower also tells the U-Net what to draw, so that it may
+be partial; and the bag of words of clip_report.py (linear, on 16×16 thumbnails), which had no part
+in the U-Net. Several --guidance: the one is taken whose pictures the CLIP recognises most often, of
+other names of the training set than those reported. The autoencoder's PSNR on held-out emoji stands
+in the report too. In brackets, and ±: 95 % intervals.
 """
 
 import sys
@@ -66,7 +67,7 @@ def reconstruction_psnr(model, pictures):
 
 
 def named_grid(rows, columns=6, lines=3):
-    """Rows of (name, drawn, real), pictures (S, S, 3) → one picture: drawn and real side by side, the name below."""
+    """Rows of (name, drawn, real), pictures (S, S, 3) → one picture of all."""
     side, font, pad, line = rows[0][1].shape[0], ImageFont.load_default(10), 6, 12
     width, height = 2 * side + 2 * pad, side + lines * line + 2 * pad
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")

@@ -1,12 +1,14 @@
-"""Stable Diffusion's published files ⇄ our names: diffusers folders, and single files of CompVis and Stability.
+"""Stable Diffusion's published files ⇄ our names: diffusers folders, and single files of CompVis
+and Stability.
 
     folder    config.json ──unet_fields, vae_fields, schedule_fields──▶ settings.Fields     and back: …_json
               weights bear our names already (but for old autoencoders: vae_names)
     one file  weights ──strip_prefix · checkpoint.renamed(unet_names, vae_names)──▶ tensors under our names
               its YAML, if any ──original_fields──▶ three settings.Fields
 
-A key of theirs is either a field of ours or fixed: our code computes one value of it, and a file that says another is
-refused. A key that is neither has no effect on what we compute; tests/test_diffusion.py lists those, and why.
+A key of theirs is either a field of ours or fixed: our code computes one value of it, and a file
+that says another is refused. A key that is neither has no effect on what we compute;
+tests/test_diffusion.py lists those, and why.
 """
 
 import math
@@ -75,7 +77,8 @@ VAE_FIXED = {
     "act_fn": "silu", "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
     "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
 }
-# A file without clip_sample is accepted, though diffusers' DDIM would clip: its pipelines switch that off, too.
+# A file without clip_sample is accepted, though diffusers' DDIM would clip: its pipelines switch
+# that off, too.
 SCHEDULER_FIXED = {
     "algorithm_type": "dpmsolver++", "clip_sample": False, "euler_at_final": False, "final_sigmas_type": "zero",
     "interpolation_type": "linear", "lambda_min_clipped": -math.inf, "lower_order_final": True, "solver_order": 2,
@@ -98,8 +101,8 @@ SCHEDULER_KINDS = (  # ours may follow the schedule of each
 def subfolder(path, name, *wanted):
     """A folder or file of weights: `path` itself, or its folder `name` if it is a whole pipeline.
 
-    path: also a run's folder. A folder that holds something other than `wanted` (see checkpoint.what_is) is a
-    UserError.
+    path: also a run's folder. A folder that holds something other than `wanted` (see
+    checkpoint.what_is) is a UserError.
     """
     path = checkpoint.weights_folder(path)
     if not path.is_dir():
@@ -187,7 +190,7 @@ def vae_json(config):
 
 
 def schedule_fields(saved, path="scheduler_config.json"):
-    """A scheduler_config.json, as parsed → the Fields of a NoiseSchedule: any of our samplers may then follow it."""
+    """A scheduler_config.json, as parsed → the Fields of a NoiseSchedule."""
     fields = settings.published(saved, path, SCHEDULE_KEYS, {"_class_name": SCHEDULER_KINDS}, SCHEDULER_FIXED)
     to_one = saved["_class_name"] != "PNDMScheduler"
     defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -210,7 +213,7 @@ def with_defaults(fields, defaults):
 
 
 def pipeline_json(folders, xl):
-    """model_index.json of a pipeline with these folders, which tells diffusers the class of each."""
+    """model_index.json of a pipeline with these folders: the class of each, for diffusers."""
     kinds = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -234,7 +237,7 @@ def pipeline_json(folders, xl):
 # ---- single files: their weights -------------------------------------------------------------
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-# Neither the U-Net's nor the autoencoder's: averaged weights, text encoders, tables that follow from the schedule.
+# Neither the U-Net's nor the autoencoder's: averaged weights, text encoders, the schedule's tables.
 # fmt: off
 NOT_WEIGHTS = (
     "model_ema.", "cond_stage_model.", "conditioner.", "denoiser.", "betas", "alphas_cumprod", "sqrt_",
@@ -244,7 +247,7 @@ NOT_WEIGHTS = (
 
 
 def read_single_file(path):
-    """The tensors of a whole model in one file, under their own names; one that belongs to no part is a UserError."""
+    """The tensors of a whole model in one file; one that belongs to no part is a UserError."""
     tensors = checkpoint.read_tensors(path)
     for name in tensors:
         if not name.startswith((UNET_PREFIX, VAE_PREFIX, *NOT_WEIGHTS)):
@@ -253,7 +256,10 @@ def read_single_file(path):
 
 
 def strip_prefix(tensors, prefix, path):
-    """The tensors whose names begin with `prefix`, without it; all, where none does: a file of one part only."""
+    """The tensors whose names begin with `prefix`, without it.
+
+    If there are none, all: a file of one part only has no prefix.
+    """
     own = checkpoint.pop_prefix(dict(tensors), prefix)
     own = own or {k: v for k, v in tensors.items() if not k.startswith(("loss.", *NOT_WEIGHTS))}
     if not own:
@@ -262,7 +268,7 @@ def strip_prefix(tensors, prefix, path):
 
 
 def unet_shape(tensors, path):
-    """(width of the first level, width of the context) of a U-Net's tensors under their names in single files."""
+    """(width of the first level, width of the context) of a single file's U-Net."""
     shapes = []
     for name in ("input_blocks.0.0.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"):
         if name not in tensors or tensors[name].ndim < 2:
@@ -277,22 +283,23 @@ def rename_unet(tensors, config):
 
 
 def rename_vae(tensors, config):
-    """An autoencoder's tensors of a single file, or of an old diffusers folder, under our names and shapes."""
+    """An autoencoder's tensors of a single file, or of an old folder, as ours."""
     tensors = checkpoint.renamed(tensors, as_patterns(vae_names(config)))
     for name, tensor in tensors.items():
-        if ".attentions." in name and tensor.ndim == 4:  # attention as 1×1 convolutions: (D, D, 1, 1) → (D, D)
+        if ".attentions." in name and tensor.ndim == 4:  # as 1×1 convolutions: (D, D, 1, 1) → (D, D)
             tensors[name] = tensor.flatten(1)
     return tensors
 
 
 def as_patterns(names):
-    """{beginning of a name, up to a dot: the new beginning} → a table for checkpoint.renamed, longer ones first."""
+    """{beginning of a name: new beginning} → a table for checkpoint.renamed, longer ones first."""
     longest_first = sorted(names.items(), key=lambda pair: len(pair[0]), reverse=True)
     return [(rf"^{re.escape(theirs)}\.", f"{ours}.") for theirs, ours in longest_first]
 
 
 def unet_names(config):
-    """{beginning of a name in single files: ours}. They number the blocks in the order in which they run. SD 1's:
+    """{beginning of a name in single files: ours}. They number the blocks in the order in which
+    they run. SD 1's:
 
     input_blocks.0.0              conv_in
     input_blocks.1.0.in_layers.2  down_blocks.0.resnets.0.conv1
@@ -408,7 +415,7 @@ def config_beside(path):
 
 
 def original_fields(source):
-    """A YAML or JSON file, or its content (a dict) → the Fields of UNetConfig, AutoencoderKLConfig, NoiseSchedule."""
+    """A YAML or JSON file, or its content → three Fields: U-Net, autoencoder, schedule."""
     path, content = "config", source
     if not isinstance(source, dict):
         path = Path(source)
@@ -428,7 +435,7 @@ def section(table, path, *names):
 
 def original_unet(model, path):
     saved = section(model, path, "unet_config" if "unet_config" in model else "network_config", "params")
-    # the U-Net's own image_size is marked as unused in the published files, and is another one there
+    # the published files have two of image_size, and mark the U-Net's own as unused
     saved = {"image_size": 64, "num_heads": -1, "num_head_channels": -1} | saved
     saved["image_size"] = model.get("image_size", saved["image_size"])
     required = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
@@ -467,7 +474,7 @@ def original_schedule(model, path):
     keys |= {"prediction_type": "parameterization"}
     saved = {"linear_start": 1e-4, "linear_end": 2e-2, "parameterization": "eps"} | model
     kinds = PARAMETERIZATIONS
-    if "denoiser_config" in model:  # Stability's: what is predicted follows from the class of the "scaling"
+    if "denoiser_config" in model:  # Stability's: the class of the "scaling" says what is predicted
         denoiser = section(model, path, "denoiser_config", "params")
         scaling = section(denoiser, path, "scaling_config").get("target")
         saved |= {"linear_start": 0.00085, "linear_end": 0.012, "parameterization": str(scaling).rpartition(".")[2]}
