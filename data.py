@@ -108,29 +108,33 @@ def times(item, n, stride, rng):
     """n frame numbers, evenly apart, from a random start; the stride shrinks to fit the clip."""
     stride = int(min(stride, (item.frames - 1) // max(n - 1, 1)))
     start = int(rng.integers(0, item.frames - (n - 1) * stride))
-    return [start + stride * i for i in range(n)]
+    return (start + stride * np.arange(n)).tolist()
+
+
+def frames_of(modality, numbers):
+    return [Frame(modality, number) for number in numbers]
 
 
 def video(item, n, modalities, shared, own):
-    return [Frame("image", t) for t in times(item, n, 8, own)]
+    return frames_of("image", times(item, n, 8, own))
 
 
 def sequence(item, n, modalities, shared, own):
     stride = own.integers(1, 5)
-    return [Frame("image", t) for t in times(item, n, stride, own)]
+    return frames_of("image", times(item, n, stride, own))
 
 
 def multisequence(item, n, modalities, shared, own):
     modalities, blocks = shared.permutation(modalities).tolist(), shared.random() < 0.5
     chosen = times(item, n, shared.integers(1, 5), own)
     if blocks:
-        return [Frame(modality, t) for modality in modalities for t in chosen]
-    return [Frame(modality, t) for t in chosen for modality in modalities]
+        return [Frame(modality, t) for modality, t in itertools.product(modalities, chosen)]
+    return [Frame(modality, t) for t, modality in itertools.product(chosen, modalities)]
 
 
 def object3d(item, n, modalities, shared, own):
     views = np.sort(own.choice(item.views, n // 4, replace=False)).tolist()
-    return [Frame("image", v) for v in views] + [Frame("mask", v) for v in views]
+    return frames_of("image", views) + frames_of("mask", views)
 
 
 # ---- in which order a source's items come --------------------------------------------------------
@@ -398,8 +402,11 @@ def open_sources(data, split):
         raise UserError("no pictures: the configuration has no [[data.sources]]")
     if any(source.kind == "text" for source in data.sources):
         raise UserError("a source of kind text has no pictures: remove it from [[data.sources]]")
-    paths = dict.fromkeys(source.path for source in data.sources)
-    return {path: open_source(path, data.side, split, data.held_out_fraction) for path in paths}
+    opened = {}
+    for source in data.sources:
+        if source.path not in opened:
+            opened[source.path] = open_source(source.path, data.side, split, data.held_out_fraction)
+    return opened
 
 
 def open_sentences(data, seed, split="train"):
@@ -450,8 +457,11 @@ class HeldOutPictures:
 
     def take(self, n):
         """n pictures, always the same, evenly spaced in the sources: (n, side, side, 3) uint8."""
-        chosen = [self.entries[i * len(self) // n] for i in range(n)]
-        return np.stack([first_readable(source, start).image for source, start in chosen])
+        pictures = []
+        for number in range(n):
+            source, start = self.entries[number * len(self) // n]
+            pictures.append(first_readable(source, start).image)
+        return np.stack(pictures)
 
 
 class CaptionRows:
