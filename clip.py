@@ -1,4 +1,4 @@
-"""CLIP: pictures and texts as points of one space, where a picture lies close to the texts that describe it.
+"""CLIP: pictures and texts as points of one space, a picture close to the texts that describe it.
 
     images (B, 3, S, S)                                  tokens (B, T) int64
       │ patch_embedding: a vector per P×P square           │ token_embedding
@@ -10,21 +10,24 @@
       ▼                                                    ▼
     image features (B, E)  ── scale · cosine ──▶ logits (B, B') ◀──  text features (B', E)
 
-CLIP is trained on pairs. In a batch, each picture must find its own text among all texts, and each text its picture
-(`contrastive_loss`); or each of the B² combinations is classified as a pair or not (`sigmoid_loss`, SigLIP).
+CLIP is trained on pairs. In a batch, each picture must find its own text among all texts, and
+each text its picture (`contrastive_loss`); or each of the B² combinations is classified as a pair
+or not (`sigmoid_loss`, SigLIP).
 
-Other models use one half. Latent diffusion is conditioned on the text tower's output for every token (`tokenize`,
-`hidden`, `pooled`); DreamLLM reads pictures as the vision tower's output for every patch (`patch_features`). So a
-CLIP may have one tower only: `config.text` or `config.vision` is None.
+Other models use one half. Latent diffusion is conditioned on the text tower's output for every
+token (`tokenize`, `hidden`, `pooled`); DreamLLM reads pictures as the vision tower's output for
+every patch (`patch_features`). So a CLIP may have one tower only: `config.text` or
+`config.vision` is None.
 
-Modules bear the names of Hugging Face's files (their misspelt pre_layrnorm too), so that a checkpoint's keys can be
-read beside the code. published/clip.py reads these files, OpenAI's and open_clip's; support/tokenizer.py has the
-tokenizer.
+Modules bear the names of Hugging Face's files (their misspelt pre_layrnorm too), so that a
+checkpoint's keys can be read beside the code. published/clip.py reads these files, OpenAI's and
+open_clip's; support/tokenizer.py has the tokenizer.
 
-    symbol  B batch   S image_size   P patch_size   N patches   T context_length   D width   E embed_dim   H heads
+    symbol  B batch      S image_size       P patch_size   N patches
+            T context_length   D width   E embed_dim   H heads
 
-CLIP: Radford et al. 2021 (Figure 3 is this file in ten lines). ViT: Dosovitskiy et al. 2021. Sigmoid loss:
-Zhai et al. 2023. H/14 and bigG/14: LAION's OpenCLIP, Cherti et al. 2023.
+CLIP: Radford et al. 2021 (Figure 3 is this file in ten lines). ViT: Dosovitskiy et al. 2021.
+Sigmoid loss: Zhai et al. 2023. H/14 and bigG/14: LAION's OpenCLIP, Cherti et al. 2023.
 """
 
 import dataclasses
@@ -47,7 +50,8 @@ from support.tokenizer import CLIPTokenizer, clip_file_names, find_clip_tokenize
 
 # ---- configuration ---------------------------------------------------------------------------
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's, of RGB in [0, 1]
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def quick_gelu(x):
@@ -60,7 +64,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the vision tower, and how its pictures are normalised. The defaults are OpenAI's ViT-B/32."""
+    """The vision tower's shape, and how its pictures are normalised. Defaults: OpenAI's ViT-B/32."""
 
     width: int = 768
     layers: int = 12
@@ -100,7 +104,7 @@ class TextConfig:
     context_length: int = 77
     activation: str = "quick_gelu"
     norm_eps: float = 1e-5
-    eos: int | None = None  # the end token's id, at whose first place the text's feature is read; None: the largest id
+    eos: int | None = None  # the end token, where the text's feature is read off; None: the largest id
 
     def __post_init__(self):
         check_tower(self)
@@ -121,7 +125,7 @@ def check_tower(config):
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Two towers and what joins them. A tower that is None is absent; `embed_dim` 0: no projections."""
+    """Two towers and what joins them. A tower may be None; `embed_dim` 0: no projections."""
 
     embed_dim: int = 512
     vision: VisionConfig | None = VisionConfig()
@@ -137,7 +141,7 @@ class CLIPConfig:
 
     @classmethod
     def named(cls, name, activation=None):
-        """A published size, e.g. "ViT-L/14": OpenAI's B and L (QuickGELU), LAION's H and bigG (GELU).
+        """A published size: OpenAI's B and L with QuickGELU, LAION's H and bigG with GELU.
 
         LAION's own B/32, B/16 and L/14 have OpenAI's shapes but activation="gelu".
         """
@@ -149,13 +153,13 @@ class CLIPConfig:
 
     @classmethod
     def from_weights(cls, path, activation=None):
-        """The config of any published file or folder; `activation` is needed where the files do not say it."""
+        """The config of any published file or folder; `activation`: if the files do not say it."""
         path = checkpoint.weights_folder(path)
         return cls.from_fields(*published.read(path), path, activation)
 
     @classmethod
     def from_fields(cls, fields, tensors, path, activation=None):
-        """The same of what published.read returns: without fields, from the shapes of the tensors."""
+        """The config of what published.read returns: without fields, from the tensors' shapes."""
         if fields is None and activation is None:
             way_out = 'config=CLIPConfig.from_weights(path, activation="quick_gelu") for OpenAI\'s, "gelu" for LAION\'s'
             raise UserError(f"{path}: these weights do not say which GELU they were trained with; pass {way_out}")
@@ -228,8 +232,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The blocks of a tower, (B, T, D) → (B, T, D).
 
-    `layer` counts their outputs from the end, as Hugging Face's hidden_states do: -1 is after the last block, -2
-    after the last but one.
+    `layer` counts their outputs from the end, as Hugging Face's hidden_states do: -1 is after the
+    last block, -2 after the last but one.
     """
 
     def __init__(self, c):
@@ -267,7 +271,7 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(c.width, c.norm_eps)  # of the class token alone
 
     def hidden(self, images, layer=-1):
-        """images (B, 3, S, S), normalised → (B, 1+N, D) after the given layer, before post_layernorm."""
+        """Normalised images (B, 3, S, S) → (B, 1+N, D) after the given layer."""
         side = self.config.image_size
         if images.shape[1:] != (3, side, side):
             raise UserError(f"this CLIP reads pictures of (3, {side}, {side}), not {tuple(images.shape[1:])}")
@@ -307,9 +311,11 @@ class CLIP(nn.Module):
     """images (B, 3, S, S) and tokens (B', T) → features of one space. See the top of the file.
 
     A text encoder of latent diffusion has three methods:
-        tokenize(texts) → (B, T) int64;  hidden(tokens, layer, final_norm) → (B, T, D);  pooled(tokens) → (B, E)
-    SD 1 and SD 2 take hidden(tokens); SDXL takes hidden(tokens, layer=-2, final_norm=False) of its two
-    encoders, side by side, and pooled(tokens) of the second.
+        tokenize(texts) → (B, T) int64
+        hidden(tokens, layer, final_norm) → (B, T, D)
+        pooled(tokens) → (B, E)
+    SD 1 and SD 2 take hidden(tokens); SDXL takes hidden(tokens, layer=-2, final_norm=False) of
+    its two encoders, side by side, and pooled(tokens) of the second.
     """
 
     def __init__(self, config):
@@ -325,8 +331,8 @@ class CLIP(nn.Module):
         if c.text and c.embed_dim:
             self.text_projection = nn.Linear(c.text.width, c.embed_dim, bias=False)
         if c.vision and c.text:
-            # the logarithm of the factor before the cosines: it starts at 1 / 0.07, or with SigLIP at 10.
-            # Training should keep it at or below ln 100 (section 2.5)
+            # the logarithm of the factor before the cosines: it starts at 1 / 0.07, or with SigLIP
+            # at 10. Training should keep it at or below ln 100 (section 2.5)
             self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if c.logit_bias else 1 / 0.07)))
         if c.logit_bias:
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
@@ -362,7 +368,8 @@ class CLIP(nn.Module):
     def forward(self, images, tokens):
         """For training: image features (B, E), text features (B', E), scale (), bias () or None.
 
-        Features, not logits, because the losses below compare them with those of every other process too.
+        Features, not logits, because the losses below compare them with those of every other
+        process too.
         """
         bias = self.logit_bias if self.config.logit_bias else None
         return self.encode_image(images), self.encode_text(tokens), self.logit_scale.exp(), bias
@@ -373,33 +380,36 @@ class CLIP(nn.Module):
         return pair_logits(image, text, scale, bias)
 
     def encode_image(self, images, normalize=True):
-        """images (B, 3, S, S) as `preprocess` makes them → features (B, E), of length 1 if normalize."""
+        """images (B, 3, S, S), normalised → features (B, E), of length 1 if `normalize`."""
         x = self.vision_model.post_layernorm(self.vision_model.hidden(images)[:, 0])  # (B, D)
         x = self.visual_projection(x) if self.config.embed_dim else x
         return F.normalize(x, dim=-1) if normalize else x
 
     def encode_text(self, tokens, normalize=True):
-        """tokens (B, T) as `tokenize` makes them → features (B, E), of length 1 if normalize."""
+        """tokens (B, T) → features (B, E), of length 1 if `normalize`."""
         x = self.pooled(tokens)
         return F.normalize(x, dim=-1) if normalize else x
 
     def patch_features(self, images):
-        """images (B, 3, S, S) → (B, N, D): each patch after the last block but one, without a norm (LLaVA's choice)."""
+        """images (B, 3, S, S) → (B, N, D): each patch after the last block but one, as in LLaVA."""
         return self.vision_model.hidden(images, layer=-2)[:, 1:]
 
     def hidden(self, tokens, layer=-1, final_norm=True):
-        """tokens (B, T) → (B, T, D): the text tower's output for each token after the given layer."""
+        """tokens (B, T) → (B, T, D): the text tower's output after the given layer."""
         return self.text_model.hidden(tokens, layer, final_norm)
 
     def pooled(self, tokens):
-        """tokens (B, T) → (B, E): the end token, which has seen the whole text; (B, D) without a projection."""
+        """tokens (B, T) → (B, E): the end token, which has seen the whole text.
+
+        (B, D) without a projection.
+        """
         eos = self.config.text.eos
         end = tokens.argmax(-1) if eos is None else (tokens == eos).int().argmax(-1)  # (B,), the first of them
         x = self.text_model.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), end]  # (B, D)
         return self.text_projection(x) if self.config.embed_dim else x
 
     def tokenize(self, texts):
-        """A list of texts → (B, T) int64: start, text, end, padding. Texts that are too long are cut."""
+        """A list of texts → (B, T) int64: start, text, end, padding. Long texts are cut."""
         if self.tokenizer is None:
             raise UserError(
                 f"this CLIP came without a tokenizer: put {clip_file_names()} next to its weights, "
@@ -414,14 +424,14 @@ class CLIP(nn.Module):
         return tokens
 
     def text_encoder(self):
-        """The text tower as a CLIP of its own that shares the weights: what latent diffusion keeps."""
+        """The text tower as a CLIP of its own that shares the weights: latent diffusion's part."""
         with torch.device("meta"):  # no weights of its own
             alone = CLIP(dataclasses.replace(self.config, vision=None, embed_dim=0, logit_bias=False))
         alone.text_model, alone.tokenizer = self.text_model, self.tokenizer
         return alone
 
     def vision_encoder(self):
-        """The vision tower as a CLIP of its own that shares the weights: what DreamLLM keeps."""
+        """The vision tower as a CLIP of its own that shares the weights: DreamLLM's part."""
         with torch.device("meta"):
             alone = CLIP(dataclasses.replace(self.config, text=None, embed_dim=0, logit_bias=False))
         alone.vision_model = self.vision_model
@@ -433,7 +443,7 @@ class CLIP(nn.Module):
         return normalize(images, c.mean, c.std)
 
     def preprocess(self, images):
-        """A list of PIL images of any size → (B, 3, S, S), cropped and normalised for this model."""
+        """A list of PIL images → (B, 3, S, S), cropped and normalised for this model."""
         c = self.config.vision
         return preprocess(images, c.image_size, c.mean, c.std)
 
@@ -443,9 +453,10 @@ class CLIP(nn.Module):
     def from_pretrained(cls, path, dtype=None, device="cpu", config=None):
         """A CLIP, or one tower of it, from a run of ours or a published file or folder.
 
-        Reads Hugging Face folders (CLIPModel, CLIPTextModel and CLIPVisionModel, with or without projection),
-        OpenAI's .pt archives, and state dicts with OpenAI's names, which open_clip shares. `dtype` None: as
-        stored, or float32 where a file mixes several. `config` is asked for where a file leaves it open.
+        Reads Hugging Face folders (CLIPModel, CLIPTextModel and CLIPVisionModel, with or without
+        projection), OpenAI's .pt archives, and state dicts with OpenAI's names, which open_clip
+        shares. `dtype` None: as stored, or float32 where a file mixes several. `config` is asked
+        for where a file leaves it open.
         """
         path = checkpoint.weights_folder(path)
         fields, tensors = published.read(path)
@@ -454,7 +465,10 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors, path, dtype=None, device="cpu", config=None):
-        """A CLIP of tensors under Hugging Face's names; at `path` lie its tokenizer and, if not given, its config."""
+        """A CLIP of tensors under Hugging Face's names.
+
+        Its tokenizer is looked for at `path`, and so is its config if none is given.
+        """
         if config is None:
             folder = path if path.is_dir() else path.parent
             config = CLIPConfig.from_fields(published.read_hf_config(folder, tensors), tensors, path)
@@ -465,7 +479,10 @@ class CLIP(nn.Module):
         return model
 
     def save_pretrained(self, path):
-        """Writes config.json, model.safetensors, preprocessor_config.json and the tokenizer as transformers does."""
+        """Writes config.json, model.safetensors, preprocessor_config.json and the tokenizer.
+
+        transformers opens the folder as a CLIPModel, or as the tower that it is.
+        """
         self.save_config(path)
         checkpoint.write_tensors(Path(path) / "model.safetensors", self.state_dict())
         if self.config.text and self.tokenizer:
@@ -491,10 +508,11 @@ def pair_logits(image, text, scale, bias=None):
 
 
 def contrastive_loss(image, text, scale):
-    """CLIP's loss (Figure 3): image i of (B, E) and text i of (B, E) must find each other among all → ().
+    """CLIP's loss (Figure 3): image i and text i, both (B, E), must find each other → ().
 
-    With several processes, each has the pairs of its own rows and compares them with the rows of all. The mean of
-    loss and gradients over the processes, which DistributedDataParallel takes, is that of one process with all rows.
+    With several processes, each has the pairs of its own rows and compares them with the rows of
+    all. The mean of loss and gradients over the processes, which DistributedDataParallel takes,
+    is that of one process with all rows.
     """
     image, text = image.float(), text.float()
     own = row_offset(image) + torch.arange(len(image), device=image.device)
@@ -505,7 +523,7 @@ def contrastive_loss(image, text, scale):
 
 
 def sigmoid_loss(image, text, scale, bias):
-    """SigLIP's loss (Zhai et al. 2023, section 3.2): does picture i belong to text j? for every i and j → ().
+    """SigLIP's loss (section 3.2): does image i belong to text j? for every i and j → ().
 
     Over several processes as in contrastive_loss.
     """
@@ -517,7 +535,7 @@ def sigmoid_loss(image, text, scale, bias):
 
 
 class Gather(torch.autograd.Function):
-    """x (B, E) of every process → (B·processes, E); gradients come back from all processes that used x.
+    """x (B, E) of every process → (B·processes, E), with gradients from every process.
 
     As torch.distributed.nn.functional.all_gather does, which torch 2.13 warns is on its way out.
     """
@@ -549,17 +567,18 @@ def row_offset(x):
 
 
 def normalize(images, mean=MEAN, std=STD):
-    """images (B, 3, H, W) in [0, 1] → each colour less its mean, divided by its standard deviation."""
+    """images (B, 3, H, W) in [0, 1] → (x - mean) / std, in each colour."""
     mean, std = (torch.tensor(numbers, device=images.device).view(3, 1, 1) for numbers in (mean, std))
     return (images - mean) / std
 
 
 def preprocess(images, side=224, mean=MEAN, std=STD):
-    """A list of PIL images → (B, 3, side, side): on white, shorter side to `side` (bicubic), centre crop, normalised.
+    """A list of PIL images → (B, 3, side, side).
 
-    Pixel for pixel what the CLIPImageProcessor of transformers 5 does. OpenAI's own differs in two details: it
-    drops transparency instead of showing white behind it, and of an odd number of superfluous pixels it
-    sometimes cuts one more on the left or top.
+    Laid on white, resized (bicubic) until the shorter side is `side`, cropped to the middle,
+    normalised. Pixel for pixel what the CLIPImageProcessor of transformers 5 does. OpenAI's own
+    differs in two details: it drops transparency instead of showing white behind it, and of an
+    odd number of superfluous pixels it sometimes cuts one more on the left or top.
     """
     pictures = [np.asarray(square(on_white(image), side)) for image in images]
     return normalize(to_float(np.stack(pictures)), mean, std).contiguous()
@@ -569,10 +588,11 @@ def preprocess(images, side=224, mean=MEAN, std=STD):
 
 
 def text_encoders(path, tokenizer=None, dtype=None, device="cpu"):
-    """The text towers of a Stable Diffusion at `path`, in order: a list of one (SD 1, SD 2) or two CLIPs (SDXL).
+    """The text towers of a Stable Diffusion: a list of one (SD 1, SD 2) or two CLIPs (SDXL).
 
-    `path`: a folder with text_encoder/ (and text_encoder_2/), or a single-file checkpoint, which brings no
-    vocabulary: `tokenizer` names its file or folder, unless it lies beside the checkpoint.
+    `path`: a folder with text_encoder/ (and text_encoder_2/), or a single-file checkpoint, which
+    brings no vocabulary: `tokenizer` names its file or folder, unless it lies beside the
+    checkpoint.
     """
     path, encoders = checkpoint.weights_folder(path), []
     if path.is_dir():

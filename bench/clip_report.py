@@ -2,19 +2,21 @@
 
     python bench/clip_report.py --run out/emoji/clip
 
-Two held-out sets: `combo`, whose kind of emoji was seen in other variants (another skin tone, another gender), and
-`new`, whose kind was not. For each picture:
+Two held-out sets: `combo`, whose kind of emoji was seen in other variants (another skin tone,
+another gender), and `new`, whose kind was not. For each picture:
 
     retrieval   its own name among 100, the others chosen at random from all emoji; R@1: it comes first, R@5: among five
     category    one of ten: that of the training name that lies closest (names only: no picture serves as example)
 
-The two baselines are chance and a bag of words: ridge regression from a 16×16 thumbnail to the words of the name.
-Chance for a category is the share of the most frequent one. Every picture of `combo` is of one category, people, so a
-constant answer is as good there as any; only `new` measures categories.
+The two baselines are chance and a bag of words: ridge regression from a 16×16 thumbnail to the
+words of the name. Chance for a category is the share of the most frequent one. Every picture of
+`combo` is of one category, people, so a constant answer is as good there as any; only `new`
+measures categories.
 
-Why the closest name: a category is not one direction in the space of names (its mean would lie in the middle of
-"people" and "symbols" alike), but a set of them. And the closest name needs only a model's ranking, so the rule is the
-same for both models and has no scale to choose, as sums of probabilities would have for the bag of words.
+Why the closest name: a category is not one direction in the space of names (its mean would lie in
+the middle of "people" and "symbols" alike), but a set of them. And the closest name needs only a
+model's ranking, so the rule is the same for both models and has no scale to choose, as sums of
+probabilities would have for the bag of words.
 
 In brackets: 95 % intervals (Wilson's, which hold at 0 and 1 too).
 """
@@ -107,7 +109,9 @@ def distractors(items, names, rng):
 
 
 def retrieval(model, pictures, captions, others):
-    """How often a picture's own caption comes first, or among the first five, of itself and `others` (N, 99)."""
+    """How often a picture's own caption comes first, or among the first five, of itself and
+    `others` (N, 99).
+    """
     names, index = np.unique(np.column_stack((captions, others)), return_inverse=True)
     scores = model.images(pictures) @ model.texts(list(names)).T  # (N, names)
     scores = np.take_along_axis(scores, index.reshape(len(captions), -1), axis=1)  # (N, 100), its own name first

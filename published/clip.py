@@ -1,16 +1,17 @@
-"""Others' CLIP files ⇄ ours: Hugging Face's, both ways; OpenAI's and open_clip's; Stable Diffusion's text towers.
+"""Others' CLIP files ⇄ ours: Hugging Face's both ways, OpenAI's, open_clip's, Stable Diffusion's.
 
-    config.json, preprocessor_config.json, model.safetensors         Hugging Face   ┐
-    ViT-B-32.pt, …: TorchScript archives                             OpenAI         ├─ read ─▶ fields of a
-    open_clip_config.json, open_clip_model.safetensors, or only .pt  open_clip      │   CLIPConfig, {name: tensor}
-    v1-5-pruned.safetensors, …: a whole Stable Diffusion             ─ text_towers ─┘
+    Hugging Face    config.json, preprocessor_config.json, model.safetensors   ┐
+    OpenAI          ViT-B-32.pt, …: TorchScript archives                       ├─ read ─▶ (fields,
+    open_clip       open_clip_config.json, open_clip_model.safetensors         ┘           tensors)
+    SD's files      v1-5-pruned.safetensors, …                  ─ text_towers ─▶ [(fields, tensors, pad)]
 
     CLIPConfig ─ config_to_hf, preprocessor_to_hf ─▶ config.json, preprocessor_config.json
 
-Tensors come out under Hugging Face's names, which are the names of clip.py's modules. What a configuration says is
-used, or refused where clip.py does something else; left unread are entries that change no result of a trained model
-(dropout, initializers, ids of special tokens). A file without a configuration has shapes: they say everything but the
-number of heads, which is 64 wide in all published towers but LAION's two largest, and the kind of GELU.
+Tensors come out under Hugging Face's names, which are the names of clip.py's modules. What a
+configuration says is used, or refused where clip.py does something else; left unread are entries
+that change no result of a trained model (dropout, initializers, ids of special tokens). A file
+without a configuration has shapes: they say everything but the number of heads, which is 64 wide
+in all published towers but LAION's two largest, and the kind of GELU.
 """
 
 import math
@@ -28,7 +29,8 @@ CLIPS = ("a CLIP", "a CLIP text tower", "a CLIP vision tower")
 def read(path):
     """The CLIP at `path`, a folder or a file → (settings.Fields of a CLIPConfig, {name: tensor}).
 
-    The fields are None where no configuration lies beside the weights: from_shapes can tell most of them.
+    The fields are None where no configuration lies beside the weights: from_shapes can tell most
+    of them.
     """
     if path.is_file() and checkpoint.is_torchscript(path):
         return read_openai(path)
@@ -48,7 +50,7 @@ def read(path):
 
 
 def weight_file(folder):
-    """What read_tensors is to open: an open_clip file, if nothing of Hugging Face's lies beside it, else the folder."""
+    """What read_tensors opens: an open_clip file if there is no config.json, else the folder."""
     for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
         if (folder / name).exists() and not (folder / "config.json").exists():
             return folder / name
@@ -77,14 +79,14 @@ DEFAULT_EOS, DEFAULT_IMAGE_SIZE = 49407, 224  # transformers', where a file is s
 
 
 def from_hf_names(tensors):
-    """Files of any age: newer single towers may lack the tower's name, older files number positions."""
+    """Names of any age: new single towers may lack the tower's name, old files number positions."""
     tower = "vision_model." if "embeddings.class_embedding" in tensors else "text_model."
     table = [(r"position_ids$", None), (r"^(?=embeddings\.|encoder\.|final_|pre_|post_)", tower)]
     return checkpoint.renamed(tensors, table)
 
 
 def read_hf_config(folder, tensors):
-    """The Fields that config.json and preprocessor_config.json in `folder` hold; None without a config.json."""
+    """config.json and preprocessor_config.json in `folder` → Fields; None without the first."""
     file = folder / "config.json"
     if not file.exists():
         return None
@@ -98,7 +100,7 @@ def read_hf_config(folder, tensors):
 
 
 def config_from_hf(saved, path="config.json"):
-    """A Hugging Face `config.json` (a dict) of a CLIP or of one of its towers, as Fields of a CLIPConfig."""
+    """A config.json (a dict) of a CLIP or of one of its towers → Fields of a CLIPConfig."""
     fields = settings.published(saved, path, {"embed_dim": "projection_dim"}, wants={"model_type": KINDS})
     kind = saved["model_type"]
     if kind != "clip" and "WithProjection" not in str(saved.get("architectures")):
@@ -115,7 +117,7 @@ def config_from_hf(saved, path="config.json"):
 
 
 def tables(saved, key, path):
-    """The tables of one tower, each with its name for errors: the oldest files have two, and the second counts."""
+    """A tower's tables and their names: the oldest files have two, and the second counts."""
     found = [(saved[k], f"{path}: {k}") for k in (key, f"{key}_dict") if saved.get(k) is not None]
     return found or [({}, f"{path}: {key}")]
 
@@ -137,7 +139,10 @@ def text_from_hf(*tables):
 
 
 def colours_from_hf(saved, path, side):
-    """A preprocessor_config.json (a dict) → Fields of mean and std. The rest must say what clip.preprocess does."""
+    """A preprocessor_config.json (a dict) → Fields of mean and std.
+
+    Its other entries must say what clip.preprocess does.
+    """
     fixed = {
         "do_convert_rgb": True,
         "do_resize": True,
@@ -216,7 +221,7 @@ OPENAI_NAMES = [
 
 
 def from_openai_names(tensors):
-    """OpenAI's and open_clip's names → Hugging Face's: q, k, v apart, and projections as linear layers hold them."""
+    """OpenAI's and open_clip's names → Hugging Face's; splits q, k, v, transposes projections."""
     unpacked = {}
     for name, tensor in tensors.items():
         if ".in_proj_" in name and tensor.ndim and len(tensor) % 3 == 0:
@@ -278,7 +283,7 @@ class OpenCLIPShape:
 
 
 def config_from_open_clip(saved, path="open_clip_config.json"):
-    """An `open_clip_config.json` (a dict) of a CLIP of two transformers, as Fields of a CLIPConfig."""
+    """An open_clip_config.json (a dict) of two transformers → Fields of a CLIPConfig."""
     names = {"model": "model_cfg", "preprocess": "preprocess_cfg"}
     parts = settings.published(saved, path, names, required=("model",))
     where = f"{path}: model_cfg"
@@ -394,9 +399,10 @@ TEXT_TOWERS = (
 
 
 def text_towers(path):
-    """The CLIP text towers in a Stable Diffusion's single file → [(Fields of a CLIPConfig, tensors, padding token), …].
+    """A Stable Diffusion's single file → [(Fields of a CLIPConfig, tensors, padding token), …].
 
-    SD 2 reads its tower after the last block but one: the last, and the projection, are left out, as diffusers does.
+    SD 2 reads its tower after the last block but one: the last, and the projection, are left out,
+    as diffusers does.
     """
     everything, towers = checkpoint.read_tensors(path), []
     for tower in TEXT_TOWERS:

@@ -1,29 +1,32 @@
-"""Tokenizer: text ⇄ ids, with the vocabulary that comes with a checkpoint. Byte-pair encoding, and CLIP's kind of it.
+"""Tokenizer: text ⇄ ids, with the vocabulary that comes with a checkpoint; and CLIP's tokenizer.
 
-A language model reads numbers. Byte-pair encoding says which numbers stand for a text (Gage 1994; Sennrich et al.
-2016, algorithm 1; on bytes: Radford et al. 2019). Start from the text's bytes. Take a large text, and join the two
-tokens that are most often neighbours in it into a new token, everywhere; repeat. The list of these merges, in order,
-is the vocabulary. To encode another text, make the same merges in the same order:
+A language model reads numbers. Byte-pair encoding says which numbers stand for a text (Gage 1994;
+Sennrich et al. 2016, algorithm 1; on bytes: Radford et al. 2019). At first, every byte is a token.
+In a large text, the two tokens that are neighbours most often are joined into a new one,
+everywhere; and again, thousands of times. The list of these merges, in order, is the vocabulary.
+To encode another text, the same merges are made in the same order:
 
     n e w e s t   ─ "s" "t" ─▶   n e w e st   ─ "e" "st" ─▶   n e w est   ─ …
 
-    text ─ split at special tokens ─ split into words (a regex) ─ merge bytes, earliest merge first ─▶ ids
-    ids  ─ each id's bytes, end to end ─ UTF-8, as soon as a character is complete ────────────────▶ text
+    text ─ split at special tokens ─ split into words (a regex) ─ merge bytes in order ─▶ ids
+    ids  ─ each id's bytes, end to end ─ UTF-8, as soon as a character is complete ─────▶ text
 
-`train_bpe` finds the merges of one's own texts (python prepare.py vocabulary writes them as a tokenizer.json). No
-token crosses the border of a word, and a space belongs to the word behind it: "taco" and " taco" are two tokens, and
-after a prompt that ends with a space a model has never seen a word begin.
+`train_bpe` finds the merges of one's own texts (python prepare.py vocabulary writes them as a
+tokenizer.json). No token crosses the border of a word, and a space belongs to the word behind it:
+"taco" and " taco" are two tokens, and after a prompt that ends with a space a model has never
+seen a word begin.
 
-Special tokens (`<s>`, `<|eot_id|>`) mark where a text begins and who speaks. If a user types one it stays mere text,
-unless encode() is told to parse them: otherwise anyone could end a turn and begin another speaker's.
+Special tokens (`<s>`, `<|eot_id|>`) mark where a text begins and who speaks. If a user types one
+it stays mere text, unless encode() is told to parse them: otherwise anyone could end a turn and
+begin another speaker's.
 
 The files in a folder decide which tokenizer it is:
 
-    tokenizer.json      byte-level BPE: Llama 3, SmolLM2, GPT-2 …        merged by the package tiktoken
-    tokenizer.model     lines "base64 rank": Llama 3 as Meta gives it    the same
-    tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    by the package sentencepiece (optional)
+    tokenizer.json      byte-level BPE: Llama 3, SmolLM2, GPT-2 …        with the package tiktoken
+    tokenizer.model     lines "base64 rank": Llama 3 as Meta gives it    with tiktoken
+    tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    with sentencepiece (optional)
     (the word "bytes")  no file at all: 256 bytes, begin, end            for small runs of our own
-    vocab.json and merges.txt, bpe_simple_vocab_16e6.txt.gz or tokenizer.json: CLIP's (CLIPTokenizer, at the end)
+    CLIP_FILES          CLIP's kind of BPE: CLIPTokenizer, at the end    with tiktoken
 """
 
 import base64
@@ -55,7 +58,7 @@ except ImportError:
 FILES = ("tokenizer.json", "tokenizer.model")
 SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
-# The tokens that DreamLLM adds to its LLaMA's (its published files differ in their ids: resolve them by name).
+# The tokens that DreamLLM adds to its LLaMA's. Their ids differ between its published files.
 ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", "<dream_start>", "<dream_end>")
 
 
@@ -63,17 +66,15 @@ class Tokenizer:
     """Text ⇄ ids.
 
     bos            the id that stands before every text, None where there is none (GPT-2, SmolLM2)
-    eos            the id that ends a text
-    stops          all ids that end an answer
-    encode_text    a function: text without special tokens → ids
-    encode_after_special   the same for a text that follows a special token (only SentencePiece may differ)
-    special        {name: id} of the tokens that encode() finds in a text only if it is told to
-    always_parsed  {name: id} of tokens outside the merges that are found in any text: SmolLM2's "<repo_name>", say
-    bytes_of       {id: bytes} of every token
-    vocab_size     the largest id + 1
-    file           the tokenizer.json or tokenizer.model it was read from; None: "bytes"
-    files          {name: content} of that file and of those read with it, to be saved again
-    added_since    {name: id} of the special tokens that `add` has added
+    eos            the id that ends a text stops          all ids that end an answer encode_text
+    a function: text without special tokens → ids encode_after_special   the same for a text after
+    a special token (only SentencePiece may differ) special        {name: id} of the tokens that
+    encode() finds in a text only if it is told to always_parsed  {name: id} of other tokens
+    outside the merges, found in any text: "<repo_name>", say bytes_of       {id: bytes} of every
+    token vocab_size     the largest id + 1 file           the tokenizer.json or tokenizer.model
+    it was read from; None: "bytes" files          {name: content} of that file and of those read
+    with it, to be saved again added_since    {name: id} of the special tokens that `add` has
+    added
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """The tokenizer of a folder (a run's too), of a tokenizer.json or tokenizer.model, or "bytes"."""
+        """The tokenizer of a folder, of a tokenizer.json or tokenizer.model, or "bytes"."""
         if str(path) == "bytes":
             return byte_tokenizer()
         path = checkpoint.weights_folder(path)
@@ -115,7 +116,7 @@ class Tokenizer:
         return tokenizer
 
     def add(self, names, ids=None):
-        """Makes each of `names` a special token: at the end of the vocabulary, or where `ids` {name: id} says.
+        """Makes `names` special tokens: after the last id, or where `ids` {name: id} says.
 
         Names that are known already keep their ids.
         """
@@ -144,7 +145,7 @@ class Tokenizer:
         checkpoint.write_json(folder / "added_tokens.json", self.added_since)
 
     def encode(self, text, bos=False, eos=False, special=False, follows=False):
-        """text → [id, …]. With `special`, the names of special tokens in the text stand for these tokens.
+        """text → [id, …]. With `special`, names of special tokens stand for these tokens.
 
         `follows`: the text comes after a special token of the same conversation.
         """
@@ -159,14 +160,15 @@ class Tokenizer:
         return ids + ([self.eos] if eos and self.eos is not None else [])
 
     def decode(self, ids, special=False):
-        """[id, …] → text; special tokens are left out, or written by name. Bytes that are no UTF-8 become �."""
+        """[id, …] → text; special tokens are left out, or written by name. No UTF-8: �."""
         text = "".join(self.stream(ids, special))
         return text[1:] if self.adds_space and text.startswith(" ") else text
 
     def decoder(self, special=False):
-        """A function for decoding as ids come in: id → the text that it completes, None → what is left at the end.
+        """A function for ids as they come: id → the text that it completes, None → what is left.
 
-        The text is "" while a character lacks bytes, and for a special token unless `special` asks for its name.
+        The text is "" while a character lacks bytes, and for a special token unless `special`
+        asks for its name.
         """
         hidden = set() if special else set(self.special.values())
         characters = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an unfinished character
@@ -181,7 +183,7 @@ class Tokenizer:
         return decode
 
     def stream(self, ids, special=False):
-        """Yields text while `ids` (any iterable) come in, only whole characters; a text's first space stays."""
+        """Yields text while `ids` come in, only whole characters; a first space stays."""
         decode = self.decoder(special)
         for i in itertools.chain(ids, [None]):
             if text := decode(i):
@@ -190,15 +192,17 @@ class Tokenizer:
     def encode_chat(self, messages, template):
         """[{"role": "system" | "user" | "assistant", "content": text}, …] → ids.
 
-        `template` is a key of TEMPLATES. The system message comes first or not at all, then user and assistant
-        take turns; after a last user message the assistant's answer is what the model says next.
+        `template` is a key of TEMPLATES. The system message comes first or not at all, then user
+        and assistant take turns; after a last user message the assistant's answer is what the
+        model says next.
         """
         return self.encode_parts(render_chat(messages, template))
 
     def encode_parts(self, parts):
-        """[text, Special or [id, …], …] → ids of one conversation. A list of ids (a picture's span) is kept as it is.
+        """[text, Special or [id, …], …] → ids of one conversation. A list of ids is kept as it is.
 
-        Texts are never searched for special tokens: whoever writes "</s>" into a message gets its letters.
+        Texts are never searched for special tokens: whoever writes "</s>" into a message gets its
+        letters.
         """
         ids, follows = [], False
         for part in parts:
@@ -220,7 +224,7 @@ class Tokenizer:
 
 
 def split_at(text, names):
-    """text → its pieces: each is one of `names` (the longest that fits, as the reference does) or lies between two."""
+    """text → its pieces: `names` that occur in it (the longest that fits), and what lies between."""
     if not names:
         return [text] if text else []
     pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
@@ -231,7 +235,7 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def byte_tokenizer():
-    """The smallest vocabulary for any text: a byte is its own id; 256 begins a text, 257 ends it."""
+    """The smallest vocabulary: a byte is its own id; 256 begins a text, 257 ends it."""
     special = {BEGIN: 256, END: 257}
     bytes_of = {i: bytes([i]) for i in range(256)} | names_as_bytes(special)
     return Tokenizer(lambda text: list(text.encode(errors="replace")), bytes_of, special, bos=256, eos=257)
@@ -253,9 +257,10 @@ LLAMA3 = (
 
 
 def merger(tokens, pattern=""):
-    """tokens {bytes: id} in the order of their merges, all 256 bytes first → (tiktoken's encoder, the id of each rank).
+    """tokens {bytes: id} in the order of their merges → (tiktoken's encoder, the id of each rank).
 
-    tiktoken takes ids for ranks. In published files they may differ (SmolLM2's special tokens come first).
+    The 256 bytes come before all merges. tiktoken takes ids for ranks. In published files they
+    may differ (SmolLM2's special tokens come first).
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), list(tokens.values())
@@ -264,7 +269,8 @@ def merger(tokens, pattern=""):
 def byte_pair_encoder(tokens, patterns):
     """tokens as `merger` takes them → a function text → ids.
 
-    Each of `patterns` splits the pieces that the one before left, into its matches and what lies between them.
+    Each of `patterns` splits the pieces that the one before left, into its matches and what lies
+    between them.
     """
     patterns = [rf"{pattern}|(?s:(?!{pattern}).)+" for pattern in patterns] or [r"(?s:.)+"]
     bpe, ids = merger(tokens, patterns.pop())
@@ -282,7 +288,8 @@ def byte_pair_encoder(tokens, patterns):
 def chunks(text, size=100_000):
     """Yields text in pieces: tiktoken's regex panics (no exception) on a million spaces in a row.
 
-    Between a letter and a space every pattern splits, and none looks back across: splitting there changes no id.
+    Between a letter and a space every pattern splits, and none looks back across: splitting there
+    changes no id.
     """
     start, border = 0, re.compile(r"(?<=[^\W\d_])(?=\s)")
     while len(text) - start > 4 * size:
@@ -294,7 +301,7 @@ def chunks(text, size=100_000):
 
 
 def _byte_letters():
-    """Files write bytes as letters: printable ones as themselves, the 68 others as U+0100 and on."""
+    """Files write bytes as letters: printable ones as they are, the 68 others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {chr(byte): byte for byte in printable}
     for byte in range(256):
@@ -316,11 +323,12 @@ def from_letters(text):
 
 
 def train_bpe(texts, merges):
-    """texts → the first `merges` merges of byte-pair encoding, [(bytes, bytes), …]; fewer when no pair is left.
+    """texts → the first `merges` merges, [(bytes, bytes), …]; fewer when no pair is left.
 
-    The most frequent pair of neighbours within a word (as GPT-2 splits: " taco" is one, its space included) is
-    merged everywhere, and all pairs are counted anew; of equally frequent ones, the pair that sorts last. Sennrich
-    et al. 2016, algorithm 1. A merge is a pass over all distinct words: minutes in all for those of a book.
+    The most frequent pair of neighbours within a word (as GPT-2 splits: " taco" is one, its space
+    included) is merged everywhere, and all pairs are counted anew; of equally frequent ones, the
+    pair that sorts last. Sennrich et al. 2016, algorithm 1. A merge is a pass over all distinct
+    words: minutes in all for those of a book.
     """
     counts = collections.Counter()
     for text in texts:
@@ -343,7 +351,7 @@ def train_bpe(texts, merges):
 
 
 def merge(tokens, pair):
-    """Joins each `pair` of neighbours in a list of tokens, from the left as encoders do: "---" becomes "--", "-"."""
+    """Joins each `pair` in a list of tokens, from the left: "---" becomes "--", "-"."""
     i = 0
     while i < len(tokens) - 1:
         if (tokens[i], tokens[i + 1]) == pair:
@@ -355,10 +363,11 @@ def merge(tokens, pair):
 
 
 def write_merges(folder, merges, added=None):
-    """Writes byte-level BPE as a tokenizer.json with tokenizer_config.json, as Hugging Face's tokenizers read it.
+    """Writes byte-level BPE as a tokenizer.json with tokenizer_config.json, as Hugging Face's
+    tokenizers read it.
 
-    A byte is its own id, merge n makes the token 256 + n; then come the tokens that begin and end a text. added:
-    {name: id} of special tokens that were added.
+    A byte is its own id, merge n makes the token 256 + n; then come the tokens that begin and end
+    a text. added: {name: id} of special tokens that were added.
     """
     special = {BEGIN: 256 + len(merges), END: 257 + len(merges)} | (added or {})
     options = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -404,7 +413,7 @@ USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where no file says which to
 
 
 def from_json(file, saved):
-    """The Tokenizer of a tokenizer.json, whose content is `saved`, and of the small files next to it."""
+    """A tokenizer.json (its content: `saved`) and the small files next to it → Tokenizer."""
     if not is_byte_level(saved):
         raise UserError(f"{file}: holds no byte-level BPE; put the original tokenizer.model next to it")
     config = sibling_json(file, "tokenizer_config.json")
@@ -429,7 +438,10 @@ def from_json(file, saved):
 
 
 def merged_tokens(saved):
-    """→ {bytes: id} in the order of merges, and {bytes: id} that no merge makes; ValueError: we do not support it."""
+    """→ {bytes: id} in the order of merges, and {bytes: id} that no merge makes.
+
+    A ValueError says what is not supported.
+    """
     model, added = saved["model"], saved["added_tokens"]
     refuse_unsupported(model, added)
     vocab = vocab_in_bytes(model["vocab"], added)
@@ -479,7 +491,7 @@ def flatten(step):
 
 
 def split_patterns(saved):
-    """The regexes that split a text into words, one after the other; ValueError: we do not support it."""
+    """The regexes that split a text into words, one after the other. ValueError: not supported."""
     for step in flatten(saved.get("normalizer") or {"type": "Sequence"}):
         if step.get("type") != "Sequence":
             raise ValueError(f"the normalizer {saved['normalizer'].get('type')} is not supported")
@@ -574,7 +586,7 @@ def from_ranks(file, data):
 
 
 def from_sentencepiece(file):
-    """A SentencePiece model, with the tokens that were added to it later (a Vicuna's or DreamLLM's)."""
+    """A SentencePiece model, with the tokens added to it later (a Vicuna's or DreamLLM's)."""
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
@@ -627,7 +639,7 @@ def render_chat(messages, template):
 
 
 def check_turns(messages):
-    """Messages → the system's text (None without one), [(role, text), …] of user and assistant, who must take turns."""
+    """Messages → the system's text or None, [(role, text), …] of the others, in turns."""
     if not messages:
         raise UserError("a conversation needs a message")
     first, *rest = messages
@@ -668,7 +680,7 @@ def vicuna(system, turns):
 
 
 def llama2(system, turns):
-    """Llama 2's chat models (Meta's `chat_completion`): each question and its answer are a text of their own."""
+    """Llama 2's chat models (Meta's `chat_completion`): a question with its answer is a text."""
     parts = []
     for number, (role, content) in enumerate(turns):
         if role == "user":
@@ -699,9 +711,9 @@ TEMPLATES = {"plain": plain, "vicuna": vicuna, "llama2": llama2, "llama3": llama
 
 
 # ---- CLIP's tokenizer ------------------------------------------------------------------------
-# It differs in three ways: a text is cleaned and lower-cased, spaces separate words and are no part of them, and the
-# end of a word belongs to its last byte ("t</w>" is not "t"). tiktoken knows bytes only, so "</w>" is written 0xFF,
-# a byte that no UTF-8 text contains.
+# It differs in three ways: a text is cleaned and lower-cased; spaces separate words and are no part
+# of them; the end of a word belongs to its last byte ("t</w>" is not "t"). tiktoken knows bytes
+# only, so "</w>" is written 0xFF, a byte that no UTF-8 text contains.
 
 CLIP_START, CLIP_END, CLIP_WORD_END = "<|startoftext|>", "<|endoftext|>", b"\xff"
 CLIP_WORDS = regex.compile(
@@ -712,7 +724,7 @@ CLIP_FILES = (("vocab.json", "merges.txt"), ("bpe_simple_vocab_16e6.txt.gz",), (
 
 
 def clip_tokens(merges):
-    """All tokens but start and end: each byte within a word, each at a word's end, and what the merges make."""
+    """All tokens but start and end: each byte, each byte at a word's end, what the merges make."""
     tokens = [*BYTE_OF, *(f"{letter}</w>" for letter in BYTE_OF)]
     return tokens + [left + right for left, right in merges]
 
@@ -742,12 +754,14 @@ def clean_caption(text):
 
 
 class CLIPTokenizer:
-    """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first merged first.
+    """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first
+    merged first.
 
-    `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in OpenAI's own code and in
-    open_clip's. The pooled feature never sees it, because attention only looks back; latent diffusion reads every
-    position, so it does. (Where it is 0, which is "!", transformers takes every "!" of a text for padding too; the
-    original code does not, nor does this.)
+    `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in
+    OpenAI's own code and in open_clip's. The pooled feature never sees it, because attention only
+    looks back; latent diffusion reads every position, so it does. (Where it is 0, which is "!",
+    transformers takes every "!" of a text for padding too; the original code does not, nor does
+    this.)
     """
 
     def __init__(self, vocabulary, merges, pad):
@@ -770,7 +784,9 @@ class CLIPTokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """From vocab.json + merges.txt, OpenAI's bpe_simple_vocab_16e6.txt.gz or tokenizer.json, or their folder."""
+        """From vocab.json + merges.txt, OpenAI's bpe_simple_vocab_16e6.txt.gz or tokenizer.json,
+        or their folder.
+        """
         path = Path(path)
         if path.is_dir():
             names = find_clip_files(path)
@@ -788,7 +804,9 @@ class CLIPTokenizer:
             raise UserError(f"{path}: not a CLIP tokenizer ({type(error).__name__}: {error})") from None
 
     def save_pretrained(self, path, context_length):
-        """Writes vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer reads them."""
+        """Writes vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer
+        reads them.
+        """
         path = Path(path)
         config = {
             "tokenizer_class": "CLIPTokenizer",
@@ -822,7 +840,7 @@ class CLIPTokenizer:
         return written.replace(CLIP_WORD_END, b" ").decode(errors="replace")
 
     def tokenize(self, texts, context_length=77):
-        """A list of texts → (B, context_length) int64: start, text, end, padding. Long texts are cut."""
+        """A list of texts → (B, context_length) int64: start, text, end, padding."""
         import torch  # the data code reads texts without it
 
         tokens = torch.full((len(texts), context_length), self.pad)
@@ -878,10 +896,13 @@ def find_clip_files(folder):
 
 
 def find_clip_tokenizer(path):
-    """The CLIPTokenizer of the weights at `path`: in their folder, in tokenizer/ in it, or in the text_encoder/'s."""
+    """The CLIPTokenizer of the weights at `path`, or None.
+
+    It is looked for in their folder, in tokenizer/ next to text_encoder/, and in tokenizer/ within.
+    """
     folder = path if path.is_dir() else path.parent
-    pipelines = folder.parent / folder.name.replace("text_encoder", "tokenizer")  # tokenizer/ next to text_encoder/
-    for place in (folder, pipelines, folder / "tokenizer"):
+    neighbour = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    for place in (folder, neighbour, folder / "tokenizer"):
         if find_clip_files(place):
             return CLIPTokenizer.from_pretrained(place)
     return None

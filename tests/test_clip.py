@@ -5,6 +5,9 @@ import importlib.util
 import io
 import json
 import math
+import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +342,26 @@ def test_a_damaged_archive_is_refused(tmp_path):
     (tmp_path / "broken.pt").write_bytes(whole[:at] + bytes(20) + whole[at + 20 :])
     with pytest.raises(UserError, match=r"broken\.pt: not a plain file of tensors"):
         CLIP.from_pretrained(tmp_path / "broken.pt")
+
+
+class Evil:
+    """Pickled, it is a call of os.mkdir."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_nothing_that_an_archive_pickles_is_run(tmp_path):
+    for number, content in enumerate((Evil(tmp_path / "made"), {"visual": Evil(tmp_path / "made")}, 5)):
+        file = tmp_path / f"{number}.pt"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("evil/constants.pkl", b"")
+            archive.writestr("evil/data.pkl", pickle.dumps(content))
+        assert checkpoint.is_torchscript(file) and str(file) in refusal(CLIP.from_pretrained, file)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_state_dict_without_config_asks_which_gelu(tmp_path):
