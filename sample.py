@@ -182,7 +182,6 @@ def load_with(args, loader):
 
 def load_dream(args):
     """The DreamLLM at --run."""
-    checkpoint.expect(args.run, "a DreamLLM")
     device, dtype = device_and_dtype(args)
     return DreamLLM.from_pretrained(args.run, dtype, device, args.parts)
 
@@ -242,7 +241,7 @@ def chat_prompt(args, pictures):
 
 
 def stream_document(args, prompt, max_pictures):
-    """DreamLLM.stream_document of the model at --run with what the options say."""
+    """Texts and pictures that the DreamLLM at --run writes after `prompt`, as it samples them."""
     options = selected(args, "temperature", "top_k", "top_p", "guidance", "steps", "seed")
     options |= {"sampler": args.sampler or "ddpm", "progress": True}
     stream = load_dream(args).stream_document(prompt, args.max_new, max_pictures, **options)
