@@ -1,31 +1,34 @@
-"""Can a small DreamLLM say what it sees, draw what it is told, and write a page? Asked about emoji it never saw.
+"""Can a small DreamLLM say what it sees, draw a name and write a page? On emoji it never saw.
 
-    python bench/dream_report.py --run out/emoji/dream/instruct --clip out/emoji/clip --unet out/emoji/unet \\
-        --out out/emoji/dream
+    python bench/dream_report.py --run out/emoji/dream/instruct --clip out/emoji/clip \\
+        --unet out/emoji/unet --out out/emoji/dream
 
-Two held-out sets: `combo`, whose kind of emoji was seen in other variants (another skin tone, another gender), and
-`new`, whose kind was not. About each picture, answered greedily:
+There are two held-out sets: `combo`, whose kind of emoji was seen in other variants (another skin
+tone, another gender), and `new`, whose kind was not. About each picture, answered greedily:
 
-    caption     `<s>` and the picture: what follows up to `</s>` is its name (exact), or shares words with it (word-F1)
+    caption     `<s>` and the picture: the text up to `</s>` is its name (exact), or shares words
+                with it (word-F1)
     what        the same, asked as "What is this?"
     category    "Which category is it?"
-    yes or no   "Is it a …?", once with its own name, once with a wrong one: the mean of both accuracies
+    yes or no   "Is it a …?", once with its own name, once with a wrong one: the mean accuracy
 
-Each stands beside the best constant answer, one answer to every picture, chosen with the truth in hand: for exact
-matches and categories the commonest of the very set; for word-F1 the best of all emoji names, those of the set among
-them; for yes or no either, which is right half the time. Case, and space around an answer, do not count.
+The baseline is the best constant answer, one answer to every picture, chosen with the truth known:
+for exact matches and categories the commonest of that set; for word-F1 the best of all emoji names;
+for yes or no either, which is right half the time. Case, and space around an answer, do not count.
 
-Then names are drawn, seen ones and `combo`, by the DreamLLM and by the same U-Net conditioned on CLIP's text tower,
-with the same noise, guidance and steps, and by the DreamLLM once more, shown the picture instead of told its name; a
-CLIP must find the name among 100 by the drawing, and the same is asked of the real pictures and of noise. At last
-documents: how many end by themselves, how many pictures they hold; the first three are laid out as pages. ± is half a
-95 % interval; in brackets, of shares found, Wilson's.
+Then names are drawn, seen ones and `combo`, by the DreamLLM and by the same U-Net conditioned on
+CLIP's text tower, with the same noise, guidance and steps, and by the DreamLLM once more, shown the
+picture instead of its name. A CLIP must find the name among 100 by the drawing; real pictures and
+noise are measured in the same way. Last come documents: how many end by themselves, how many
+pictures they hold; the first three are laid out as pages. ± is half a 95 % interval; in brackets, of
+shares found, Wilson's.
 
-    report.json   drawn.png   page_1.png … page_3.png   page_1/ … page_3/, as sample.py document writes them
-    held_out_1.png … held_out_4.png: to ask about with sample.py chat
+    report.json   drawn.png   page_1.png … page_3.png   held_out_1.png … held_out_4.png
+    page_1/ … page_3/     pages as sample.py document writes them
 """
 
 import collections
+import itertools
 import json
 import re
 import sys
@@ -49,7 +52,7 @@ from dreamllm import DreamLLM, merge_texts
 from lvm import run_data
 from support import checkpoint, settings
 from support.pages import save_page
-from support.pictures import save_grid
+from support.pictures import save_grid, to_uint8
 from support.rows import CATEGORY, IMAGE, IS_IT, WHAT, EmojiTexts
 from support.sources import open_source
 
@@ -70,7 +73,7 @@ def words(text):
 
 
 def word_f1(answer, truth):
-    """2·|common| / (|answer| + |truth|), words as multisets: the harmonic mean of precision and recall."""
+    """2·|common| / (|answer| + |truth|) of words: the harmonic mean of precision and recall."""
     a, b = words(answer), words(truth)
     return 2 * (a & b).total() / max(1, a.total() + b.total())
 
@@ -80,87 +83,107 @@ def exact(answer, truth):
 
 
 def best_constant(score, truths, candidates):
-    """Which of `candidates`, given as the answer to everything, scores best, and how well: (answer, mean score)."""
-    means = {c: float(np.mean([score(c, truth) for truth in truths])) for c in dict.fromkeys(candidates)}
+    """The one of `candidates` that scores best as the answer to everything → (it, its mean score)."""
+    means = {}
+    for candidate in dict.fromkeys(candidates):
+        means[candidate] = float(np.mean([score(candidate, truth) for truth in truths]))
     return max(means.items(), key=lambda pair: pair[1])
 
 
 def beside_constant(score, answers, truths, candidates):
-    answer, mean = best_constant(score, truths, candidates)
-    pairs = zip(answers, truths, strict=True)
-    return {"dreamllm": mean_and_error([score(a, t) for a, t in pairs]), "constant": mean, "constant_answer": answer}
+    constant, mean = best_constant(score, truths, candidates)
+    scores = [score(answer, truth) for answer, truth in zip(answers, truths, strict=True)]
+    return {"dreamllm": mean_and_error(scores), "constant": mean, "constant_answer": constant}
 
 
 def balanced(to_own, to_wrong):
-    """The answers to a picture's own name, which call for yes, and to a wrong one: the mean of both accuracies.
+    """Answers to a picture's own name, where yes is right, and to a wrong one: mean of both accuracies.
 
-    A picture counts 0, ½ or 1, so that the interval knows that its two questions are about the same thing.
+    A picture counts 0, ½ or 1, so that the interval knows that its two questions are about the same
+    thing.
     """
-    yes, no = ([exact(a, right) for a in said] for said, right in ((to_own, "yes"), (to_wrong, "no")))
-    both = {"dreamllm": mean_and_error(np.add(yes, no) / 2), "constant": 0.5, "constant_answer": "yes"}
-    return both | {"of_yes": mean_and_error(yes), "of_no": mean_and_error(no)}
+    yes, no = [exact(text, "yes") for text in to_own], [exact(text, "no") for text in to_wrong]
+    both = mean_and_error(np.add(yes, no) / 2)
+    parts = {"of_yes": mean_and_error(yes), "of_no": mean_and_error(no)}
+    return {"dreamllm": both, "constant": 0.5, "constant_answer": "yes"} | parts
 
 
 # ---- asking ----------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def answer(model, prompts, max_new_tokens=96):
-    """prompts, each a list of texts and pictures → what the model most likely says to each, up to </s>.
+    """prompts, each a list of texts and pictures → the likeliest answer to each, up to </s>.
 
-    Word for word what `stream_document` says at temperature 0 without drawing; but prompts of one length are answered
-    together.
+    The same as `stream_document` writes at temperature 0 without pictures, but prompts of equal
+    length are answered together.
     """
-    llama, t = model.llama, model.tokenizer
-    forbidden, lengths, said = model.non_text_mask(), collections.defaultdict(list), [""] * len(prompts)
+    by_length = collections.defaultdict(list)
     for number, prompt in enumerate(prompts):
         ids, pictures = model.prompt(prompt)
-        lengths[len(ids)].append((number, ids, pictures))
-    for length, alike in lengths.items():
-        for some in (alike[i : i + BATCH] for i in range(0, len(alike), BATCH)):
-            count = max(1, min(max_new_tokens, llama.config.max_seq_len - length))
-            caches, new = llama.caches(len(some), length + count), []
-            done = torch.zeros(len(some), dtype=torch.bool)
-            pictures = [picture for _, _, pictures in some for picture in pictures]
-            hidden = model.hidden_states([ids for _, ids, _ in some], pictures, caches)  # (B, T, D)
-            while not done.all():
-                logits = llama.logits(hidden[:, -1]).masked_fill(forbidden, float("-inf"))  # (B, V)
-                new.append(logits.argmax(-1))  # (B,)
-                done |= torch.isin(new[-1], torch.tensor(sorted(t.stops)))
-                if len(new) == count:
-                    break
-                hidden = llama.hidden(llama.embed_tokens(new[-1][:, None]), caches)  # (B, 1, D)
-            for (number, _, _), row in zip(some, torch.stack(new, 1).tolist(), strict=True):
-                end = next((place for place, i in enumerate(row) if i in t.stops), len(row))
-                said[number] = "".join(t.stream(row[:end]))
-    return said
+        by_length[len(ids)].append((number, ids, pictures))
+    answers = [""] * len(prompts)
+    for alike in by_length.values():
+        for start in range(0, len(alike), BATCH):
+            numbers, ids, pictures = zip(*alike[start : start + BATCH], strict=True)
+            flat = list(itertools.chain(*pictures))
+            texts = answer_together(model, list(ids), flat, max_new_tokens)
+            for number, text in zip(numbers, texts, strict=True):
+                answers[number] = text
+    return answers
 
 
-def no_question(texts, index, draws):
-    """A question "Is it a …?" as in training, drawn again until "no" is right."""
+@torch.inference_mode()
+def answer_together(model, ids, pictures, max_new_tokens):
+    """ids (B lists of equal length), the pictures in them → B texts."""
+    llama, tokenizer = model.llama, model.tokenizer
+    forbidden, stops = model.non_text_mask(), torch.tensor(sorted(tokenizer.stops))
+    length = len(ids[0])
+    count = max(1, min(max_new_tokens, llama.config.max_seq_len - length))
+    caches, new = llama.caches(len(ids), length + count), []
+    done = torch.zeros(len(ids), dtype=torch.bool)
+    hidden = model.hidden_states(ids, pictures, caches)  # (B, T, D)
+    while not done.all():
+        logits = llama.logits(hidden[:, -1]).masked_fill(forbidden, float("-inf"))  # (B, V)
+        new.append(logits.argmax(-1))  # (B,)
+        done |= torch.isin(new[-1], stops)
+        if len(new) == count:
+            break
+        hidden = llama.hidden(llama.embed_tokens(new[-1][:, None]), caches)  # (B, 1, D)
+    texts = []
+    for row in torch.stack(new, 1).tolist():
+        text = itertools.takewhile(lambda i: i not in tokenizer.stops, row)
+        texts.append("".join(tokenizer.stream(text)))
+    return texts
+
+
+def no_question(texts, index, rng):
+    """A question "Is it a …?" as in training, sampled again until "no" is right."""
     while True:
-        question, right = texts.yes_or_no(index, draws)
+        question, right = texts.yes_or_no(index, rng)
         if right == "no":
             return question
 
 
 def measure_answers(model, source, count, names, data):
-    """All questions about `count` pictures of `source`, drawn at random; names: what a constant caption may be."""
-    draws, texts = np.random.default_rng(SEED), EmojiTexts(source, KINDS["conversation"])
-    chosen = draws.permutation(len(source))[:count].tolist()
+    """All questions about `count` random pictures of `source`; names: possible constant captions."""
+    rng, texts = np.random.default_rng(SEED), EmojiTexts(source, KINDS["conversation"])
+    chosen = rng.permutation(len(source))[:count].tolist()
     items = [source[i] for i in chosen]
     pictures = [Image.fromarray(item.image) for item in items]
     own, categories = [item.caption for item in items], [item.category.lower() for item in items]
 
     def ask(questions, *most):
-        asked = [[{"role": "user", "content": f"{IMAGE}\n{question}"}] for question in questions]
-        pairs = zip(asked, pictures, strict=True)
-        return answer(model, [chat_parts(chat, [p], data.template, data.system) for chat, p in pairs], *most)
+        prompts = []
+        for question, picture in zip(questions, pictures, strict=True):
+            chat = [{"role": "user", "content": f"{IMAGE}\n{question}"}]
+            prompts.append(chat_parts(chat, [picture], data.template, data.system))
+        return answer(model, prompts, *most)
 
     captions, what = answer(model, [[picture] for picture in pictures]), ask([WHAT] * len(items))
     category = ask([CATEGORY] * len(items))
-    to_own = ask([IS_IT.format(name=name) for name in own], 8)  # what is longer is neither yes nor no
-    to_wrong = ask([no_question(texts, i, draws) for i in chosen], 8)
+    to_own = ask([IS_IT.format(name=name) for name in own], 8)  # longer is neither yes nor no
+    to_wrong = ask([no_question(texts, i, rng) for i in chosen], 8)
+    examples = [{"name": name, "caption": text} for name, text in zip(own, captions, strict=True)]
     return {
         "pictures": len(items),
         "answers": {
@@ -171,7 +194,7 @@ def measure_answers(model, source, count, names, data):
             "category": beside_constant(exact, category, categories, categories),
             "yes or no, balanced": balanced(to_own, to_wrong),
         },
-        "examples": [{"name": name, "caption": said} for name, said in zip(own, captions, strict=True)][:12],
+        "examples": examples[:12],
     }
 
 
@@ -181,10 +204,10 @@ def measure_answers(model, source, count, names, data):
 def draw(generate, prompts):
     """prompts → (N, side, side, 3) uint8; generate(prompts, seed) draws picture i from seed + i."""
     images = [generate(prompts[i : i + BATCH], SEED + i) for i in range(0, len(prompts), BATCH)]
-    return (torch.cat(images) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_uint8(torch.cat(images))
 
 
-def render_chat(text, size=(64, 64)):
+def text_picture(text, size=(64, 64)):
     """A text as a picture, broken into lines, centred on white: for the margins of grids and pages."""
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(10)
     pen, lines = ImageDraw.Draw(sheet), [""]
@@ -200,30 +223,34 @@ def render_chat(text, size=(64, 64)):
 
 
 def measure_drawings(model, unet, judge, splits, everyone, count, sampling, path):
-    """Names of both kinds drawn by both, and found again or not; the first of each as a grid at `path`."""
-    draws, result, sheet = np.random.default_rng(SEED), {}, []
+    """Retrieval of names, seen and unseen, by what both models draw; the first of each at `path`."""
+    rng, result, columns = np.random.default_rng(SEED), {}, []
     side = model.side
+
+    def by_unet(prompts, seed):
+        return unet.generate(prompts, size=side, seed=seed, **sampling)
+
+    def by_dreamllm(prompts, seed):
+        return model.text_to_image(prompts, seed=seed, **sampling)
+
     for split in ("train", "combo"):
-        items = [splits[split][i] for i in draws.permutation(len(splits[split]))[:count]]
-        names, others = [item.caption for item in items], distractors(items, everyone, draws)
+        items = [splits[split][i] for i in rng.permutation(len(splits[split]))[:count]]
+        names, others = [item.caption for item in items], distractors(items, everyone, rng)
         pictures = {
             "real": np.stack([item.image for item in items]),
-            "unet": draw(lambda some, seed: unet.generate(some, size=side, seed=seed, **sampling), names),
-            "dreamllm": draw(lambda some, seed: model.text_to_image(some, seed=seed, **sampling), names),
-            "looking": draw(
-                lambda some, seed: model.text_to_image(some, seed=seed, **sampling),
-                [[Image.fromarray(item.image)] for item in items],
-            ),
-            "noise": draws.integers(0, 256, (len(items), side, side, 3), dtype=np.uint8),
+            "unet": draw(by_unet, names),
+            "dreamllm": draw(by_dreamllm, names),
+            "looking": draw(by_dreamllm, [[Image.fromarray(item.image)] for item in items]),
+            "noise": rng.integers(0, 256, (len(items), side, side, 3), dtype=np.uint8),
         }
-        result[split] = {who: retrieval(judge, list(some), names, others) for who, some in pictures.items()}
-        result[split] |= {"names": len(items), "shown": names[:SHOWN]}
-        drawings = [pictures[who] for who in ("real", "unet", "dreamllm", "looking")]
-        shown = [[render_chat(name) for name in names], *drawings]
-        titles = (TITLES[split], "real", "U-Net on CLIP's text", "DreamLLM", "DreamLLM, shown the picture")
-        head = [render_chat(title) for title in titles]
-        sheet.append([head, *([column[i] for column in shown] for i in range(min(SHOWN, len(names))))])
-    save_grid([[*seen, *unseen] for seen, unseen in zip(*sheet, strict=True)], path)
+        result[split] = {"names": len(items), "shown": names[:SHOWN]}
+        for who, drawings in pictures.items():
+            result[split][who] = retrieval(judge, list(drawings), names, others)
+        titles = ("real", "U-Net on CLIP's text", "DreamLLM", "DreamLLM, shown the picture")
+        columns.append([text_picture(text) for text in (TITLES[split], *names[:SHOWN])])
+        for title, drawings in zip(titles, pictures.values(), strict=False):  # all but noise
+            columns.append([text_picture(title), *drawings[:SHOWN]])
+    save_grid(list(zip(*columns, strict=True)), path)
     return result
 
 
@@ -240,9 +267,9 @@ def page(pieces):
             columns[-1].append(np.asarray(piece))
             columns.append([""])
     columns = [column for column in columns if len(column) > 1 or column[0].strip()]
-    blank = render_chat("", (128, 128))
+    blank = text_picture("", (128, 128))
     pictures = [np.asarray(Image.fromarray(c[1]).resize((128, 128))) if c[1:] else blank for c in columns]
-    return [[render_chat(column[0], (128, 64)) for column in columns], pictures]
+    return [[text_picture(column[0], (128, 64)) for column in columns], pictures]
 
 
 def measure_documents(model, prompts, temperature, sampling, out):
@@ -250,10 +277,9 @@ def measure_documents(model, prompts, temperature, sampling, out):
     result = {"documents": len(prompts), "temperature": temperature, "pages": []}
     by_itself, pictures = [], []
     for number, prompt in enumerate(prompts):
-        context = model.llama.config.max_seq_len
-        pieces, ended = merge_texts(
-            model.stream_document(prompt, context, temperature=temperature, seed=SEED + number, **sampling)
-        )
+        options = {"temperature": temperature, "seed": SEED + number} | sampling
+        stream = model.stream_document(prompt, model.llama.config.max_seq_len, **options)
+        pieces, ended = merge_texts(stream)
         first = [] if pieces and isinstance(pieces[0], str) else [""]
         pieces = [*first, *pieces]
         pieces[0] = prompt + pieces[0]
