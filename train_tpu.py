@@ -41,7 +41,6 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import save_file
 
 from bench.plan import report
 from data import DataSettings, TokenRows, prefetch
@@ -49,6 +48,8 @@ from model import SIZES, LLaMAConfig
 from published import llama
 from support import checkpoint, runs, settings
 from support.settings import MeshSettings, UserError
+from support.sharded import file_tensors, load_sharded, tensor_names, write_sharded
+from support.token_rows import check_rows
 from support.tokenizer import Tokenizer
 
 # ---- the mesh --------------------------------------------------------------------------------
@@ -335,57 +336,7 @@ def prepare(s, layout):
     return Program(step, jax.jit(partial(mean_loss, s=s, c=c, table=table)), state, batch)
 
 
-# ---- checkpoints: train.py's files; no process ever holds the whole model --------------------
-
-FILE_BYTES = 2 << 30  # larger tables of tensors are split into several files
-
-
-def tensor_names(layout):
-    """(name here, layer or None, name in the files, shape there) of every tensor."""
-    for name, w in layout.table.items():
-        if name.startswith("layers."):
-            for i in range(layout.config.n_layers):
-                yield name, i, f"layers.{i}.{name.removeprefix('layers.')}.weight", w.shape[1:]
-        else:  # the vocabulary's padding is not in the files
-            rows = layout.config.vocab_size if name in ("embed_tokens", "lm_head") else w.shape[0]
-            yield name, None, f"{name}.weight", (rows, *w.shape[1:])
-
-
-def load_sharded(tensors, ending, layout, path):
-    """{name in the files + ending: tensor} → {name: array} on the mesh. A process reads its devices' slices only.
-
-    Of layers.mlp.up_proj (L, F, D) a device may hold the slice [0:L, 128:256, 64:96]: for each layer i the slice
-    [128:256, 64:96] of the tensor layers.i.mlp.up_proj.weight. The tensors are mapped to memory; what is in no slice
-    is never read.
-    """
-    parts = {}  # name: its tensors, one a layer
-    for name, _, file_name, shape in tensor_names(layout):
-        tensor = tensors.get(file_name + ending)
-        if tensor is None:
-            raise UserError(f"{path}: {file_name}{ending} is missing")
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: {file_name}{ending} is {tuple(tensor.shape)}, expected {shape}")
-        parts.setdefault(name, []).append(tensor)
-
-    def read_slice(name, index):
-        """The part of the array `name` that a device holds: index, a slice for each dimension."""
-        shape = layout.table[name].shape
-        array = np.zeros([len(range(n)[i]) for i, n in zip(index, shape, strict=True)], np.float32)
-        if name.startswith("layers."):
-            for n, layer in enumerate(range(shape[0])[index[0]]):
-                array[n] = parts[name][layer][index[1:]].float().numpy()
-        else:
-            rows = parts[name][0][index].float().numpy()
-            array[: len(rows)] = rows  # what remains is the vocabulary's padding
-        if not np.isfinite(array).all():
-            raise UserError(f"{path}: {name}{ending} holds NaN or infinity")
-        return array
-
-    shardings = layout.shardings()
-    return {
-        name: jax.make_array_from_callback(w.shape, shardings[name], partial(read_slice, name))
-        for name, w in layout.table.items()
-    }
+# ---- checkpoints: train.py's files -----------------------------------------------------------
 
 
 def read_weights(path, layout):
@@ -399,43 +350,6 @@ def read_weights(path, layout):
     return load_sharded(tensors, "", layout, path)
 
 
-@partial(jax.jit, static_argnums=2)
-def replicate(array, layer, mesh):
-    """A weight, or one layer of it, on every device."""
-    return constrain(array if layer is None else array[layer], NamedSharding(mesh, P()))
-
-
-def file_tensors(layout, tree, ending=""):
-    """{name: array} → {name in the files + ending: (array, layer or None, shape there)}."""
-    return {
-        file_name + ending: (tree[name], None if layer is None else np.int32(layer), shape)
-        for name, layer, file_name, shape in tensor_names(layout)
-    }
-
-
-def write_sharded(stem, tensors, mesh, extra=None):
-    """Writes `tensors` (see file_tensors), and `extra` arrays, as stem.safetensors or as several files and an index.
-
-    All processes bring one tensor at a time together; the one that writes its file keeps it.
-    """
-    sizes = {name: 4 * math.prod(shape) for name, (_, _, shape) in tensors.items()}
-    files = checkpoint.shards(stem.name, sizes, FILE_BYTES)
-    for number, (file, names) in enumerate(files.items()):
-        mine = number % jax.process_count() == jax.process_index()
-        held = dict(extra or {}) if number == 0 else {}
-        for name in names:
-            array, layer, shape = tensors[name]
-            whole = replicate(array, layer, mesh)
-            if mine:
-                held[name] = np.asarray(whole.addressable_data(0))[tuple(map(slice, shape))]
-        if mine:
-            with checkpoint.atomic_file(stem.with_name(file)) as beside:
-                save_file(held, beside, metadata={"format": "pt"})
-    if len(files) > 1 and jax.process_index() == 0:
-        files[next(iter(files))] += extra or {}
-        checkpoint.write_index(stem.with_name(f"{stem.name}.safetensors.index.json"), files, sum(sizes.values()))
-
-
 def save(run, step, keep, state, layout, tokenizer=None):
     """Writes the checkpoint step_XXXXXXXX/ (see runs.py for its layout), whole or not at all.
 
@@ -446,15 +360,9 @@ def save(run, step, keep, state, layout, tokenizer=None):
         # all processes use the temporary folder of the main one
         text = np.frombuffer(str(folder).encode().ljust(4096), np.uint8)
         folder = Path(bytes(multihost_utils.broadcast_one_to_all(text)).decode().rstrip())
-        for name, tree in {"": state["params"], "ema": state.get("ema")}.items():
-            if tree:
-                if is_main:
-                    (folder / name).mkdir(exist_ok=True)
-                    config = llama.config_to_hf(layout.config, tokenizer) | {"torch_dtype": "float32"}
-                    checkpoint.write_json(folder / name / "config.json", config)
-                    if tokenizer:
-                        tokenizer.save_pretrained(folder / name)
-                write_sharded(folder / name / "model", llama.to_hf_names(file_tensors(layout, tree)), layout.mesh)
+        save_weights(folder, state["params"], layout, tokenizer)
+        if "ema" in state:
+            save_weights(folder / "ema", state["ema"], layout, tokenizer)
         moments = file_tensors(layout, state["exp_avg"], ".exp_avg")
         moments |= file_tensors(layout, state["exp_avg_sq"], ".exp_avg_sq")
         counts = {f"{file_name}.step": np.array(step, np.float32) for _, _, file_name, _ in tensor_names(layout)}
@@ -463,6 +371,16 @@ def save(run, step, keep, state, layout, tokenizer=None):
             checkpoint.write_tensors(folder / "training" / "state.safetensors", {})
             checkpoint.write_json(folder / "state.json", {"step": step})
         multihost_utils.sync_global_devices(f"written {step}")
+
+
+def save_weights(folder, params, layout, tokenizer):
+    """Fills `folder` with the published layout of a LLaMA."""
+    if jax.process_index() == 0:
+        config = llama.config_to_hf(layout.config, tokenizer) | {"torch_dtype": "float32"}
+        checkpoint.write_json(folder / "config.json", config)
+        if tokenizer:
+            tokenizer.save_pretrained(folder)
+    write_sharded(folder / "model", llama.to_hf_names(file_tensors(layout, params)), layout.mesh)
 
 
 def start(s, layout, resume):
@@ -525,6 +443,7 @@ def open_data(s, c):
     if not s.data.rows:
         raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
     shared = (c.max_seq_len, s.train.batch_size, s.train.seed)
+    check_rows(s.data, c.vocab_size)
     rows, held_out, tokenizer = TokenRows(s.data.rows, *shared, s.data.weights, c.vocab_size), None, None
     if s.data.held_out:
         held_out = TokenRows(s.data.held_out, *shared, vocab_size=c.vocab_size)

@@ -1,17 +1,18 @@
-"""What would a training step need on a mesh of devices that are not here? train_tpu.py --plan asks this file.
+"""What a training step needs on a mesh of devices that need not be there: train_tpu.py --plan.
 
     python train_tpu.py --config configs/lvm.toml model.size=lvm_7b train.batch_size=128 train.accumulate=1 \\
         mesh.fsdp=64 mesh.tensor=4 --plan
 
-The real step is compiled for that many make-believe CPU devices, on abstract arrays: nothing is allocated.
-XLA's partitioner has by then turned it into the program of *one* device, loops and communication included.
+The real step is compiled for that many CPU devices, which XLA makes out of one, on abstract arrays: nothing is
+allocated. XLA's partitioner turns it into the program of *one* device, loops and communication included.
 
     step ─ partitioner ─▶ one device's program, in its intended dtypes ──▶ FLOPs, bytes of each collective
                                           └ CPU compiler, in float32 ────▶ temporaries
 
-The compiler's own count takes a loop's body once, so here the program's text is walked, and every body counts
-as often as it runs. Three things are not a TPU's: temporaries (the CPU's compiler computes bfloat16 in float32
-and fuses less: an upper bound), the choice of collectives, and that nothing is known of how they overlap.
+The compiler's own count takes a loop's body once. So this file walks the program's text, and counts every body as
+often as it runs. A TPU differs in three ways: it needs fewer temporaries (the CPU's compiler computes bfloat16 in
+float32 and fuses less: an upper bound), it may choose other collectives, and it overlaps them with products to an
+extent that the text does not say.
 """
 
 import math
@@ -94,32 +95,50 @@ def count(computations, name, devices):
     a collective's name: bytes a device must send, n-1 of n parts (twice that to reduce and hand back)
     """
     total, body = Counter(), computations[name]
-    users = Counter(operand for i in body.values() for operand in set(i.operands))
+    users = Counter()
+    for instruction in body.values():
+        users.update(set(instruction.operands))
     sliced = {i.operands[0] for i in body.values() if i.opcode == "dynamic-slice"}
-    for own, i in body.items():
-        opcode = i.opcode.removesuffix("-start")
+    for own, instruction in body.items():
+        opcode = instruction.opcode.removesuffix("-start")
         if opcode == "while":
-            condition = computations[i.called("condition")].values()
-            trips = max(int(c.operands[0]) for c in condition if c.opcode == "constant" and c.type.startswith("s32"))
-            for key, value in count(computations, i.called("body"), devices).items():
+            trips = loop_trips(computations[instruction.called("condition")])
+            for key, value in count(computations, instruction.called("body"), devices).items():
                 total[key] += trips * value
         elif opcode in ("call", "fusion"):
-            total += count(computations, i.called("to_apply" if opcode == "call" else "calls"), devices)
+            total += count(computations, instruction.called("to_apply" if opcode == "call" else "calls"), devices)
         elif opcode == "dot":
-            left = body[i.operands[0]]
-            ((_, left_shape),), ((_, shape),) = left.shapes(), i.shapes()
-            total["flops"] += 2 * math.prod(shape) * math.prod(left_shape[d] for d in i.dims("lhs_contracting_dims"))
-            total["traffic"] += i.bytes + left.bytes + body[i.operands[1]].bytes
+            left, right = body[instruction.operands[0]], body[instruction.operands[1]]
+            total["flops"] += product_flops(instruction, left)
+            total["traffic"] += instruction.bytes + left.bytes + right.bytes
         elif opcode in COLLECTIVES:
-            n = group_size(i.attributes, devices)
-            size = sum(body[o].bytes for o in i.operands) if opcode == "reduce-scatter" else i.bytes
+            size = instruction.bytes
+            if opcode == "reduce-scatter":
+                size = sum(body[operand].bytes for operand in instruction.operands)
             if opcode == "all-reduce" and own in sliced and users[own] == 1:
                 opcode = "reduce-scatter"  # each keeps its slice of the sum: a TPU's compiler makes one of the two
-            if opcode == "collective-permute":
-                total[opcode] += size
-            else:
-                total[opcode] += (2 if opcode == "all-reduce" else 1) * size * (n - 1) // n
+            total[opcode] += sent_bytes(opcode, size, group_size(instruction.attributes, devices))
     return total
+
+
+def loop_trips(condition):
+    """How often a loop runs: the constant that its condition compares the counter with."""
+    constants = [i for i in condition.values() if i.opcode == "constant" and i.type.startswith("s32")]
+    return max(int(constant.operands[0]) for constant in constants)
+
+
+def product_flops(dot, left):
+    """Of a matrix product with the left operand `left`: two for each entry of the result and of a contracted row."""
+    ((_, left_shape),), ((_, shape),) = left.shapes(), dot.shapes()
+    contracted = math.prod(left_shape[d] for d in dot.dims("lhs_contracting_dims"))
+    return 2 * math.prod(shape) * contracted
+
+
+def sent_bytes(opcode, size, n):
+    """What a device sends in a collective over `size` bytes in a group of n devices."""
+    if opcode == "collective-permute":
+        return size
+    return (2 if opcode == "all-reduce" else 1) * size * (n - 1) // n
 
 
 def compile_and_count(lowered, devices):
@@ -149,9 +168,9 @@ def model_flops(c, tokens):
 
 def report(lowered, c, mesh, parameter_bytes, train):
     """The text of --plan. parameter_bytes: float32, of one device; train: the [train] section."""
-    devices, rows = math.prod(mesh.values()), train.batch_size
+    devices = math.prod(mesh.values())
     cost, temporaries = compile_and_count(lowered, devices)
-    tokens = rows * train.accumulate * c.max_seq_len
+    tokens = train.batch_size * train.accumulate * c.max_seq_len
     averaged = parameter_bytes * bool(train.ema)
     temporaries = max(0, temporaries - parameter_bytes)  # the gradients are among them
     # the optimizer reads weights, moments and gradients and writes all but the last; averages are read and written
@@ -161,30 +180,43 @@ def report(lowered, c, mesh, parameter_bytes, train):
     grid = " × ".join(f"{axis} {size}" for axis, size in mesh.items())
     share = cost["flops"] * devices / model_flops(c, tokens)
     lines = [
-        f"{grid} = {devices} devices; {rows} × {c.max_seq_len} tokens a microstep, {tokens:,} an update",
+        f"{grid} = {devices} devices; {train.batch_size} × {c.max_seq_len} tokens a microstep, {tokens:,} an update",
         "each device, an update:",
         f"  parameters         {_gb(parameter_bytes)}  float32",
         f"  gradients          {_gb(parameter_bytes)}",
         f"  moments            {_gb(2 * parameter_bytes)}",
-        *([f"  averaged weights   {_gb(averaged)}"] if averaged else []),
+    ]
+    if averaged:
+        lines.append(f"  averaged weights   {_gb(averaged)}")
+    lines += [
         f"  activations and    {_gb(temporaries)}  the CPU compiler's, in float32: a TPU needs less",
         "  temporaries",
         f"  products           {cost['flops'] / 1e12:9.2f} TFLOP, {share:.2f} × (6·N·tokens + attention)",
         f"  memory traffic     {_gb(traffic)}",
-        *(f"  {kind:19}{_gb(cost[kind])}  sent" for kind in COLLECTIVES if cost[kind]),
+    ]
+    lines += [f"  {kind:19}{_gb(cost[kind])}  sent" for kind in COLLECTIVES if cost[kind]]
+    lines += [
         "",
         "chip   memory   fits  products    memory   network   a step takes, all overlapped … nothing  largest",
     ]
-    for chip, (speed, memory, bandwidth, network) in CHIPS.items():
-        speed /= 6 if train.dtype == "float32" else 1  # a float32 product is six of bfloat16 there
-        terms = {"products": cost["flops"] / speed, "memory": traffic / bandwidth, "network": sent / network}
-        largest = max(terms, key=terms.get)
-        lines.append(
-            f"{chip:4}{memory / 1e9:6.0f} GB{'yes' if needed <= memory else 'no':>7}"
-            + "".join(f"{seconds:8.3f} s" for seconds in terms.values())
-            + f"{terms[largest]:18.3f} … {sum(terms.values()):.3f} s           {largest}"
-        )
+    for chip in CHIPS:
+        lines.append(chip_line(chip, needed, cost["flops"], traffic, sent, train.dtype))
     return "\n".join(lines)
+
+
+def chip_line(chip, needed, flops, traffic, sent, dtype):
+    """Whether a chip's memory suffices, and the seconds that its products, memory and network take for a step."""
+    speed, memory, bandwidth, network = CHIPS[chip]
+    if dtype == "float32":
+        speed /= 6  # a float32 product is six of bfloat16 there
+    seconds = {"products": flops / speed, "memory": traffic / bandwidth, "network": sent / network}
+    largest = max(seconds, key=seconds.get)
+    columns = "".join(f"{value:8.3f} s" for value in seconds.values())
+    fits = "yes" if needed <= memory else "no"
+    total = sum(seconds.values())
+    return (
+        f"{chip:4}{memory / 1e9:6.0f} GB{fits:>7}{columns}{seconds[largest]:18.3f} … {total:.3f} s           {largest}"
+    )
 
 
 def _gb(size):

@@ -28,7 +28,7 @@ import train_tpu
 from bench import plan
 from data import DataSettings
 from model import LLaMA, LLaMAConfig
-from support import checkpoint, settings
+from support import checkpoint, settings, sharded
 from support.token_rows import encode_row
 from support.tokenizer import Tokenizer
 
@@ -129,13 +129,13 @@ def test_two_processes_train_as_one(eight_devices, rows, tmp_path):
     run = tmp_path / "run"
     spying = """
 import data, sys, train_tpu
-from support import settings
+from support import settings, sharded
 def batch(self, microstep, rows, read=data.TokenRows.batch):
     print(*rows, file=spy, flush=True)
     return read(self, microstep, rows)
 spy = open(sys.argv.pop(1), "w")
 data.TokenRows.batch = batch
-train_tpu.FILE_BYTES = 20_000
+sharded.FILE_BYTES = 20_000
 settings.run_main(train_tpu.main)
 """
     with socket.socket() as free:
@@ -235,7 +235,7 @@ def test_a_run_begun_in_one_is_finished_in_the_other(both, tmp_path):
 def test_train_py_opens_files_in_shards(both, tmp_path, monkeypatch):
     """A large model's checkpoint is many files, the optimizer's state too; transformers reads the weights."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(train_tpu, "FILE_BYTES", 30_000)
+    monkeypatch.setattr(sharded, "FILE_BYTES", 30_000)
     torchs, _, overrides = both
     begun = copy_up_to(torchs, 10, tmp_path / "run")
     run_tpu(begun, (1, 2, 2), *overrides, "train.steps=11", "optim.decay_steps=20")
@@ -300,7 +300,7 @@ def test_a_checkpoint_opens_on_any_mesh(eight_devices, rows, tmp_path):
     moments = load_file(folder / "training" / "optimizer.model.safetensors")
     for mesh in ((1, 1, 1), (1, 4, 2), (1, 1, 4)):
         _, layout, state = opened(folder, mesh)
-        for name, layer, file_name, shape in train_tpu.tensor_names(layout):
+        for name, layer, file_name, shape in sharded.tensor_names(layout):
             for kind in ("params", "exp_avg", "exp_avg_sq"):
                 saved = weights[file_name] if kind == "params" else moments[f"{file_name}.{kind}"]
                 held = np.asarray(state[kind][name] if layer is None else state[kind][name][layer])
