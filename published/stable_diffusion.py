@@ -1,5 +1,4 @@
-"""Stable Diffusion's published files ⇄ our names: diffusers folders, and single files of CompVis
-and Stability.
+"""Stable Diffusion's published files ⇄ our names: folders, files of CompVis and Stability.
 
     folder    config.json ──unet_fields, vae_fields, schedule_fields──▶ settings.Fields     and back: …_json
               weights bear our names already (but for old autoencoders: vae_names)
@@ -23,45 +22,31 @@ from support.settings import UserError
 PIPELINE = "a latent diffusion pipeline"  # as checkpoint.what_is calls them
 UNET, VAE = "a U-Net of latent diffusion", "an autoencoder of latent diffusion"
 
+
+def same(*names):
+    """{name: name}: keys that are called alike."""
+    return dict(zip(names, names, strict=True))
+
+
 # {our field: their key}
-UNET_KEYS = {
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "sample_size": "sample_size",
-    "block_out_channels": "block_out_channels",
-    "layers_per_block": "layers_per_block",
-    "cross_attention_dim": "cross_attention_dim",
-    "use_linear_projection": "use_linear_projection",
-    "norm_num_groups": "norm_num_groups",
-    "addition_time_embed_dim": "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim": "projection_class_embeddings_input_dim",
-    "upcast_attention": "upcast_attention",
-    "heads": "attention_head_dim",  # a misnomer of theirs: it counts the heads
-    "depth": "transformer_layers_per_block",
-    "mid_depth": "transformer_layers_per_block",
-}
-VAE_KEYS = {
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "sample_size": "sample_size",
-    "block_out_channels": "block_out_channels",
-    "layers_per_block": "layers_per_block",
-    "latent_channels": "latent_channels",
-    "norm_num_groups": "norm_num_groups",
-    "scaling_factor": "scaling_factor",
-}
-SCHEDULE_KEYS = {
-    "num_train_timesteps": "num_train_timesteps",
-    "beta_start": "beta_start",
-    "beta_end": "beta_end",
-    "beta_schedule": "beta_schedule",
-    "prediction_type": "prediction_type",
-    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
-    "timestep_spacing": "timestep_spacing",
-    "steps_offset": "steps_offset",
-    "set_alpha_to_one": "set_alpha_to_one",
-}
 # fmt: off
+UNET_KEYS = same(
+    "in_channels", "out_channels", "sample_size", "block_out_channels", "layers_per_block", "cross_attention_dim",
+    "use_linear_projection", "norm_num_groups", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+    "upcast_attention",
+) | {
+    "heads": "attention_head_dim",  # a misnomer of theirs: it counts the heads
+    "depth": "transformer_layers_per_block", "mid_depth": "transformer_layers_per_block",
+}
+VAE_KEYS = same(
+    "in_channels", "out_channels", "sample_size", "block_out_channels", "layers_per_block", "latent_channels",
+    "norm_num_groups", "scaling_factor",
+)
+SCHEDULE_KEYS = same(
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr",
+    "timestep_spacing", "steps_offset", "set_alpha_to_one",
+)
+# {their key: the one value that our code computes}
 UNET_FIXED = {
     "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None,
     "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,

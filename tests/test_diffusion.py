@@ -493,6 +493,22 @@ def test_every_key_of_diffusers_is_honoured_or_refused(kind):
         assert honoured != (key in NO_EFFECT), key
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own
+@pytest.mark.parametrize("kind", stable_diffusion.SCHEDULER_KINDS)
+def test_what_a_scheduler_leaves_out_is_diffusers_default(kind):
+    """Theirs, and not those of SD 1.5, which are ours."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = dict(getattr(diffusers, kind)().config) | {"clip_sample": False}
+    silent = opened("scheduler", {"_class_name": kind, "timestep_spacing": theirs["timestep_spacing"]})
+    assert opened("scheduler", theirs | {"_class_name": kind}) == silent
+
+
+def test_what_an_autoencoder_leaves_out_is_diffusers_default():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = json.loads(json.dumps(dict(diffusers.AutoencoderKL().config))) | {"_class_name": "AutoencoderKL"}
+    assert opened("vae", theirs) == opened("vae", {"_class_name": "AutoencoderKL", "block_out_channels": [64]})
+
+
 WRONG = (0, -1, 0.5, 1e30, 2**70, math.nan, -math.inf, "8", "", True, [], [0], [8], [None, None], {}, {"a": 1})
 
 
