@@ -153,7 +153,7 @@ def fresh_model(cls, config):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not re.search("alloc|out of memory|overflow", str(error)):
             raise
-    count = "more"
+    count = "too many"
     with torch.device("meta"), contextlib.suppress(RuntimeError):  # more than 2⁶³ bytes are too many even to count
         count = f"{sum(p.numel() for p in cls(config).parameters()):,}"
     raise UserError(f"[model] describes a {cls.__name__} of {count} parameters, 4 bytes each: too large for the memory")

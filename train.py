@@ -166,7 +166,7 @@ def train(config, explicit_keys, device=None):
     config, explicit_keys: what read_run returns; device: "cpu", "cuda", or None for the best one.
     """
     ranks, run = start_ranks(device), Path(config.run.dir)
-    steps, accumulate, batch_size = config.train.steps, config.train.accumulate, config.train.batch_size
+    steps, batch_size = config.train.steps, config.train.batch_size
     if batch_size % ranks.world:
         raise UserError(f"train.batch_size {batch_size} is no multiple of the {ranks.world} processes")
 
@@ -185,16 +185,11 @@ def train(config, explicit_keys, device=None):
     modules = distribute(task)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
 
-    # -- batches: prepared in threads, a few ahead --
-    rows = ranks.rows(batch_size)
-    numbers = [(step, microstep) for step in range(first, steps) for microstep in range(accumulate)]
-    batches = prefetch(lambda number: task.batch(*number, rows), numbers, config.data.workers)
-    items = batch_size * accumulate * task.items_per_row
+    items = batch_size * config.train.accumulate * task.items_per_row
     log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main)
 
-    for step in range(first, steps):
+    for step, microbatches in enumerate(batches(task, first), first):
         # -- update: each phase in turn, then the average --
-        microbatches = [next(batches) for _ in range(accumulate)]
         values = {}
         for phase, optimizer in optimizers.items():
             if task.active(phase, step):
@@ -225,6 +220,16 @@ def train(config, explicit_keys, device=None):
     if ranks.world > 1:
         dist.destroy_process_group()
     return run
+
+
+def batches(task, first):
+    """The microbatches of each step from `first` on: a list of them, made by threads a few ahead of their use."""
+    train = task.config.train
+    rows = task.ranks.rows(train.batch_size)
+    numbers = ((step, micro) for step in range(first, train.steps) for micro in range(train.accumulate))
+    made = prefetch(lambda number: task.batch(*number, rows), numbers, task.config.data.workers)
+    for _ in range(first, train.steps):
+        yield [next(made) for _ in range(train.accumulate)]
 
 
 def begin(config, explicit_keys, ranks, resume):

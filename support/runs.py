@@ -36,8 +36,13 @@ def newest_step(run, kind):
     A UserError if the folder holds a run of another model.kind, or its state.json is damaged.
     """
     run = Path(run)
-    if run.exists() and not run.is_dir():
-        raise UserError(f"run.dir {run} is a file: name a folder")
+    try:
+        if run.exists() and not run.is_dir():
+            raise UserError(f"run.dir {run} is a file: name a folder")
+    except OSError as error:  # its name is too long
+        raise UserError(f"run.dir {str(run)[:40]}…: {error.strerror}") from None
+    if run.absolute() == Path.cwd():
+        raise UserError(f'run.dir "{run}" is the folder you are in: name one of its own')
     if (run / "config.toml").exists():
         model = settings.read(run / "config.toml").get("model")
         found = model.get("kind") if isinstance(model, dict) else None
@@ -57,8 +62,9 @@ def start_run(run, s, first):
     """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes: step `first`."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir {run}: cannot be made ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"run.dir {str(run)!r}: cannot be made ({reason})") from None
     remove_parts(run)
     for change in changes(run, s) if first else ():
         print(f"resuming with another setting than before: {change}")

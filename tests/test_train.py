@@ -430,6 +430,12 @@ def test_a_folder_of_another_kind_of_run_is_left_alone(tokenizer_run, row_overri
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tokenizer_run.rglob("*")} == before
 
 
+@pytest.mark.parametrize("folder", ["", ".", "x" * 300, "README.md", "README.md/run"])
+def test_a_run_needs_a_folder_of_its_own(folder, row_overrides, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert refused(run_tiny, "llama", folder, *row_overrides).startswith("run.dir ")
+
+
 def test_a_run_that_is_resumed_with_other_threads_says_so(lvm_run, row_overrides, tmp_path, capsys):
     """A sum's rounding depends on how it is split. A checkpoint from before this was recorded says nothing."""
     for state, said in (({"step": 8, "threads": 7}, True), ({"step": 8}, False)):
