@@ -386,8 +386,8 @@ def json_rows(path):
                 yield from list_rows(file.read())
             else:
                 yield from jsonl_rows(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
 def jsonl_rows(file):

@@ -488,10 +488,10 @@ def test_every_format_is_read_and_text_and_picture_stay_together(folder, file):
     images = {} if file in ("pictures", "shard.tar") else {"images": str(folder / "pictures")}
     rows = rows_of(folder / file, kind, create=kind != "pair", **images)
     samples = [rows.sample(i) for i in range(len(rows))]
-    said = [shown(rows.writers[0], sample) for sample in samples]
-    assert sorted(said) == [text.format(i) for i in range(10)]
-    for words, sample in zip(said, samples, strict=True):
-        i = next(i for i in range(10) if text.format(i) == words)
+    written = [shown(rows.writers[0], sample) for sample in samples]
+    assert sorted(written) == [text.format(i) for i in range(10)]
+    for line, sample in zip(written, samples, strict=True):
+        i = next(i for i in range(10) if text.format(i) == line)
         truth = np.array(Image.open(io.BytesIO(png(i))))
         assert all(np.array_equal(np.asarray(picture), truth) for picture in sample.images + sample.images_dm)
     assert rows.skipped == 0
@@ -594,6 +594,7 @@ def test_a_text_too_long_for_the_context_is_named_and_replaced(tmp_path, capsys)
         ("mmc4.jsonl", "instructed", 'no row in it can be used for kind "instructed"'),
         ("pictures", "document", 'kind "document" needs rows in a .jsonl or .json file'),
         ("absent.jsonl", "pair", "absent.jsonl: No such file or directory"),
+        ("a\0b.jsonl", "pair", "embedded null byte"),
         ("absent", "pair", "no such folder or .tar file"),
         ("captions.jsonl", "pair", "not one of 10 rows can be used; the last: "),  # its pictures lie elsewhere
     ],
