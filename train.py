@@ -267,6 +267,8 @@ def watching(task, optimizers, ema, done):
         with torch.inference_mode(), with_ema_weights(task.main, ema):
             yield
     except Exception:
+        if not all(p.isfinite().all() for p in task.main.parameters()):
+            raise UserError(f"step {done}: weights are not finite any more; stopped. Try a lower optim.lr") from None
         save(done, task, optimizers, ema)
         raise
     finally:

@@ -384,6 +384,18 @@ def test_an_error_in_a_sample_or_an_evaluation_loses_no_steps(method, row_overri
     assert checkpoint.latest_step_folder(tmp_path / "run").name == "step_00000012"
 
 
+def test_weights_that_are_no_numbers_are_not_saved_for_a_failed_sample(row_overrides, tmp_path, monkeypatch):
+    def broken(task, path):
+        task.model.norm.weight[0] = math.nan
+        raise RuntimeError("probabilities are nan")
+
+    monkeypatch.setattr(tasks.LLaMATask, "sample", broken)
+    options = ["train.save_every=100", "train.eval_every=0", "train.sample_every=3"]
+    message = refused(run_tiny, "llama", tmp_path / "run", *options, *row_overrides)
+    assert message == "step 3: weights are not finite any more; stopped. Try a lower optim.lr"
+    assert checkpoint.step_folders(tmp_path / "run") == []
+
+
 DAMAGE = {  # name of a tensor of the optimizer → what is done to it, and what is said
     "shape": ("norm.weight.exp_avg", lambda t: t[:-1], "norm.weight.exp_avg is float32 (31,), expected float32 (32,)"),
     "dtype": ("norm.weight.exp_avg_sq", lambda t: t.half(), "norm.weight.exp_avg_sq is float16 (32,), expected"),
