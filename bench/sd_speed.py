@@ -46,6 +46,10 @@ def timed(module, name, seconds):
     setattr(module, name, run)
 
 
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def letters():
     """CLIP's tokenizer without its merges; the ids of bytes, start, end and padding are CLIP's."""
     vocabulary = CLIPTokenizer.of_bytes().vocabulary | {START: 49406, END: 49407}
@@ -80,7 +84,7 @@ def main():
         encoder = text_tower()
     torch.set_default_dtype(torch.float32)
     model = LatentDiffusion(unet, vae, NoiseSchedule(prediction_type="v_prediction"), encoder)
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    sizes = {name: parameter_count(part) for name, part in model.named_children()}
     print(f"SD 2.1 in {a.dtype}, made in {time.perf_counter() - start:.0f} s, on {device}; weights: {sizes}")
 
     text_seconds, unet_seconds, vae_seconds = [], [], []

@@ -1,20 +1,20 @@
-"""Does latent diffusion draw what a text says? Emoji by their names, and who recognises them.
+"""Do the pictures of a latent diffusion show what the text says? Emoji by their names.
 
     python bench/unet_report.py --run out/emoji/unet --clip out/emoji/clip --out out/emoji --guidance 1 2 4
 
-Names of the training set, and unseen combinations (`combo`: another skin tone or gender of a kind
-that was seen). Each is drawn once. A judge must find the name among 100 by the picture; beside it,
-the same of
+It generates one picture for each name, of the training set and of unseen combinations (`combo`:
+another skin tone or gender of a kind that was seen). A recogniser then ranks 100 names by the
+picture; reported is how often the right one comes first, beside the same for
 
-    real    the emoji themselves. Those of the seen names are the CLIP's training pictures, as they are the U-Net's;
-            it has seen no picture of `combo`, nor has the U-Net
-    noise   what the autoencoder makes of the noise that drawing starts from
+    real    the emoji themselves. Those of the seen names are training pictures of both the CLIP
+            and the U-Net; neither has seen a picture of `combo`
+    noise   what the autoencoder makes of random latents
 
-There are two judges: the CLIP, whose text tower also tells the U-Net what to draw, so that it may
-be partial; and the bag of words of clip_report.py (linear, on 16×16 thumbnails), which had no part
-in the U-Net. Several --guidance: the one is taken whose pictures the CLIP recognises most often, of
-other names of the training set than those reported. The autoencoder's PSNR on held-out emoji stands
-in the report too. In brackets, and ±: 95 % intervals.
+There are two recognisers: the CLIP, whose text tower also steers the U-Net, so that it may be
+partial; and the bag of words of clip_report.py (linear, on 16×16 thumbnails), which had no part in
+the U-Net. Of several --guidance, the one is reported whose pictures the CLIP recognises most often,
+for other names of the training set. The report also has the autoencoder's PSNR on held-out emoji.
+Brackets and ± are 95 % intervals.
 """
 
 import sys
@@ -85,7 +85,7 @@ def named_grid(rows, columns=6, lines=3):
 def main():
     parser = settings.Parser(prog="python bench/unet_report.py", description=__doc__)
     parser.add_argument("--run", required=True, help="a trained U-Net's folder")
-    parser.add_argument("--clip", required=True, help="the CLIP that judges")
+    parser.add_argument("--clip", required=True, help="the CLIP that recognises")
     parser.add_argument("--out", required=True, help="where unet_report.json and unet.png go")
     parser.add_argument("--count", type=int, default=128, help="names of each kind, or all there are (128)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.0])
@@ -95,23 +95,28 @@ def main():
     model = LatentDiffusion.from_pretrained(a.run, text_encoders(a.run), torch.float32).eval()
     side = model.unet.config.sample_size * model.vae.config.factor
     splits = {split: list(open_source("emoji", side, split)) for split in ("train", "combo", "new")}
-    judges = {"clip": Learned(CLIP.from_pretrained(a.clip, dtype=torch.float32)), "bag": BagOfWords(splits["train"])}
+    recognisers = {
+        "clip": Learned(CLIP.from_pretrained(a.clip, dtype=torch.float32)),
+        "bag": BagOfWords(splits["train"]),
+    }
     everyone = np.array(sorted({item.caption for items in splits.values() for item in items}))
-    draws, report = np.random.default_rng(SEED), {"steps": a.steps}
+    rng, report = np.random.default_rng(SEED), {"steps": a.steps}
 
     psnrs = reconstruction_psnr(model, [item.image for split in ("combo", "new") for item in splits[split]])
     error = 1.96 * psnrs.std(ddof=1) / len(psnrs) ** 0.5
     report["autoencoder_psnr"] = {"mean": float(psnrs.mean()), "error": float(error), "pictures": len(psnrs)}
     print(f"autoencoder, PSNR of {len(psnrs)} held-out emoji: {psnrs.mean():.1f} ± {error:.1f} dB")
 
-    names = {split: [splits[split][i] for i in draws.permutation(len(splits[split]))] for split in ("train", "combo")}
+    names = {}
+    for split in ("train", "combo"):
+        names[split] = [splits[split][i] for i in rng.permutation(len(splits[split]))]
     report["guidance"] = a.guidance[0]
     if len(a.guidance) > 1:
         tried = names["train"][a.count : a.count + TRIED]
-        captions, others, found = [item.caption for item in tried], distractors(tried, everyone, draws), {}
+        captions, others, found = [item.caption for item in tried], distractors(tried, everyone, rng), {}
         for guidance in a.guidance:
             drawn = draw(model, captions, side, guidance, a.steps)
-            found[guidance] = retrieval(judges["clip"], drawn, captions, others)["R@1"]
+            found[guidance] = retrieval(recognisers["clip"], drawn, captions, others)["R@1"]
             print(f"guidance {guidance:g}, {len(tried)} other seen names: first of 100 {shown(found[guidance])}")
         report |= {"tried": found, "guidance": max(found, key=lambda guidance: found[guidance]["share"])}
     print(f"reported: guidance {report['guidance']:g}, {a.steps} steps of DDIM")
@@ -119,7 +124,7 @@ def main():
     rows = []
     for split, title in (("train", "seen names"), ("combo", "unseen combinations")):
         items = names[split][: a.count]
-        captions, others = [item.caption for item in items], distractors(items, everyone, draws)
+        captions, others = [item.caption for item in items], distractors(items, everyone, rng)
         pictures = {
             "drawn": draw(model, captions, side, report["guidance"], a.steps),
             "real": [item.image for item in items],
@@ -128,9 +133,9 @@ def main():
         report[split] = {"pictures": len(items)}
         print(f"\n{title}, {len(items)}   first of 100         among five           bag of words, first  among five")
         for kind, some in pictures.items():
-            found = {name: retrieval(judge, some, captions, others) for name, judge in judges.items()}
+            found = {name: retrieval(recogniser, some, captions, others) for name, recogniser in recognisers.items()}
             report[split][kind] = found
-            print(f"  {kind:22}" + " ".join(f"{shown(found[j][k]):20}" for j in judges for k in ("R@1", "R@5")))
+            print(f"  {kind:22}" + " ".join(f"{shown(found[j][k]):20}" for j in recognisers for k in ("R@1", "R@5")))
         rows += list(zip(captions, pictures["drawn"], pictures["real"], strict=True))[: SHOWN[split]]
     checkpoint.write_json(Path(a.out) / "unet_report.json", report)
     with checkpoint.atomic_file(Path(a.out) / "unet.png") as beside:
