@@ -1,13 +1,13 @@
 """LVM: a language model whose words are pictures (Bai et al. 2023, arXiv 2312.00785).
 
-A VQGAN turns each picture into h·w codes; a LLaMA has learned from *visual sentences*, pictures one after another that
-have something to do with each other, to predict the next code. There is no text and no special token: what a prompt
-means follows from its pictures alone (section 5).
+A VQGAN turns each picture into h·w codes; a LLaMA has learned from *visual sentences*, pictures one
+after another that have something to do with each other, to predict the next code. There is no text
+and no special token: what a prompt means follows from its pictures alone (section 5).
 
     sequential prompt   x1, x2, x3, …           frames of a clip, turns of an object: the model continues them
     analogy prompt      x1, y1, …, xn, yn, x    pairs of a picture and its answer, then a query: it answers with y
 
-Both are one operation, here with the paper's 256 codes a picture and 4096 tokens of context, 16 pictures:
+Both are one operation; in the paper a picture has 256 codes, and 16 pictures fit the context:
 
     pictures (N, side, side, 3) ─ VQGAN.encode ─▶ tokens (N, h·w)
                                                      │ side by side: (1, N·h·w)
@@ -34,8 +34,8 @@ from vqgan import VQGAN
 class LVM:
     """A LLaMA over image codes with the tokenizer that made them.
 
-    side: pixels of a picture, 0 for what the tokenizer was made for. Derived: grid (h, w), codes h·w, and window, the
-    number of pictures that fit the LLaMA's context.
+    side: pixels of a picture, 0 for what the tokenizer was made for. Derived: grid (h, w), codes
+    h·w, and window, the number of pictures that fit the LLaMA's context.
     """
 
     llama: LLaMA
@@ -56,7 +56,7 @@ class LVM:
 
     @classmethod
     def from_pretrained(cls, run, tokenizer="", device="cpu", dtype=None):
-        """From a run, which knows its tokenizer and the size of its pictures, or from any LLaMA and VQGAN.
+        """From a run, which knows its tokenizer and its pictures' size, or any LLaMA and VQGAN.
 
         dtype is the LLaMA's: the tokenizer is small and stays as it is stored.
         """
@@ -82,11 +82,11 @@ class LVM:
         return to_uint8(torch.cat(images))
 
     def continue_tokens(self, tokens, frames, candidates=1, **sampling):
-        """tokens (B, N, h·w) of N pictures → the next `frames` pictures, (B·candidates, frames, h·w).
+        """tokens (B, N, h·w) of N pictures → the next `frames`, (B·candidates, frames, h·w).
 
-        As many pictures as fit the context are generated at once; after that, one at a time from the newest
-        window - 1 pictures. Ids that are no image codes are never sampled, and there is no end token. The candidates
-        of one prompt are adjacent rows. sampling: see LLaMA.stream.
+        As many pictures as fit the context are generated at once; after that, one at a time from
+        the newest window - 1 pictures. Ids that are no image codes are never sampled, and there is
+        no end token. The candidates of one prompt are adjacent rows. sampling: see LLaMA.stream.
         """
         allowed = range(self.tokenizer.config.num_embeddings)
         prompt = tokens.shape[1]
@@ -101,7 +101,7 @@ class LVM:
         return tokens[:, prompt:]
 
     def continue_pictures(self, pictures, frames=1, candidates=1, **sampling):
-        """N prompt pictures (side, side, 3) uint8 → (candidates, frames, side, side, 3) uint8, independent samples."""
+        """pictures (N, side, side, 3) uint8 → samples (candidates, frames, side, side, 3) uint8."""
         tokens = self.continue_tokens(self.encode(pictures)[None], frames, candidates, **sampling)
         return self.decode(tokens.flatten(0, 1)).reshape(candidates, frames, self.side, self.side, 3)
 

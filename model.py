@@ -4,14 +4,16 @@
       n_layers × [ x + attention(norm(x)) ;  x + mlp(norm(x)) ]          residual stream (B, T, D)
     ─ norm ─ lm_head ─▶ logits (B, T, V): at each position, a score for every possible next token
 
-Differences from the 2017 transformer: RMSNorm before each part (Zhang & Sennrich 2019), rotary position embedding of
-queries and keys (Su et al. 2021, eq. 34), a gated MLP, SwiGLU (Shazeer 2020), no biases, and optionally fewer
-key/value heads than query heads (Ainslie et al. 2023). LLaMA: Touvron et al. 2023. LVM (Bai et al. 2023) is this model
-unchanged, over 8192 image codes + 100 spare ids.
+Differences from the 2017 transformer: RMSNorm before each part (Zhang & Sennrich 2019), rotary
+position embedding of queries and keys (Su et al. 2021, eq. 34), a gated MLP, SwiGLU (Shazeer 2020),
+no biases, and optionally fewer key/value heads than query heads (Ainslie et al. 2023). LLaMA is of
+Touvron et al. 2023. LVM (Bai et al. 2023) is this model unchanged, over 8192 image codes and 100
+spare ids.
 
-Generation repeats one step: the logits of the last position, divided by a temperature and cut to the likeliest ids
-(top-k; or top-p, the nucleus of Holtzman et al. 2020), give the probabilities from which the next id is sampled. The
-keys and values of earlier tokens stay in a cache, so that each token passes through the model once:
+Generation repeats one step: the logits of the last position, divided by a temperature and cut to
+the likeliest ids (top-k; or top-p, the nucleus of Holtzman et al. 2020), give the probabilities
+from which the next id is sampled. The keys and values of earlier tokens stay in a cache, so that
+each token passes through the model once:
 
     prompt (B, T) ─▶ hidden ─▶ logits (B, V) ─ sample_token ─▶ id (B, 1) ─┐
                        ▲ caches: keys and values (B, K, S, E) a layer     │
@@ -20,7 +22,7 @@ keys and values of earlier tokens stay in a cache, so that each token passes thr
     symbol  B batch   T tokens   S tokens so far   D dim   V vocab_size
             H n_heads   K n_kv_heads   E head_dim   F hidden_dim
 
-The modules have the names of the Hugging Face files, so a checkpoint's keys can be read beside the code.
+The modules have the names in Hugging Face's files: a checkpoint's keys can be read beside the code.
 """
 
 import dataclasses
@@ -160,8 +162,8 @@ def rotary_frequencies(config, device=None):
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequency = config.rope_theta ** (-i / config.head_dim)  # (E/2,)
     if s := config.rope_scaling:
-        # Wavelengths well inside the original context stay, those beyond it are stretched by `factor`,
-        # and between the two the frequency goes over smoothly.
+        # Wavelengths well inside the original context stay, those beyond it are stretched by
+        # `factor`, and between the two the frequency goes over smoothly.
         turns = s.original_max_position_embeddings * frequency / (2 * torch.pi)
         keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / s.factor)
@@ -169,7 +171,7 @@ def rotary_frequencies(config, device=None):
 
 
 def rotate(x, angles):
-    """Turns the pairs (x_i, x_{i+E/2}) of x (B, heads, T, E): the half-split form of Hugging Face files."""
+    """Turns the pairs (x_i, x_{i+E/2}) of x (B, heads, T, E), as Hugging Face's files need it."""
     cos, sin = angles
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
@@ -185,7 +187,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, angles, cache=None, visible=None):
-        """x (B, T, D) → (B, T, D). With a cache, x also attends to the tokens before it: visible (T, S) bool."""
+        """x (B, T, D) → (B, T, D); with a cache, x attends to earlier tokens too: visible (T, S)."""
         split = "b t (h e) -> b h t e"
         q = rotate(rearrange(self.q_proj(x), split, e=self.config.head_dim), angles)  # (B, H, T, E)
         k = rotate(rearrange(self.k_proj(x), split, e=self.config.head_dim), angles)  # (B, K, T, E)
@@ -309,7 +311,7 @@ class LLaMA(nn.Module):
         return [LayerCache(batch, max_tokens, self.config, self.embed_tokens.weight) for _ in self.layers]
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, samples=1, **options):
-        """tokens (B, T) → (B·samples, T + new): each prompt, and what `stream` samples after it with these options."""
+        """tokens (B, T) → (B·samples, T + new): the prompts and what follows; options: stream's."""
         new = self.stream(tokens, max_new_tokens, temperature, samples=samples, **options)
         return torch.cat((tokens.repeat_interleave(samples, dim=0), *new), dim=1)
 
@@ -326,11 +328,12 @@ class LLaMA(nn.Module):
         generator=None,
         samples=1,
     ):
-        """tokens (B, T) → yields (B·samples, 1) at a time: ids sampled from the model's predictions.
+        """tokens (B, T) → yields (B·samples, 1) at a time: ids sampled from the predictions.
 
-        temperature 0 takes the likeliest id; `top_k` and `top_p`: see sample_token. `allowed` (a list or tensor of ids)
-        forbids all others. A row that has sampled `eos` repeats it, and generation ends early when every row has.
-        The `samples` of one prompt are adjacent rows; the prompt is read once.
+        temperature 0 takes the likeliest id; `top_k` and `top_p`: see sample_token. `allowed` (a
+        list or tensor of ids) forbids all others. A row that has sampled `eos` repeats it, and
+        generation ends early when every row has. The `samples` of one prompt are adjacent rows; the
+        prompt is read once.
         """
         length = tokens.shape[1] + max_new_tokens
         if tokens.shape[1] < 1 or length > self.config.max_seq_len:
@@ -365,10 +368,10 @@ class LLaMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=None, device="cpu"):
-        """A LLaMA from a run of ours, a Hugging Face folder, or Meta's (params.json, consolidated.NN.pth).
+        """A LLaMA from a run of ours, a Hugging Face folder, or Meta's (params.json and .pth).
 
-        dtype: a torch.dtype; None: as stored; "int8": every matrix of the layers and the head in 8 bits, the rest
-        as stored (Int8Linear). `path` may also be a weight file in such a folder.
+        dtype: a torch.dtype; None: as stored; "int8": every matrix of the layers and the head in 8
+        bits, the rest as stored (Int8Linear). `path` may also be a weight file in such a folder.
         """
         checkpoint.expect(path, "a LLaMA")
         path = checkpoint.weights_folder(path)
@@ -388,7 +391,7 @@ class LLaMA(nn.Module):
         return fill_int8(model, tensors).to(device).eval()
 
     def save_pretrained(self, path):
-        """Writes config.json and model.safetensors as transformers' LlamaForCausalLM has them; `tokenizer`, if set."""
+        """Writes transformers' files of a LlamaForCausalLM, and those of `tokenizer`, if set."""
         if any(isinstance(module, Int8Linear) for module in self.modules()):
             raise UserError("a model in int8 is for inference: its rounded weights are not saved")
         dtype = checkpoint.dtype_name(self.embed_tokens.weight)
@@ -420,10 +423,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 class Int8Linear(nn.Module):
-    """A bias-free Linear that keeps its matrix (out, in) as integers: row r ≈ scale[r] · weight[r], |weight| ≤ 127.
+    """A bias-free Linear with a matrix (out, in) of integers: row r ≈ scale[r] · weight[r].
 
-    Half of bfloat16's memory, a rounding error of at most 1/254 of a row's largest entry, and no training.
-    The product is taken in the dtype of x, to which each matrix is unpacked as it is used.
+    |weight| ≤ 127. Half of bfloat16's memory, a rounding error of at most 1/254 of a row's largest
+    entry, and no training. The matrix is unpacked to the dtype of x as it is used.
     """
 
     def __init__(self, weight):

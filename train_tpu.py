@@ -5,9 +5,10 @@
         mesh.fsdp=64 mesh.tensor=4 --distributed auto            on each host of a slice of 256 chips
     … --plan                                                     what that would need; runs on a laptop
 
-The program below is written for one device of unlimited memory. What makes it run on 256 is a *sharding* for
-each array: a mesh axis beside each dimension that is split. XLA's partitioner (Xu et al. 2021, GSPMD) follows
-them through the program and inserts the communication. The devices stand in a grid (data, fsdp, tensor):
+The program below is written for one device of unlimited memory. What makes it run on 256 is a
+*sharding* for each array: a mesh axis beside each dimension that is split. XLA's partitioner (Xu et
+al. 2021, GSPMD) follows them through the program and inserts the communication. The devices stand
+in a grid (data, fsdp, tensor):
 
     data      copies of the model, each with its own rows       gradients are summed, once a microstep
     fsdp      rows, and slices of every weight (ZeRO-3:         a layer's weights are gathered before use,
@@ -18,11 +19,12 @@ them through the program and inserts the communication. The devices stand in a g
     tokens (B, T) ─ embed ─▶ x (B, T, D) ─ scan over stacked layers ─▶ x ─ norm ─ head, a chunk of T at a time ─▶ loss
            B over data × fsdp          weights over fsdp × tensor         never all logits (B, T, V) at once
 
-Same configurations, rows, metrics and run folder as train.py; either finishes what the other began (pictures in
-samples/ only train.py makes). All processes must see the same files. Float32 weights and moments, `train.dtype`
-for computing. How a run starts: (1) resume; else (2) `model.init`; else (3) scratch.
+Same configurations, rows, metrics and run folder as train.py; either finishes what the other began
+(pictures in samples/ only train.py makes). All processes must see the same files. Float32 weights
+and moments, `train.dtype` for computing. How a run starts: (1) resume; else (2) `model.init`; else
+(3) scratch.
 
-Symbols: those of model.py; L layers, A microsteps of an update, c the LLaMAConfig, s the settings of a run.
+Symbols: those of model.py; L layers, A microsteps of an update, c LLaMAConfig, s settings.
 """
 
 import contextlib
@@ -59,9 +61,9 @@ ROWS = ("data", "fsdp")  # rows are split over both
 
 
 def make_mesh(m, devices):
-    """The devices as a grid (data, fsdp, tensor), where possible with adjacent devices on adjacent places.
+    """The devices as a grid (data, fsdp, tensor), adjacent ones side by side where possible.
 
-    Of several TPU slices, each holds whole copies of the model: only sums over `data` cross between them.
+    Of several TPU slices, each holds whole copies of the model: only sums over `data` cross them.
     """
     shape = (m.data, m.fsdp or max(1, len(devices) // (m.data * m.tensor)), m.tensor)
     if math.prod(shape) != len(devices):
@@ -90,7 +92,7 @@ class Weight:
 def declare(c, tensor):
     """{name: Weight} of a LLaMA; those of its layers are stacked along a new first dimension.
 
-    The vocabulary is padded to a multiple of `tensor`; the padding is never predicted, learned or saved.
+    The vocabulary is padded to a multiple of `tensor`: never predicted, learned or saved.
     """
     D, F, Q, K = c.dim, c.hidden_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     V = math.ceil(c.vocab_size / tensor) * tensor
@@ -138,7 +140,7 @@ def lay_out(c, mesh):
 
 
 def initialize(table, seed):
-    """Fresh weights: N(0, 0.02), norms 1. A number depends only on its position, so every mesh has the same."""
+    """Fresh weights: N(0, 0.02), norms 1; the same on every mesh, for only positions matter."""
     keys = dict(zip(table, jax.random.split(jax.random.key(seed), len(table)), strict=True))
     return {n: w.std * jax.random.normal(keys[n], w.shape) if w.std else jnp.ones(w.shape) for n, w in table.items()}
 
@@ -233,7 +235,7 @@ def mean_loss(params, tokens, s, c, table):
 
     kept = KEPT[s.mesh.keep if s.train.activation_checkpointing else "everything"]
     layer = jax.checkpoint(layer, policy=kept, prevent_cse=False)
-    # the constraint holds backward too: each device adds up its own rows' gradients, then these are summed
+    # the constraint holds backward too: gradients of a device's own rows are added up first
     embedding = constrain(gathered("embed_tokens", params["embed_tokens"]), P("tensor"))  # (V, D)
     x = constrain(embedding[inputs], P(ROWS))  # (B, T, D)
     x, _ = jax.lax.scan(layer, x, {name: w for name, w in params.items() if name.startswith("layers.")})
@@ -264,7 +266,7 @@ def mean_loss(params, tokens, s, c, table):
 
 
 def update(state, batch, constants, s, c, table):
-    """AdamW (Loshchilov & Hutter 2019) on the mean over microsteps: → the next state, {"loss", "grad_norm"}.
+    """AdamW (Loshchilov & Hutter 2019) on the mean over microsteps → state, {"loss", "grad_norm"}.
 
     state       {"params" | "exp_avg" | "exp_avg_sq" | maybe "ema": {name: array}}, float32
     batch       (A, 2, B, T): A microsteps of inputs and targets
@@ -297,7 +299,7 @@ def update(state, batch, constants, s, c, table):
 
 
 def step_constants(s, step):
-    """(4,): learning rate, 1 − β1^t, 1 − β2^t, 1 − decay of the averaged weights; computed in double precision."""
+    """(4,): learning rate, 1 − β1^t, 1 − β2^t, 1 − decay of the average; in double precision."""
     o, t = s.optim, step + 1
     decay = min(s.train.ema, t / (t + 9))  # early on the average follows quickly: it forgets the random start
     lr = settings.learning_rate(o, step, s.train.steps)
@@ -305,7 +307,7 @@ def step_constants(s, step):
 
 
 class Program(NamedTuple):
-    """The two functions of a run, compiled when they are first called, and the abstract arrays that they take."""
+    """A run's two functions, compiled at their first call, and the abstract arrays they take."""
 
     update: Any  # (state, batch, step_constants) → (the next state, {"loss", "grad_norm"})
     loss: Any  # (params, (2, B, T)) → mean cross-entropy
@@ -384,7 +386,7 @@ def save_weights(folder, params, layout, tokenizer):
 
 
 def start(s, layout, resume):
-    """→ the state with which training begins: from `resume` (a step's folder), else model.init, else fresh."""
+    """→ the first state: from `resume` (a step's folder), else model.init, else fresh."""
     shardings = layout.shardings()
     folder = resume or (s.model.init and checkpoint.weights_folder(s.model.init))
     if folder:
@@ -414,14 +416,14 @@ IMPLEMENTED |= {"norm_eps", "rope_theta", "rope_scaling", "tie_embeddings"}
 
 
 def read_run(path, overrides=()):
-    """The configuration at `path`, as train.py reads it → (settings, the keys of [model] that were written down)."""
+    """The configuration at `path` → (settings, the keys of [model] that were written down)."""
     return settings.read_run(path, overrides, RUNS, {"llama": SIZES})
 
 
 def model_config(s, explicit_keys, resume):
-    """The LLaMAConfig of the run: that of `resume` (a step's folder), else of model.init, else of [model].
+    """The LLaMAConfig of `resume` (a step's folder), else of model.init, else of [model].
 
-    The keys that were written down must agree with it, and every field must be one that this file implements.
+    The keys that were written down must agree with it, and this file must implement every field.
     """
     names = [field.name for field in dataclasses.fields(LLaMAConfig)]
     c = LLaMAConfig(**{name: getattr(s.model, name) for name in names})
@@ -458,7 +460,7 @@ def open_data(s, c):
 
 
 def sharded_batch(rows, numbers, sharding):
-    """The batches of these numbers on the mesh, (len(numbers), 2, B, T) int32. A process reads its devices' rows."""
+    """The batches of these numbers, (len(numbers), 2, B, T) int32; each process reads its rows."""
 
     @functools.cache  # several devices hold the same rows
     def read(start, stop):
@@ -491,7 +493,7 @@ def announce(s, layout, run, resume, first):
 
 
 def train(s, explicit_keys, devices=None):
-    """Runs (or resumes) the training that the settings `s` describe, on all devices or these. → the run's folder."""
+    """Runs (or resumes) the training that `s` describes, on all devices or these → its folder."""
     t, run, is_main = s.train, Path(s.run.dir), jax.process_index() == 0
     resume, progress = runs.newest_step(run, s.model.kind)
     first = progress["step"]

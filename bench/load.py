@@ -1,12 +1,12 @@
-"""How fast, and in how much memory, is a checkpoint opened? Ours beside transformers', same files, taking turns.
+"""How fast, and in how much memory, is a checkpoint opened? Ours beside transformers', in turns.
 
     pip install -r requirements-test.txt; python bench/load.py --rounds 3
 
-transformers writes a LLaMA of 1.1B parameters (TinyLlama's shape, random weights, bfloat16, 2.2 GB) into a
-temporary folder; each loader then opens it in a process of its own, once to warm the disk's cache and then
-`--rounds` times. Seconds are of from_pretrained alone, after the imports; memory is what it adds: anonymous
-(held by the process itself: the peak, sampled every millisecond) and the most resident at once, which also
-counts the file's pages while they are mapped.
+transformers writes a LLaMA of 1.1B parameters (TinyLlama's shape, random weights, bfloat16, 2.2 GB)
+into a temporary folder; each loader then opens it in a process of its own, once to warm the disk's
+cache and then `--rounds` times. Seconds are of from_pretrained alone, after the imports; memory is
+what it adds: anonymous (held by the process itself: the peak, sampled every millisecond) and the
+most resident at once, which also counts the file's pages while they are mapped.
 """
 
 import json

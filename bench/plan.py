@@ -1,18 +1,19 @@
 """What a training step needs on a mesh of devices that need not be there: train_tpu.py --plan.
 
-    python train_tpu.py --config configs/lvm.toml model.size=lvm_7b train.batch_size=128 train.accumulate=1 \\
-        mesh.fsdp=64 mesh.tensor=4 --plan
+    python train_tpu.py --config configs/lvm.toml model.size=lvm_7b train.batch_size=128 \\
+        train.accumulate=1 mesh.fsdp=64 mesh.tensor=4 --plan
 
-The real step is compiled for that many CPU devices, which XLA makes out of one, on abstract arrays: nothing is
-allocated. XLA's partitioner turns it into the program of *one* device, loops and communication included.
+The real step is compiled for that many CPU devices, which XLA makes out of one, on abstract arrays:
+nothing is allocated. XLA's partitioner turns it into the program of *one* device, loops and
+communication included.
 
     step ─ partitioner ─▶ one device's program, in its intended dtypes ──▶ FLOPs, bytes of each collective
                                           └ CPU compiler, in float32 ────▶ temporaries
 
-The compiler's own count takes a loop's body once. So this file walks the program's text, and counts every body as
-often as it runs. A TPU differs in three ways: it needs fewer temporaries (the CPU's compiler computes bfloat16 in
-float32 and fuses less: an upper bound), it may choose other collectives, and it overlaps them with products to an
-extent that the text does not say.
+The compiler's own count takes a loop's body once. So this file walks the program's text, and counts
+every body as often as it runs. A TPU differs in three ways: it needs fewer temporaries (the CPU's
+compiler computes bfloat16 in float32 and fuses less: an upper bound), it may choose other
+collectives, and it overlaps them with products to an extent that the text does not say.
 """
 
 import math
@@ -22,8 +23,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-# Google's figures for one chip: bfloat16 FLOP/s, bytes of memory, bytes/s to and from it, bytes/s sent to other
-# chips of its slice over all links together
+# Google's figures for one chip: bfloat16 FLOP/s, bytes of memory, bytes/s to and from it, bytes/s
+# sent to other chips of its slice over all links together
 CHIPS = {
     "v4": (275e12, 32e9, 1.2e12, 300e9),
     "v5e": (197e12, 16e9, 0.819e12, 200e9),
@@ -61,7 +62,7 @@ class Instruction:
 
 
 def parse(text):
-    """The text of an HLO module → ({computation: {name: Instruction}}, the name of the entry computation)."""
+    """The text of an HLO module → ({computation: {name: Instruction}}, the entry computation)."""
     computations, entry = {}, None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -76,7 +77,7 @@ def parse(text):
 
 
 def group_size(attributes, devices):
-    """How many devices take part in one group of a collective; its groups are written in one of three ways."""
+    """How many devices are in one group of a collective: groups are written in three ways."""
     if m := re.search(r"replica_groups=\[[\d,]*?(\d+)\]<=", attributes):  # [groups, size]<=[…]
         return int(m[1])
     if m := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):  # mesh['a'=4,'b'=2] {'a'}
@@ -128,7 +129,7 @@ def loop_trips(condition):
 
 
 def product_flops(dot, left):
-    """Of a matrix product with the left operand `left`: two for each entry of the result and of a contracted row."""
+    """Of a matrix product: two for each entry of the result and of a contracted row of `left`."""
     ((_, left_shape),), ((_, shape),) = left.shapes(), dot.shapes()
     contracted = math.prod(left_shape[d] for d in dot.dims("lhs_contracting_dims"))
     return 2 * math.prod(shape) * contracted
@@ -144,10 +145,12 @@ def sent_bytes(opcode, size, n):
 def compile_and_count(lowered, devices):
     """A lowered step → (Counter as above, bytes of temporaries on one device)."""
     with tempfile.TemporaryDirectory() as folder:
-        # the program as the partitioner leaves it, before this pass, the CPU compiler's first of its own
+        # the program as the partitioner leaves it, before this pass, the CPU compiler's first of
+        # its own
         first = "batched_gather_scatter_normalizer"
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": first}
-        # this pass would take float32 copies of all layers' activations at once, out of the loop over the layers
+        # this pass would take float32 copies of all layers' activations at once, out of the loop
+        # over the layers
         options["xla_disable_hlo_passes"] = "while-loop-invariant-code-motion"
         compiled = lowered.compile(compiler_options=options)
         (dumped,) = Path(folder).glob(f"*.before_{first}*.txt")
@@ -160,7 +163,7 @@ def compile_and_count(lowered, devices):
 
 
 def model_flops(c, tokens):
-    """6·N·tokens + attention, of forward and backward pass; N without the embedding, which multiplies nothing."""
+    """6·N·tokens + attention, forward and backward; N without the embedding, which is no product."""
     heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     n = c.n_layers * c.dim * (2 * heads + 2 * kv + 3 * c.hidden_dim) + c.dim * c.vocab_size
     return 6 * n * tokens + 12 * c.n_layers * heads * c.max_seq_len * tokens
@@ -173,7 +176,8 @@ def report(lowered, c, mesh, parameter_bytes, train):
     tokens = train.batch_size * train.accumulate * c.max_seq_len
     averaged = parameter_bytes * bool(train.ema)
     temporaries = max(0, temporaries - parameter_bytes)  # the gradients are among them
-    # the optimizer reads weights, moments and gradients and writes all but the last; averages are read and written
+    # the optimizer reads weights, moments and gradients and writes all but the last; averages are
+    # read and written
     traffic = cost["traffic"] + 7 * parameter_bytes + 2 * averaged
     sent = sum(cost[kind] for kind in COLLECTIVES)
     needed = 4 * parameter_bytes + averaged + temporaries
@@ -205,7 +209,7 @@ def report(lowered, c, mesh, parameter_bytes, train):
 
 
 def chip_line(chip, needed, flops, traffic, sent, dtype):
-    """Whether a chip's memory suffices, and the seconds that its products, memory and network take for a step."""
+    """Whether the memory of a chip suffices; seconds of a step for products, memory, network."""
     speed, memory, bandwidth, network = CHIPS[chip]
     if dtype == "float32":
         speed /= 6  # a float32 product is six of bfloat16 there

@@ -2,8 +2,8 @@
 
     make bench
 
-The variants take turns, round after round, and the median round of each is printed: on a busy machine the
-ratios mean more than the numbers.
+The variants take turns, round after round, and the median round of each is printed: on a busy
+machine the ratios mean more than the numbers.
 """
 
 import sys

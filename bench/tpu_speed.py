@@ -1,8 +1,9 @@
-"""One step of the emoji LVM on this machine's processor: train.py's, eager and compiled, beside train_tpu.py's.
+"""One step of the emoji LVM on the CPU: train.py's, eager and compiled, beside train_tpu.py's.
 
     python bench/tpu_speed.py
 
-The same batch, AdamW and clipping for all; as in speed.py the variants take turns, and the median round is printed.
+The same batch, AdamW and clipping for all; as in speed.py the variants take turns, and the median
+round is printed.
 """
 
 import sys

@@ -5,12 +5,14 @@
                                                               ┘
     LLaMAConfig ─ config_to_hf ─▶ config.json      {name: tensor} ─ to_hf_names ─▶ model.safetensors
 
-A Hugging Face checkpoint has our names, behind a `model.`. Its configuration comes in the dialects of transformers
-4.28 to 5. What it says is used, or refused where model.py does something else; left unread are entries that change no
-prediction (dropout, pretraining_tp, use_cache, ids of special tokens).
+A Hugging Face checkpoint has our names, behind a `model.`. Its configuration comes in the dialects
+of transformers 4.28 to 5. What it says is used, or refused where model.py does something else; left
+unread are entries that change no prediction (dropout, pretraining_tp, use_cache, ids of special
+tokens).
 
-Fields that somebody adds to LLaMAConfig are unknown to transformers. They are written as a table `picturebook` as soon
-as one of them differs from its default, and then the file says that it is no LlamaForCausalLM.
+Fields that somebody adds to LLaMAConfig are unknown to transformers. They are written as a table
+`picturebook` as soon as one of them differs from its default, and then the file says that it is no
+LlamaForCausalLM.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from support.settings import UserError
 
 
 def read(path):
-    """The LLaMA at `path`, a folder or a weight file in one → (settings.Fields of a LLaMAConfig, {name: tensor})."""
+    """A folder, or a weight file in one → (settings.Fields of a LLaMAConfig, {name: tensor})."""
     folder = path if path.is_dir() else path.parent
     if (folder / "params.json").exists() and not (folder / "config.json").exists():
         return read_meta(folder)
@@ -80,7 +82,7 @@ def config_from_hf(saved, path="config.json"):
     wants = {"model_type": ("llama", OWN)}
     fields = settings.published(saved, path, HF_NAMES, wants, HF_FIXED, REQUIRED)
     fields.setdefault("max_seq_len", 2048)  # transformers' default
-    # transformers 5 has one table for all that concerns rotary embedding; before, rope_theta stood outside
+    # transformers 5 has one table for all rotary settings; before, rope_theta stood outside
     key = "rope_scaling" if saved.get("rope_parameters") is None else "rope_parameters"
     if saved.get(key) is not None:
         fields |= rope_from_hf(saved[key], f"{path}: {key}")
@@ -109,7 +111,7 @@ def rope_from_hf(saved, path):
 
 
 def config_to_hf(config, tokenizer=None):
-    """A LLaMAConfig, and the Tokenizer of a model of text → what config.json holds, but for the dtype."""
+    """A LLaMAConfig, and a text model's Tokenizer → config.json's content, but for the dtype."""
     scaling, own = config.rope_scaling, own_fields(config)
     saved = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if own:
@@ -125,7 +127,7 @@ def config_to_hf(config, tokenizer=None):
 
 
 def own_fields(config):
-    """{name: value} of a LLaMAConfig's fields that transformers does not know and that differ from their defaults."""
+    """{name: value} of the fields unknown to transformers that differ from their defaults."""
     values = dataclasses.asdict(config)
     known = {*HF_NAMES, "rope_scaling"}
     unknown = [field for field in dataclasses.fields(config) if field.name not in known]
@@ -137,7 +139,7 @@ def own_fields(config):
 
 @dataclass(frozen=True)
 class MetaParams:
-    """What params.json says. Vocabulary and hidden width are taken from the weights: it says -1, or a multiplier."""
+    """What params.json says; vocabulary and hidden width, which it only hints at, the weights say."""
 
     dim: int
     n_layers: int
@@ -190,7 +192,7 @@ def read_meta(folder):
 
 
 def read_pieces(folder):
-    """The tables of tensors in consolidated.00.pth, 01, …: a model that was cut for tensor parallelism."""
+    """The tables of tensors in consolidated.00.pth, 01, …: a model cut for tensor parallelism."""
     files = sorted(folder.glob("consolidated.*.pth"))
     found, expected = [file.name for file in files], [f"consolidated.{i:02d}.pth" for i in range(len(files))]
     if found != expected or not files:
@@ -212,8 +214,8 @@ def meta_name(name):
 def join_pieces(name, pieces, axis, params):
     """The pieces of the tensor that we call `name` → the whole, in our order.
 
-    Meta's rotary embedding turns neighbours (x_0, x_1), (x_2, x_3), …; ours, as Hugging Face's, (x_i, x_{i+E/2}):
-    so the rows of q and k move.
+    Meta's rotary embedding turns neighbours (x_0, x_1), (x_2, x_3), …; ours, as Hugging Face's,
+    (x_i, x_{i+E/2}): so the rows of q and k move.
     """
     if name == "embed_tokens.weight":
         axis = 0 if pieces[0].shape[-1] == params.dim else 1

@@ -1,10 +1,10 @@
-"""Arrays on a mesh of devices ⇄ weight files, for train_tpu.py: no process ever holds a whole model.
+"""Arrays on a mesh of devices ⇄ weight files, without a whole model in any process.
 
     {name in the files: tensor} ── load_sharded ──▶ {name: array}       a process reads its devices' slices only
     {name: array} ── file_tensors, write_sharded ──▶ files              one tensor at a time is brought together
 
-The arrays of a model's layers are stacked along a first dimension, and its vocabulary is padded; the files have one
-tensor a layer and no padding. `layout` is a train_tpu.Layout.
+The arrays of a model's layers are stacked along a first dimension, and its vocabulary is padded;
+the files have one tensor a layer and no padding. `layout` is a train_tpu.Layout.
 """
 
 import math
@@ -33,11 +33,11 @@ def tensor_names(layout):
 
 
 def load_sharded(tensors, ending, layout, path):
-    """{name in the files + ending: tensor} → {name: array} on the mesh. A process reads its devices' slices only.
+    """{name in the files + ending: tensor} → {name: array} on the mesh.
 
-    Of layers.mlp.up_proj (L, F, D) a device may hold the slice [0:L, 128:256, 64:96]: for each layer i the slice
-    [128:256, 64:96] of the tensor layers.i.mlp.up_proj.weight. The tensors are mapped to memory; what is in no slice
-    is never read.
+    Of layers.mlp.up_proj (L, F, D) a device may hold the slice [0:L, 128:256, 64:96]: for each
+    layer i the slice [128:256, 64:96] of the tensor layers.i.mlp.up_proj.weight. The tensors are
+    mapped to memory; what is in no slice is never read.
     """
     parts = {}  # name: its tensors, one a layer
     for name, _, file_name, shape in tensor_names(layout):
@@ -85,7 +85,7 @@ def file_tensors(layout, tree, ending=""):
 
 
 def write_sharded(stem, tensors, mesh, extra=None):
-    """Writes `tensors` (see file_tensors), and `extra` arrays, as stem.safetensors or as several files and an index.
+    """Writes file_tensors, and `extra` arrays, as stem.safetensors or several files and an index.
 
     All processes bring one tensor at a time together; the one that writes its file keeps it.
     """
