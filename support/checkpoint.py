@@ -343,7 +343,8 @@ def check_tensors(tensors, model, path):
     import torch
 
     own = model.state_dict()
-    missing, extra = ([name for name in a if name not in b] for a, b in ((own, tensors), (tensors, own)))
+    missing = [name for name in own if name not in tensors]
+    extra = [name for name in tensors if name not in own]
     if missing:
         raise UserError(f"{path}: {missing[0]} is missing ({len(missing)} in all)")
     if extra:
