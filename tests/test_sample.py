@@ -514,7 +514,7 @@ def test_a_chat_shows_the_answer_alone(writer, program, tmp_path):
 def test_a_prompt_that_cannot_be_is_one_line(writer, program, folders):
     _, folder = writer
     common = ["text", "--run", folder, "--device", "cpu", "--tokenizer"]
-    assert "no tokenizer here" in one_line(program(sample.main, *common, folder, "--prompt", "a"))
+    assert "no tokenizer in this folder" in one_line(program(sample.main, *common, folder, "--prompt", "a"))
     assert "--system needs --chat" in one_line(program(sample.main, *common, "bytes", "--system", "a"))
     message = one_line(program(sample.main, *common, "bytes", "--prompt", "a" * 31))
     assert "the prompt's 32 tokens fill the model's context of 32" in message
