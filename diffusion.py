@@ -766,7 +766,7 @@ class NoiseSchedule:
         return PREDICTIONS[self.prediction_type].x0_and_noise(prediction, x, *self.alpha_sigma(abar))
 
     def timesteps(self, steps, spacing, strength=1.0, skip_last=False):
-        """The times a sampler visits, (n,) falling; float64, for "linspace" falls between whole ones.
+        """The times a sampler visits, (n,) falling; float64: "linspace" falls between whole ones.
 
         spacing: the sampler's default, unless the schedule sets one. strength below 1 keeps only
         the last so many (image to image). skip_last divides the time into one step more and leaves
