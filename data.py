@@ -32,7 +32,6 @@ import bisect
 import collections
 import functools
 import itertools
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support import settings
-from support.chance import permutation, shuffled
+from support.chance import permutation, rng, shuffled
 from support.pictures import jitter, random_motion
 from support.settings import UserError
 from support.sources import around, first_readable, open_source, warn
@@ -263,7 +262,7 @@ class Sentences:
             raise UserError(f"{source.path}: was opened at {source.side} pixels, not {side}")
         self.source, self.kind = source, KINDS[kind]
         self.modalities, self.pictures, self.mirror = tuple(modalities), pictures, mirror
-        self.seed = (seed, zlib.crc32(kind.encode()))
+        self.name, self.seed = kind, seed
         items = [i for i, item in enumerate(source) if self.kind.items.usable(item, pictures)]
         if need := self._unmet(items):
             offers = ", ".join(sorted(source.offers))
@@ -274,7 +273,7 @@ class Sentences:
         self.items_per_sentence, self.pictures_per_item = self.kind.layout(pictures, len(self.modalities))
         self.order = self.kind.order(source, items, self.items_per_sentence)
         self.count = max(1, round(len(self) * passes))
-        self._permuted = functools.lru_cache(8)(lambda number: self.order.permute(self._rng(number, 0, 2)))
+        self._permuted = functools.lru_cache(8)(lambda number: self.order.permute(self._rng("order", number)))
 
     def _unmet(self, items):
         """What the kind needs that items, N or M do not offer, for an error; None: nothing."""
@@ -315,24 +314,25 @@ class Sentences:
         wanted = int(self._permuted(pass_number)[row, number])
         pool = self.order.substitutes(self.source[wanted])
         for i in around(pool, bisect.bisect_left(pool, wanted)):
-            item, shared, own = self.source[i], self._rng(index, 0), self._rng(index, number + 1)
+            item = self.source[i]
+            shared, own = self._rng("sentence", index), self._rng("item", index, number)
             frames = self.kind.frames(item, self.pictures, self.modalities, shared, own)
             if self.source.readable(item, [(frame.modality, frame.number) for frame in frames]):
                 return item, frames
         raise UserError(f"{self.source.path}: not one of its {len(pool)} pictures can be read")
 
     def _render(self, item, frame, index, number):
-        rng = self._rng(index, number + 1, 1)
+        rng = self._rng("picture", index, number)
         motion = None if frame.number is None else random_motion(rng)
         picture = item.picture(frame.modality, frame.number, motion)
         if frame.change:
             picture = frame.change(picture, rng)
-        if self.mirror and self._rng(index, 0, 3).random() < 0.5:  # the whole sentence
+        if self.mirror and self._rng("mirror", index).random() < 0.5:  # the whole sentence
             picture = picture[:, ::-1].copy()
         return picture
 
-    def _rng(self, *key):
-        return np.random.default_rng((*self.seed, *key))
+    def _rng(self, stream, *key):
+        return rng(f"{stream} of {self.name}", self.seed, *key)
 
 
 # ---- settings --------------------------------------------------------------------------------
@@ -428,17 +428,17 @@ class PictureRows:
         weights = np.array([source.weight for source in data.sources])
         self.cumulative_weights = np.cumsum(weights / weights.sum())
 
-    def batch(self, step, microstep, rows):
-        """Rows `rows` (a range) of a batch: (len(rows), side, side, 3) uint8."""
-        return np.stack([self._picture(step, microstep, row) for row in rows])
+    def batch(self, number, rows):
+        """Rows `rows` (a range) of batch `number`: (len(rows), side, side, 3) uint8."""
+        return np.stack([self._picture(number, row) for row in rows])
 
-    def _picture(self, step, microstep, row):
-        rng = np.random.default_rng((self.seed, step, microstep, row, 3))
-        which = int(np.searchsorted(self.cumulative_weights, rng.random(), side="right"))
+    def _picture(self, number, row):
+        choice = rng("pictures", self.seed, number, row)
+        which = int(np.searchsorted(self.cumulative_weights, choice.random(), side="right"))
         sentences = self.sentences[min(which, len(self.sentences) - 1)]
-        index = int(rng.integers(sentences.count))
-        number = int(rng.integers(sentences.items_per_sentence))
-        return sentences.picture(index, number, int(rng.integers(sentences.pictures_per_item)))
+        index = int(choice.integers(sentences.count))
+        item = int(choice.integers(sentences.items_per_sentence))
+        return sentences.picture(index, item, int(choice.integers(sentences.pictures_per_item)))
 
 
 class HeldOutPictures:
@@ -493,11 +493,13 @@ class CaptionRows:
     def pair(self, position):
         """The picture and caption at one position of the endless sequence of passes."""
         number, place = divmod(position, len(self))
-        for i in around(permutation((self.seed, 6), len(self), number), place):
+        for i in around(permutation("captions", (self.seed,), len(self), number), place):
             item, moves = self.pairs[i]
             if item.source.readable(item):
-                rng = np.random.default_rng((self.seed, position, 5))
-                return jitter(item.image, rng) if moves else item.image, item.caption
+                image = item.image
+                if moves:
+                    image = jitter(image, rng("jitter", self.seed, position))
+                return image, item.caption
         raise UserError(f"not one of the {len(self)} captioned pictures can be read")
 
 
@@ -555,7 +557,7 @@ class TokenRows:
         """(order of the rows in an epoch, running sum of their lengths)."""
         order = np.concatenate([self._from_pool(number, epoch) for number in range(len(self.pools))])
         if self.shuffle:
-            order = order[np.random.default_rng((self.seed, epoch, 4)).permutation(len(order))]
+            order = order[rng("epoch of rows", self.seed, epoch).permutation(len(order))]
         return order, np.cumsum(self.rows.length[order])
 
     def _from_pool(self, number, epoch):
@@ -563,7 +565,7 @@ class TokenRows:
         indices, count = self.pools[number]
         start = epoch * count
         if self.weighted and self.shuffle:
-            return indices[shuffled((self.seed, number, 5), len(indices), start, count)]
+            return indices[shuffled("rows of a pool", (self.seed, number), len(indices), start, count)]
         return indices[np.arange(start, start + count) % max(1, len(indices))]
 
     def _locate(self, position):

@@ -49,7 +49,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from support.chance import shuffled
+from support.chance import rng, shuffled
 from support.pictures import jitter, square
 from support.rows import (
     DREAM,
@@ -499,8 +499,7 @@ class DocumentRows(Skipping):
         for step in range(min(len(source), MOST_SKIPPED)):
             row = (index + step) % len(source)
             try:
-                rng = np.random.default_rng((self.seed, position, 7))
-                return self._make_sample(which, row, rng)
+                return self._make_sample(which, row, rng("sample", self.seed, position))
             except (UserError, ValueError, OSError) as error:
                 where, reason = source.where(row), str(error)
                 self.skip(reason if reason.startswith(where) else f"{where}: {reason}")
@@ -526,10 +525,10 @@ class DocumentRows(Skipping):
         """(samples, 2): source and row of each sample of an epoch."""
         picked = np.concatenate([self._take(which, epoch) for which in range(len(self.sources))])
         batches = picked.reshape(-1, self.batch_size, 2)
-        return np.random.default_rng((self.seed, epoch, 8)).permutation(batches).reshape(-1, 2)
+        return rng("epoch of batches", self.seed, epoch).permutation(batches).reshape(-1, 2)
 
     def _take(self, which, epoch):
         """(samples, 2): source and row, those that an epoch takes from the source's passes."""
         count = self.samples_per_epoch[which]
-        rows = shuffled((self.seed, which, 9), len(self.sources[which]), epoch * count, count)
+        rows = shuffled("rows of a source", (self.seed, which), len(self.sources[which]), epoch * count, count)
         return np.stack([np.full_like(rows, which), rows], axis=1)

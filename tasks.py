@@ -9,8 +9,7 @@
     dreamllm   texts with pictures between them         next token, squared error         DreamLLM
 
 train.py's loop asks a task for all that differs between them; `Task` lists the questions. A batch is a pure function
-of the seed and its number, random numbers of the loss included: keys of np.random.default_rng end in a number that
-names the stream (7: a VAE's noise, 8 and 9: a U-Net's order and noise, 10: DreamLLM's noise).
+of the seed and its number, the random numbers of the loss included.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ from documents import DocumentRows, DocumentSettings, Writer, draw_view
 from dreamllm import DreamLLM, DreamLLMConfig
 from model import SIZES, LLaMA, LLaMAConfig
 from support import checkpoint, settings
-from support.chance import shuffled
+from support.chance import rng, shuffled
 from support.pictures import psnr, save_grid, to_float, to_uint8
 from support.settings import MeshSettings, UserError, run_class
 from support.token_rows import RowsInfo, check_rows
@@ -170,7 +169,7 @@ class Task:
     held_out      what evaluations read; None: there is nothing to evaluate
 
     active        (phase, step) → whether that phase has begun
-    batch         (step, microstep, rows: a range) → arrays; depends on the seed and these numbers only
+    batch         (number, rows: a range) → arrays; depends on the seed and these numbers only
     loss          (phase, its module, batch, step, microstep) → (a scalar to descend, {name: scalar to log})
     after_step    (step, averaged weights): what else changes the weights
     evaluate      () → {name: scalar}, of held-out data
@@ -255,10 +254,6 @@ class Task:
     def summarize(self, measured):
         return {"held_out_loss": torch.stack(measured).mean()}
 
-    def batch_number(self, step, microstep):
-        """Microbatches are numbered through the whole run."""
-        return step * self.config.train.accumulate + microstep
-
 
 class PictureTask(Task):
     """What VQGAN and autoencoder share: pictures (B, side, side, 3) uint8 in, the same pictures out."""
@@ -305,8 +300,8 @@ class VQGANTask(PictureTask):
     def active(self, phase, step):
         return phase == "generator" or step >= self.config.loss.disc_start
 
-    def batch(self, step, microstep, rows):
-        return self.pictures.batch(step, microstep, rows)  # (B, side, side, 3) uint8
+    def batch(self, number, rows):
+        return self.pictures.batch(number, rows)  # (B, side, side, 3) uint8
 
     def loss(self, phase, module, batch, step, microstep):
         images = to_float(batch, self.device)  # (B, 3, side, side)
@@ -420,9 +415,9 @@ class LLaMATask(Task):
             raise UserError(f"data.held_out has the code {tokens.max()}, but data.tokenizer only {codes} codes")
         return torch.from_numpy(tokens)
 
-    def batch(self, step, microstep, rows):
+    def batch(self, number, rows):
         """(2, B, T) int64: inputs, and the same one token later."""
-        return np.stack(self.rows.batch(self.batch_number(step, microstep), rows))
+        return np.stack(self.rows.batch(number, rows))
 
     def loss(self, phase, module, batch, step, microstep):
         inputs, targets = torch.from_numpy(batch).to(self.device)
@@ -483,8 +478,8 @@ class CLIPTask(Task):
     def open_rows(self, split):
         return CaptionRows(self.config.data, self.config.train.batch_size, self.config.train.seed, split)
 
-    def batch(self, step, microstep, rows):
-        return self.rows.batch(self.batch_number(step, microstep), rows)  # (B, S, S, 3) uint8, B captions
+    def batch(self, number, rows):
+        return self.rows.batch(number, rows)  # (B, S, S, 3) uint8, B captions
 
     def loss(self, phase, module, batch, step, microstep):
         pictures, captions = batch
@@ -510,13 +505,13 @@ class VAETask(PictureTask):
         side = config.data.side // self.model.config.factor
         self.shape = (self.model.config.latent_channels, side, side)  # (z, h, w)
 
-    def batch(self, step, microstep, rows):
+    def batch(self, number, rows):
         """Pictures (B, side, side, 3) uint8, and noise (B, z, h, w) float32."""
         noise = []
         for row in rows:
-            rng = np.random.default_rng((self.config.train.seed, step, microstep, row, 7))
-            noise.append(rng.standard_normal(self.shape, np.float32))
-        return self.pictures.batch(step, microstep, rows), np.stack(noise)
+            random = rng("VAE noise", self.config.train.seed, number, row)
+            noise.append(random.standard_normal(self.shape, np.float32))
+        return self.pictures.batch(number, rows), np.stack(noise)
 
     def loss(self, phase, module, batch, step, microstep):
         pictures, noise = batch
@@ -630,8 +625,8 @@ class UNetTask(Task):
 
     # -- training --
 
-    def batch(self, step, microstep, rows):
-        return self.make_batch("train", self.pairs["train"], self.batch_number(step, microstep), rows)
+    def batch(self, number, rows):
+        return self.make_batch("train", self.pairs["train"], number, rows)
 
     def held_out_rows(self):
         return len(self.held_out[0])
@@ -644,15 +639,15 @@ class UNetTask(Task):
         all_captions, all_latents = pairs
         config, shape = self.config, all_latents.shape[2:]
         start = number * config.train.batch_size + rows.start
-        order = shuffled((config.train.seed, 8), len(all_captions), start, len(rows)).tolist()
+        order = shuffled("U-Net pairs", (config.train.seed,), len(all_captions), start, len(rows)).tolist()
         captions, noises, offsets, times = [], [], [], []
         for row, i in zip(rows, order, strict=True):
-            rng = np.random.default_rng((config.train.seed, number, row, 9))
-            noises.append(rng.standard_normal((2, *shape), np.float32))
-            offsets.append(rng.standard_normal((shape[0], 1, 1), np.float32))
-            drops = rng.random() < config.loss.drop and split == "train"
+            random = rng("U-Net noise", config.train.seed, number, row)
+            noises.append(random.standard_normal((2, *shape), np.float32))
+            offsets.append(random.standard_normal((shape[0], 1, 1), np.float32))
+            drops = random.random() < config.loss.drop and split == "train"
             captions.append("" if drops else all_captions[i])
-            times.append(rng.integers(config.schedule.num_train_timesteps))
+            times.append(random.integers(config.schedule.num_train_timesteps))
         return captions, all_latents[order], np.stack(noises, axis=1), np.stack(offsets), np.array(times)
 
     def loss(self, phase, module, batch, step, microstep):
@@ -742,8 +737,8 @@ class DreamLLMTask(Task):
         data, train, clip_side = self.config.data, self.config.train, self.model.clip.config.vision.image_size
         return DocumentRows(data, self.writer, clip_side, self.model.side, train.batch_size, train.seed, split)
 
-    def batch(self, step, microstep, rows):
-        return self.make_batch(self.rows, self.batch_number(step, microstep), rows)
+    def batch(self, number, rows):
+        return self.make_batch(self.rows, number, rows)
 
     def held_out_batch(self, number, rows):
         return self.make_batch(self.held_out, number, rows)
@@ -757,11 +752,11 @@ class DreamLLMTask(Task):
         counts = (batch["tokens"] == start).sum(1).tolist()  # pictures to draw in each row
         noises = []  # each row has its own, whoever its neighbours are
         for row, count in zip(rows, counts, strict=True):
-            rng = np.random.default_rng((self.config.train.seed, number, row, 10))
-            sample, noise, perturbation = rng.standard_normal((3, count, *shape), np.float32)
-            offset = rng.standard_normal((count, shape[0], 1, 1), np.float32)
-            t = rng.integers(self.model.diffusion.schedule.num_train_timesteps, size=count)
-            noises.append(LossNoise(sample, noise, offset, perturbation, t, rng.random(count)))
+            random = rng("DreamLLM noise", self.config.train.seed, number, row)
+            sample, noise, perturbation = random.standard_normal((3, count, *shape), np.float32)
+            offset = random.standard_normal((count, shape[0], 1, 1), np.float32)
+            t = random.integers(self.model.diffusion.schedule.num_train_timesteps, size=count)
+            noises.append(LossNoise(sample, noise, offset, perturbation, t, random.random(count)))
         joined = [np.concatenate(arrays) for arrays in zip(*noises, strict=True)]
         return batch | {"draws": LossNoise(*joined)}
 

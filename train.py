@@ -226,8 +226,8 @@ def batches(task, first):
     """The microbatches of each step from `first` on: a list of them, made by threads a few ahead of their use."""
     train = task.config.train
     rows = task.ranks.rows(train.batch_size)
-    numbers = ((step, micro) for step in range(first, train.steps) for micro in range(train.accumulate))
-    made = prefetch(lambda number: task.batch(*number, rows), numbers, task.config.data.workers)
+    numbers = range(first * train.accumulate, train.steps * train.accumulate)  # through the whole run
+    made = prefetch(lambda number: task.batch(number, rows), numbers, task.config.data.workers)
     for _ in range(first, train.steps):
         yield [next(made) for _ in range(train.accumulate)]
 
@@ -256,7 +256,7 @@ def announce(task, run, resume, state):
     before, now = state.get("threads"), torch.get_num_threads()
     if before not in (None, now) and ranks.device.type == "cpu":
         print(f"resuming with {now} threads instead of {before}: other rounding, so not the bits of an unbroken run")
-    runs.start_run(run, config, state["step"])
+    runs.start_run(run, config, state)
 
 
 @contextlib.contextmanager
@@ -294,7 +294,7 @@ def save(step, task, optimizers, ema):
             if phase != task.main_phase:
                 checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
         checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
-        checkpoint.write_json(folder / "state.json", {"step": step, "threads": torch.get_num_threads()})
+        checkpoint.write_json(folder / "state.json", runs.state(step, threads=torch.get_num_threads()))
 
 
 def load_training(folder, task, optimizers, ema):

@@ -371,7 +371,7 @@ def save(run, step, keep, state, layout, tokenizer=None):
         write_sharded(folder / "training" / "optimizer.model", moments, layout.mesh, counts)
         if is_main:
             checkpoint.write_tensors(folder / "training" / "state.safetensors", {})
-            checkpoint.write_json(folder / "state.json", {"step": step})
+            checkpoint.write_json(folder / "state.json", runs.state(step))
         multihost_utils.sync_global_devices(f"written {step}")
 
 
@@ -481,7 +481,7 @@ def held_out_metrics(s, held_out, program, params):
     return {"held_out_loss": total / count, "held_out_perplexity": math.exp(min(total / count, 50))}
 
 
-def announce(s, layout, run, resume, first):
+def announce(s, layout, run, resume, state):
     """Prints what is trained from which start, and makes the run's folder."""
     count = sum(math.prod(shape) for *_, shape in tensor_names(layout))
     origin = f"resumed from {resume}" if resume else f"from {s.model.init}" if s.model.init else "from scratch"
@@ -489,7 +489,7 @@ def announce(s, layout, run, resume, first):
     print(f"llama, {count:,} parameters, {origin}, on {layout.mesh.devices.flat[0].platform}, {grid}; run: {run}")
     # a folder that the model was loaded from decides about its shape
     s = dataclasses.replace(s, model=dataclasses.replace(s.model, **vars(layout.config)))
-    runs.start_run(run, s, first)
+    runs.start_run(run, s, state)
 
 
 def train(s, explicit_keys, devices=None):
@@ -509,7 +509,7 @@ def train(s, explicit_keys, devices=None):
         rows, held_out, tokenizer = open_data(s, layout.config)
         state = start(s, layout, resume)
         if is_main:
-            announce(s, layout, run, resume, first)
+            announce(s, layout, run, resume, progress)
 
         def microsteps(step):
             return sharded_batch(rows, range(step * t.accumulate, (step + 1) * t.accumulate), program.batch.sharding)

@@ -58,14 +58,28 @@ def newest_step(run, kind):
     return folder, state
 
 
-def start_run(run, s, first):
-    """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes: step `first`."""
+STREAMS = "named"  # how batches get their random numbers (support/chance.py); before, keys ended in numbers
+
+
+def state(step, **more):
+    """The content of state.json: the steps that were made, and what a resume compares."""
+    return {"step": step, "streams": STREAMS, **more}
+
+
+def start_run(run, s, state):
+    """Makes the run's folder, its config.toml, and a metrics.jsonl that ends where the run resumes.
+
+    state: that of the checkpoint from which it resumes, or of a new run, as newest_step returns it.
+    """
+    first = state["step"]
     try:
         run.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
         raise UserError(f"run.dir {str(run)!r}: cannot be made ({reason})") from None
     remove_parts(run)
+    if first and state.get("streams") != STREAMS:
+        print(f"step {first} was made before random streams had names: from here on, the batches are new ones")
     for change in changes(run, s) if first else ():
         print(f"resuming with another setting than before: {change}")
     write_text(run / "config.toml", settings.dumps(s))
