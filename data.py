@@ -13,7 +13,7 @@ continues them.
          │                         │
          │ tokenize: VQGAN.encode  └─ PictureRows.batch ──▶ (B, side, side, 3) uint8     train the VQGAN
          ▼
-    rows.jsonl, a sentence a line ─── TokenRows.batch ───▶ inputs, targets (B, S) int64  train the LLaMA
+    rows.jsonl, a sentence a line ─── TokenRows.batch ───▶ inputs, targets (B, T) int64  train the LLaMA
          ▲
          └─ Tokenizer.encode ── read_texts(path)     rows of text train a language model likewise
 
@@ -22,7 +22,7 @@ exactly and the number of machines changes nothing. numpy and Pillow only: the J
 too. prepare.py makes the rows; support/sources.py opens the pictures.
 
     N       pictures in a sentence (data.pictures)     M       modalities (data.sources.modalities)
-    B       rows of a batch                            S       tokens of a row: the model's context
+    B       rows of a batch                            T       tokens of a row: the model's context
 
 Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) and 4.2 (their codes
 in a row).
@@ -510,8 +510,8 @@ class TokenRows:
     """Rows files as batches of (inputs, targets): one endless stream of tokens, cut into windows.
 
     The rows of an epoch are permuted and laid end to end without separators, epoch after epoch.
-    Microstep m covers stream[m·B·S : (m+1)·B·S + 1]: its first B·S tokens are the inputs, the last
-    B·S the targets, both as (B, S). Any window is found from the sums of row lengths: a run resumes
+    Microstep m covers stream[m·B·T : (m+1)·B·T + 1]: its first B·T tokens are the inputs, the last
+    B·T the targets, both as (B, T). Any window is found from the sums of row lengths: a run resumes
     at any microstep.
 
     Rows lie in pools. Without `weights` there is one, and an epoch is all of it. With them each
@@ -597,7 +597,7 @@ class TokenRows:
         return tokens
 
     def batch(self, microstep, rows):
-        """Rows `rows` (a range within range(B)) of a microstep: inputs, targets (n, S) int64."""
+        """Rows `rows` (a range within range(B)) of a microstep: inputs, targets (n, T) int64."""
         size = len(rows) * self.context
         first = (microstep * self.batch_size + rows.start) * self.context
         window = self.stream(first, size + 1)

@@ -16,11 +16,11 @@ from which the next id is sampled. The keys and values of earlier tokens stay in
 each token passes through the model once:
 
     prompt (B, T) ─▶ hidden ─▶ logits (B, V) ─ sample_token ─▶ id (B, 1) ─┐
-                       ▲ caches: keys and values (B, K, S, E) a layer     │
+                       ▲ caches: keys and values (B, G, L, A) a layer     │
                        └──────────────────────────────────────────────────┘
 
-    symbol  B batch   T tokens   S tokens so far   D dim   V vocab_size
-            H n_heads   K n_kv_heads   E head_dim   F hidden_dim
+    symbol  B batch   T tokens   L tokens so far   D dim   V vocab_size
+            H n_heads   G n_kv_heads   A head_dim   F hidden_dim
 
 The modules have the names in Hugging Face's files: a checkpoint's keys can be read beside the code.
 """
@@ -149,18 +149,18 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions, config):
-    """positions (T,) → cos, sin (T, E/2) in float32: pair i turns by position · theta^(-2i/E).
+    """positions (T,) → cos, sin (T, A/2) in float32: pair i turns by position · theta^(-2i/A).
 
     bfloat16 angles would collapse: of 4096 positions only a few hundred would stay distinct.
     """
-    angles = positions.float()[:, None] * rotary_frequencies(config, positions.device)  # (T, E/2)
+    angles = positions.float()[:, None] * rotary_frequencies(config, positions.device)  # (T, A/2)
     return angles.cos(), angles.sin()
 
 
 def rotary_frequencies(config, device=None):
-    """(E/2,) float32: by how much each pair turns from one position to the next."""
+    """(A/2,) float32: by how much each pair turns from one position to the next."""
     i = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-i / config.head_dim)  # (E/2,)
+    frequency = config.rope_theta ** (-i / config.head_dim)  # (A/2,)
     if s := config.rope_scaling:
         # Wavelengths well inside the original context stay, those beyond it are stretched by
         # `factor`, and between the two the frequency goes over smoothly.
@@ -171,7 +171,7 @@ def rotary_frequencies(config, device=None):
 
 
 def rotate(x, angles):
-    """Turns the pairs (x_i, x_{i+E/2}) of x (B, heads, T, E), as Hugging Face's files need it."""
+    """Turns the pairs (x_i, x_{i+A/2}) of x (B, heads, T, A), as Hugging Face's files need it."""
     cos, sin = angles
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
@@ -187,14 +187,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
 
     def forward(self, x, angles, cache=None, visible=None):
-        """x (B, T, D) → (B, T, D); with a cache, x attends to earlier tokens too: visible (T, S)."""
+        """x (B, T, D) → (B, T, D); with a cache, x attends to earlier tokens too: visible (T, L)."""
         split = "b t (h e) -> b h t e"
-        q = rotate(rearrange(self.q_proj(x), split, e=self.config.head_dim), angles)  # (B, H, T, E)
-        k = rotate(rearrange(self.k_proj(x), split, e=self.config.head_dim), angles)  # (B, K, T, E)
-        v = rearrange(self.v_proj(x), split, e=self.config.head_dim)  # (B, K, T, E)
+        q = rotate(rearrange(self.q_proj(x), split, e=self.config.head_dim), angles)  # (B, H, T, A)
+        k = rotate(rearrange(self.k_proj(x), split, e=self.config.head_dim), angles)  # (B, G, T, A)
+        v = rearrange(self.v_proj(x), split, e=self.config.head_dim)  # (B, G, T, A)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, K, S, E)
-        gqa = self.config.n_kv_heads != self.config.n_heads  # each key/value head serves H/K query heads
+            k, v = cache.append(k, v)  # (B, G, L, A)
+        gqa = self.config.n_kv_heads != self.config.n_heads  # each key/value head serves H/G query heads
         if visible is None:
             h = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         else:
@@ -229,7 +229,7 @@ class Block(nn.Module):
 
 
 class LayerCache:
-    """The keys and values of one layer, in memory allocated once: (B, K, max_tokens, E) each."""
+    """The keys and values of one layer, in memory allocated once: (B, G, max_tokens, A) each."""
 
     def __init__(self, batch, max_tokens, config, like):
         shape = (batch, config.n_kv_heads, max_tokens, config.head_dim)
@@ -243,7 +243,7 @@ class LayerCache:
         self.v = self.v.repeat_interleave(times, dim=0)
 
     def append(self, k, v):
-        """New keys and values (B, K, T, E) → all so far (B, K, S, E)."""
+        """New keys and values (B, G, T, A) → all so far (B, G, L, A)."""
         start, end = self.length, self.length + k.shape[2]
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v
         self.length = end
@@ -282,7 +282,7 @@ class LLaMA(nn.Module):
         end = start + x.shape[1]
         positions = torch.arange(start, end, device=x.device)
         angles = rotary_angles(positions, self.config)
-        if caches:  # (T, S): which of the tokens so far each new one attends to
+        if caches:  # (T, L): which of the tokens so far each new one attends to
             visible = torch.arange(end, device=x.device) <= positions[:, None]
         for n, layer in enumerate(self.layers):
             if caches:

@@ -178,19 +178,19 @@ def rms_norm(x, weight, eps):
 
 
 def rotary_angles(length, c):
-    """→ cos, sin (T, E/2), float32; see model.rotary_angles."""
-    frequency = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)  # (E/2,)
+    """→ cos, sin (T, A/2), float32; see model.rotary_angles."""
+    frequency = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)  # (A/2,)
     if s := c.rope_scaling:
         turns = s.original_max_position_embeddings * frequency / (2 * jnp.pi)
         keep = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
         frequency = frequency * (keep + (1 - keep) / s.factor)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency  # (T, E/2)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency  # (T, A/2)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x, angles):
-    """Turns the pairs (x_i, x_{i+E/2}) of x (B, T, H, E)."""
-    cos, sin = (a[:, None] for a in angles)  # (T, 1, E/2)
+    """Turns the pairs (x_i, x_{i+A/2}) of x (B, T, H, A)."""
+    cos, sin = (a[:, None] for a in angles)  # (T, 1, A/2)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
 
@@ -203,8 +203,8 @@ def block(x, w, angles, c):
         return constrain(y.reshape(*y.shape[:2], -1, c.head_dim), P(ROWS, None, "tensor"))
 
     h = rms_norm(x, w["input_layernorm"], c.norm_eps)
-    q, k, v = rotate(heads("q"), angles), rotate(heads("k"), angles), heads("v")  # (B, T, H | K, E)
-    h = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # (B, T, H, E)
+    q, k, v = rotate(heads("q"), angles), rotate(heads("k"), angles), heads("v")  # (B, T, H | G, A)
+    h = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # (B, T, H, A)
     h = jnp.einsum("bte,de->btd", h.reshape(*h.shape[:2], -1), w["self_attn.o_proj"])
     x = x + constrain(h, P(ROWS))
 

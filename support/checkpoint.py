@@ -1,21 +1,13 @@
 """Checkpoints: published weight files in, published weight files out, and never half a file.
 
-    folder or file ──read_tensors──▶ {name: tensor} ──fill──▶ model        (from_pretrained)
+    folder or file ──read_tensors──▶ {name: tensor} ──load──▶ model        (from_pretrained)
     model ──write_tensors──▶ model.safetensors                             (save_pretrained)
-
-    out/NAME/                     a run
-      step_00001000/              one checkpoint: the weights in their published layout …
-        ema/                      … the same again for the averaged weights, preferred for sampling
-        training/                 … and what only a resumed training needs (optimizer, discriminator)
-        state.json
-      latest -> step_00001000     the newest complete step
 
 Everything is written beside its final name and renamed when it is whole: a kill at any instant leaves
 the last good file. Tensors are read as data only: safetensors, or pickles with `weights_only`.
 
-torch is imported only where tensors are read or written: the data code does without.
-
-Read next: tokenizer.py.
+torch is imported only where tensors are read or written: the data code does without. How a run's
+folder is laid out: runs.py.
 """
 
 import collections

@@ -3,12 +3,12 @@
     configs/X.toml ──tomllib──▶ nested dict ──overrides──▶ nested dict ──build──▶ dataclasses
                                    ▲ train.steps=100 on the command line
 
-A dataclass is the whole truth about a section: its fields are the keys, its annotations the types,
-its defaults the defaults, and its `__post_init__` checks what no single field can (heads that do not
-divide the width). Whatever is wrong becomes a `UserError`: one line that names the key and the
-nearest valid one, and exit code 2.
+    published JSON ──published──▶ Fields ──build──▶ dataclasses
 
-Read next: checkpoint.py (how a run is stored), then data.py.
+Each section is one dataclass: its fields are the keys, its annotations the types, its defaults the
+defaults. Its `__post_init__` checks bounds, and what no single field can say (heads that do not
+divide the width), with `within`, `at_least`, `one_of` and others below. Whatever is wrong, in our TOML or in a
+published file, becomes a `UserError`: one line that names the file and the key, and exit code 2.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one line, exit code 2, never as a traceback."""
+    """A mistake that the user can fix: shown as one line, exit code 2, never as a traceback."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,7 +161,7 @@ def read_run(path, overrides, runs, sizes):
     model = values.setdefault("model", {})
     if not isinstance(model, dict):
         raise UserError(f"{path}: model: expected a section, got {_short(model)}")
-    kind, size = model.get("kind", ""), model.get("size", "")
+    kind, size = str(model.get("kind", "")), str(model.get("size", ""))
     if kind not in runs:
         raise UserError(f'{path}: model.kind is "{kind}", must be one of {", ".join(runs)}')
     if size:
