@@ -37,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -45,6 +44,7 @@ from torch import nn
 from published import clip as published
 from support import checkpoint, settings
 from support.pictures import on_white, square, to_float
+from support.ranks import all_rows, row_offset
 from support.settings import UserError
 from support.tokenizer import CLIPTokenizer, clip_file_names, find_clip_tokenizer
 
@@ -532,35 +532,6 @@ def sigmoid_loss(image, text, scale, bias):
         logits = pair_logits(image, all_rows(text), scale, bias)  # (B, B·processes)
         own = torch.eye(*logits.shape, device=image.device).roll(row_offset(image), dims=1)  # 1 for pairs, else 0
         return -F.logsigmoid((2 * own - 1) * logits).sum() / len(image)
-
-
-class Gather(torch.autograd.Function):
-    """x (B, E) of every process → (B·processes, E), with gradients from every process.
-
-    As torch.distributed.nn.functional.all_gather does, which torch 2.13 warns is on its way out.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def all_rows(x):
-    """The rows of all processes, with gradients; x itself where there is one process."""
-    return Gather.apply(x) if dist.is_available() and dist.is_initialized() else x
-
-
-def row_offset(x):
-    """The index of this process's first row among the rows of all."""
-    return dist.get_rank() * len(x) if dist.is_available() and dist.is_initialized() else 0
 
 
 # ---- pictures --------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -602,20 +601,3 @@ class TokenRows:
         first = (microstep * self.batch_size + rows.start) * self.context
         window = self.stream(first, size + 1)
         return window[:-1].reshape(-1, self.context), window[1:].reshape(-1, self.context)
-
-
-# ---- threads -----------------------------------------------------------------------------------
-
-
-def prefetch(make, indices, workers, depth=4):
-    """Yields make(i) for each i, in order; threads make them ahead. Exceptions are raised here."""
-    indices = iter(indices)
-    pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        waiting = collections.deque(pool.submit(make, i) for i in itertools.islice(indices, workers + depth))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(make, i) for i in itertools.islice(indices, 1))
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import KINDS, DataSettings, open_sentences, prefetch
+from data import KINDS, DataSettings, open_sentences
 from support import settings
 from support.checkpoint import out_file, out_folder
 from support.options import positive_int
@@ -38,6 +38,7 @@ from support.pictures import SUFFIXES, save_grid, to_float, to_uint8
 from support.rows import FilePairs, json_rows, open_picture, read_row
 from support.settings import UserError
 from support.sources import SPLITS, open_source, read_texts
+from support.threads import prefetch
 from support.token_rows import INFO, RowsInfo, decode_row, encode_row, new_rows
 from support.tokenizer import Tokenizer, train_bpe, write_merges
 from vqgan import VQGAN

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import prefetch
 from support import checkpoint, runs, settings
 from support.settings import UserError, learning_rate
+from support.threads import prefetch
 from tasks import TASKS, read_run
 
 # ---- several processes -----------------------------------------------------------------------

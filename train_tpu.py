@@ -45,12 +45,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bench.plan import report
-from data import DataSettings, TokenRows, prefetch
+from data import DataSettings, TokenRows
 from model import SIZES, LLaMAConfig
 from published import llama
 from support import checkpoint, runs, settings
 from support.settings import MeshSettings, UserError
 from support.sharded import file_tensors, load_sharded, tensor_names, write_sharded
+from support.threads import prefetch
 from support.token_rows import check_rows
 from support.tokenizer import Tokenizer
 

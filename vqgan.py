@@ -34,6 +34,7 @@ from torch import nn
 
 import published.vqgan
 from support import checkpoint, settings
+from support.ranks import across_ranks, several
 from support.settings import UserError
 
 
@@ -421,25 +422,6 @@ class VQGANLossConfig:
             raise ValueError("perceptual > 0 needs the paths of two weight files, vgg and lpips")
 
 
-class MeanAcrossRanks(torch.autograd.Function):
-    """The mean of x over all ranks; backward, the mean of their gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return MeanAcrossRanks.forward(ctx, gradient.contiguous())
-
-
-def across_ranks(x):
-    """The mean of x over all ranks, with gradients; x itself where there is one process."""
-    return MeanAcrossRanks.apply(x) if dist.is_available() and dist.is_initialized() else x
-
-
 def entropy_loss(distances, temperature=0.01):
     """MaskGIT's: confident on each sample, diverse over the batch. distances (N, K) → ()."""
     p = F.softmax(-distances / temperature, dim=1)
@@ -457,7 +439,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x):
-        if not self.training or not (dist.is_available() and dist.is_initialized()):
+        if not self.training or not several():
             return super().forward(x)
         dtype, x = x.dtype, x.float()
         mean = across_ranks(x.mean((0, 2, 3)))  # (C,)

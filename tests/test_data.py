@@ -22,6 +22,7 @@ from support import pictures, settings, sources
 from support.chance import rng, shuffled
 from support.settings import UserError
 from support.sources import open_source
+from support.threads import prefetch
 from support.token_rows import decode_row, encode_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -603,8 +604,8 @@ def test_broken_rows_are_named_counted_and_left_out(tmp_path, capsys):
 
 def test_prefetch_keeps_the_order_and_raises_what_went_wrong():
     """Threads run ahead, results come in order, and an exception is not lost."""
-    assert list(data.prefetch(lambda i: i * i, range(50), workers=3)) == [i * i for i in range(50)]
-    results = data.prefetch(lambda i: 1 // (3 - i), range(9), workers=2)
+    assert list(prefetch(lambda i: i * i, range(50), workers=3)) == [i * i for i in range(50)]
+    results = prefetch(lambda i: 1 // (3 - i), range(9), workers=2)
     assert [next(results) for _ in range(3)] == [0, 0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
