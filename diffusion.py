@@ -755,8 +755,8 @@ class NoiseSchedule:
 
     def loss_weight(self, t, gamma):
         """Min-SNR weights (Hang et al. 2023) at t (B,): an error of x0 counts min(SNR, γ) times."""
-        abar = self.alphas_cumprod.to(t.device)[t]
-        snr = abar / (1 - abar)
+        alpha, sigma = self.alpha_sigma(self.alphas_cumprod.to(t.device)[t])
+        snr = (alpha / sigma) ** 2
         return snr.clamp(max=gamma) / PREDICTIONS[self.prediction_type].relative_error(snr)
 
     # -- sampling --
