@@ -46,11 +46,13 @@ class Projector(nn.Module):
 
     def __init__(self, i, o, bias=True):
         super().__init__()
+        self.width = i
         self.projector = self.layers(i, o, bias)
 
+    @torch.no_grad()
     def length(self, n):
-        """N → N'."""
-        return n
+        """N → N', found by trying: no kind need say it, and none can say it wrongly."""
+        return self(next(self.parameters()).new_zeros(1, n, self.width)).shape[1]
 
     def forward(self, x):
         if not self.on_grid:
@@ -89,9 +91,6 @@ class DownsampleProjector(Projector):
         halves = [nn.Conv2d(i, i, 3, stride=2, padding=1) for _ in range(2)]
         last = nn.Conv2d(i, o, 1, bias=bias)
         return nn.Sequential(halves[0], nn.GELU(), halves[1], nn.GELU(), last)
-
-    def length(self, n):
-        return ((math.isqrt(n) + 3) // 4) ** 2
 
 
 PROJECTORS = {
