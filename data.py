@@ -17,12 +17,16 @@ continues them.
          ▲
          └─ Tokenizer.encode ── read_texts(path)     rows of text train a language model likewise
 
-Nothing here keeps a state: a batch is a pure function of (seed, step, row), so that a run resumes
-exactly and the number of machines changes nothing. numpy and Pillow only: the JAX trainer reads it
-too. prepare.py makes the rows; support/sources.py opens the pictures.
+Nothing here keeps a state: a batch is a pure function of the seed and its number in the run, so that
+a run resumes exactly and the number of machines changes nothing. numpy and Pillow only: the JAX
+trainer reads it too. prepare.py makes the rows; support/sources.py opens the pictures.
 
     N       pictures in a sentence (data.pictures)     M       modalities (data.sources.modalities)
-    B       rows of a batch                            T       tokens of a row: the model's context
+    B       rows of a batch                            T       tokens of each: the model's context
+
+A *row* of a rows file is a whole sentence, of any length. A batch has B *windows*, T tokens each, of
+the endless stream of rows. Nothing separates rows, and a window begins where a sentence begins only
+if every sentence has T tokens, as LVM's have: 16 pictures of 256 codes.
 
 Paper: Bai et al. 2023 (arXiv 2312.00785), section 3 (the kinds of sentences) and 4.2 (their codes
 in a row).
@@ -188,7 +192,7 @@ class FourCategories(Shuffled):
 # ---- visual sentences ----------------------------------------------------------------------------
 
 
-class Items(NamedTuple):
+class Requirement(NamedTuple):
     """Which items of a source a kind of sentence can use."""
 
     usable: Callable  # (item, N) → bool
@@ -196,10 +200,10 @@ class Items(NamedTuple):
     categories: int = 1  # of how many categories they must be, at least
 
 
-ANY = Items(lambda item, n: True, "pictures")
-CLIPS = Items(lambda item, n: item.frames >= n, "clips of {n} frames or more")
-OBJECTS = Items(lambda item, n: item.views >= n // 4, "objects with {views} views or more")
-CATEGORIZED = Items(lambda item, n: item.category, "4 categories (sub-folders) or more", categories=4)
+ANY = Requirement(lambda item, n: True, "pictures")
+CLIPS = Requirement(lambda item, n: item.frames >= n, "clips of {n} frames or more")
+OBJECTS = Requirement(lambda item, n: item.views >= n // 4, "objects with {views} views or more")
+CATEGORIZED = Requirement(lambda item, n: item.category, "4 categories (sub-folders) or more", categories=4)
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ class Kind:
     holds: str  # in words
     layout: Callable  # (N, M) → (items of a sentence, pictures that each of them gives)
     frames: Callable  # which pictures an item gives: see above
-    items: Items = ANY
+    requires: Requirement = ANY
     order: type = Shuffled
     divisor: int = 1  # of N
     modalities: int = 0  # the least M; 0: it takes none
@@ -237,7 +241,7 @@ KINDS = {
         "2 clips × modalities × N frames", lambda n, m: (2, m * n), multisequence, CLIPS, modalities=2
     ),
     "object3d": Kind(
-        "4 objects × (N/4 views, their N/4 masks)",
+        "4 objects × (N/4 views, their N/4 masks): 2N pictures",
         lambda n, m: (4, n // 2),
         object3d,
         OBJECTS,
@@ -250,8 +254,8 @@ KINDS = {
 class Sentences:
     """The visual sentences of one kind that a source gives.
 
-    index counts through passes of `len(self)` sentences; in each of them the items come in a new
-    order. `count` is how many sentences `passes` make. All is a pure function of (seed, index).
+    index runs over endless passes, each of len(self) sentences in a new order. count: how many of them
+    prepare.py writes, passes · len(self). All is a pure function of (seed, index).
     """
 
     def __init__(self, source, kind, modalities=(), pictures=16, side=None, seed=0, mirror=False, passes=1.0):
@@ -262,12 +266,12 @@ class Sentences:
         self.source, self.kind = source, KINDS[kind]
         self.modalities, self.pictures, self.mirror = tuple(modalities), pictures, mirror
         self.name, self.seed = kind, seed
-        items = [i for i, item in enumerate(source) if self.kind.items.usable(item, pictures)]
+        items = [i for i, item in enumerate(source) if self.kind.requires.usable(item, pictures)]
         if need := self._unmet(items):
             offers = ", ".join(sorted(source.offers))
             raise UserError(f"{source.path}: {kind} sentences ({self.kind.holds}) need {need}; it offers {offers}")
         short = sum(1 < item.frames < pictures for item in source)
-        if short and self.kind.items is CLIPS:
+        if short and self.kind.requires is CLIPS:
             warn(f"{source.path}: {kind} sentences leave out {short} clips of fewer than {pictures} frames")
         self.items_per_sentence, self.pictures_per_item = self.kind.layout(pictures, len(self.modalities))
         self.order = self.kind.order(source, items, self.items_per_sentence)
@@ -277,8 +281,9 @@ class Sentences:
     def _unmet(self, items):
         """What the kind needs that items, N or M do not offer, for an error; None: nothing."""
         kind, n, m = self.kind, self.pictures, len(self.modalities)
-        if len({self.source[i].category for i in items}) < kind.items.categories:
-            return kind.items.name.format(n=n, views=n // 4)
+        # first: no usable item at all has no category either
+        if len({self.source[i].category for i in items}) < kind.requires.categories:
+            return kind.requires.name.format(n=n, views=n // 4)
         if n % kind.divisor:
             return f"data.pictures to be a multiple of {kind.divisor}, not {n}"
         if m < kind.modalities:
@@ -321,11 +326,11 @@ class Sentences:
         raise UserError(f"{self.source.path}: not one of its {len(pool)} pictures can be read")
 
     def _render(self, item, frame, index, number):
-        rng = self._rng("picture", index, number)
-        motion = None if frame.number is None else random_motion(rng)
+        random = self._rng("picture", index, number)  # one for all frames of an item: they share a motion
+        motion = None if frame.number is None else random_motion(random)
         picture = item.picture(frame.modality, frame.number, motion)
         if frame.change:
-            picture = frame.change(picture, rng)
+            picture = frame.change(picture, random)
         if self.mirror and self._rng("mirror", index).random() < 0.5:  # the whole sentence
             picture = picture[:, ::-1].copy()
         return picture
@@ -344,7 +349,7 @@ class SourceSettings:
     path: str = "emoji"  # "emoji", a folder, WebDataset .tar (a shell pattern names many), a text
     kind: str = "image"  # which visual sentence: a key of KINDS; or "text", which has no pictures
     modalities: tuple[str, ...] = ()  # which annotations, for the kinds that need them
-    weight: float = 1.0  # its share of the pictures that train the tokenizer
+    weight: float = 1.0  # of single pictures for the tokenizer; an LVM's mixture: passes, data.weights
     passes: float = 1.0  # how often its pictures are permuted into sentences; 0.5: half of them
     mirror: bool = False  # mirrors half of the sentences: a small set goes further (LVM: no)
     move: bool = False  # of captioned pictures: turns, shrinks and shifts each a little, on white
@@ -363,9 +368,9 @@ class DataSettings:
     """The [data] section of every configuration."""
 
     side: int = 256  # pictures are side × side pixels
-    pictures: int = 16  # pictures in a visual sentence: the N of KINDS
+    pictures: int = 16  # pictures in a visual sentence of most kinds: the N of KINDS
     sources: tuple[SourceSettings, ...] = ()
-    held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have a split
+    held_out_fraction: float = 0.02  # of folders and tars, by hash of the name; emoji have their own
     tokenizer: str = ""  # the VQGAN of an LVM run: a run's folder or a published one
     text_tokenizer: str = ""  # of a run on text: "bytes", or a folder with a tokenizer's files
     vae: str = ""  # of a U-Net's run: the autoencoder whose latents it draws
@@ -419,7 +424,7 @@ def open_sentences(data, seed, split="train"):
 
 
 class PictureRows:
-    """Single pictures to train the tokenizer on, as sentences have them, holes and masks too."""
+    """Single pictures for the tokenizer, out of the same visual sentences: with holes, masks and greys."""
 
     def __init__(self, data, seed, split="train"):
         self.seed = seed
@@ -432,12 +437,12 @@ class PictureRows:
         return np.stack([self._picture(number, row) for row in rows])
 
     def _picture(self, number, row):
-        choice = rng("pictures", self.seed, number, row)
-        which = int(np.searchsorted(self.cumulative_weights, choice.random(), side="right"))
+        random = rng("pictures", self.seed, number, row)
+        which = int(np.searchsorted(self.cumulative_weights, random.random(), side="right"))
         sentences = self.sentences[min(which, len(self.sentences) - 1)]
-        index = int(choice.integers(sentences.count))
-        item = int(choice.integers(sentences.items_per_sentence))
-        return sentences.picture(index, item, int(choice.integers(sentences.pictures_per_item)))
+        index = int(random.integers(sentences.count))
+        item = int(random.integers(sentences.items_per_sentence))
+        return sentences.picture(index, item, int(random.integers(sentences.pictures_per_item)))
 
 
 class HeldOutPictures:
@@ -509,13 +514,13 @@ class TokenRows:
     """Rows files as batches of (inputs, targets): one endless stream of tokens, cut into windows.
 
     The rows of an epoch are permuted and laid end to end without separators, epoch after epoch.
-    Microstep m covers stream[m·B·T : (m+1)·B·T + 1]: its first B·T tokens are the inputs, the last
+    Batch n covers stream[n·B·T : (n+1)·B·T + 1]: its first B·T tokens are the inputs, the last
     B·T the targets, both as (B, T). Any window is found from the sums of row lengths: a run resumes
-    at any microstep.
+    at any batch.
 
     Rows lie in pools. Without `weights` there is one, and an epoch is all of it. With them each
-    file is a pool: file i gives round(total·w_i/Σw) rows to an epoch, taken onward from its own
-    endless stream of permutations.
+    file is a pool: of R rows in all it gives round(R·wᵢ/Σw) to every epoch, and continues where the
+    last epoch stopped; its rows come round again and again, in a new order each time.
 
     rows      RowsFiles: all readable rows; skipped: how many rows are broken and left out
     pools     [(indices of its rows, how many of them make an epoch)]
@@ -586,6 +591,7 @@ class TokenRows:
         while filled < count:
             order, ends = self._epoch(epoch)
             for i in range(int(np.searchsorted(ends, place, side="right")), len(order)):
+                # the row ends at ends[i]: drop what lies before `place`, and what is too many
                 codes = self.rows[order[i]]
                 codes = codes[place - int(ends[i]) + len(codes) :][: count - filled]
                 tokens[filled : filled + len(codes)] = codes
@@ -595,9 +601,9 @@ class TokenRows:
             epoch, place = epoch + 1, 0
         return tokens
 
-    def batch(self, microstep, rows):
-        """Rows `rows` (a range within range(B)) of a microstep: inputs, targets (n, T) int64."""
+    def batch(self, number, rows):
+        """Windows `rows` (a range within range(B)) of batch `number`: inputs, targets (n, T) int64."""
         size = len(rows) * self.context
-        first = (microstep * self.batch_size + rows.start) * self.context
+        first = (number * self.batch_size + rows.start) * self.context
         window = self.stream(first, size + 1)
         return window[:-1].reshape(-1, self.context), window[1:].reshape(-1, self.context)

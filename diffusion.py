@@ -655,7 +655,7 @@ class Prediction(NamedTuple):
 
     target: Callable  # (x0, ε, α, σ) → what it learns to predict
     x0_and_noise: Callable  # (prediction, x_t, α, σ) → (x0, ε)
-    relative_error: Callable  # SNR → its squared error, over that of the x0 that follows from it
+    relative_error: Callable  # SNR → (squared error of the prediction) / (that of the x0 computed from it)
 
 
 PREDICTIONS = {
@@ -768,9 +768,9 @@ class NoiseSchedule:
     def timesteps(self, steps, spacing, strength=1.0, skip_last=False):
         """The times a sampler visits, (n,) falling; float64: "linspace" falls between whole ones.
 
-        spacing: the sampler's default, unless the schedule sets one. strength below 1 keeps only
-        the last so many (image to image). skip_last divides the time into one step more and leaves
-        the last out, as DPM-Solver++'s published code does.
+        spacing: the sampler's default, unless the schedule sets one. strength below 1 keeps the
+        last int(steps · strength) of them (image to image). skip_last makes steps + 1 of them and leaves out the
+        last, as DPM-Solver++'s published code does; "trailing" times have no such last one.
         """
         T, spacing = self.num_train_timesteps, self.timestep_spacing or spacing
         if not 1 <= steps <= T - skip_last or not 0 < strength <= 1:
@@ -826,8 +826,9 @@ def offset_noise(noise, offsets, strength):
 # Each is a generator: it yields x after every step, and the last x is the sample. Arguments:
 #   predict(x, t) → prediction   the U-Net, its conditioning and guidance
 #   noise() → N(0, 1) like x     the noise to start from, then that of each step that adds some
-#   image, strength              latents to start from, and the share of the way they are noised
-# To add one, write its function and its row of SAMPLERS, below.
+#   image, strength              latents to begin from (None: noise), and how far they are noised; 1 is all the way
+# To add one, write its function and its row of SAMPLERS, below. The name that it gives to begin() must be its row's:
+# from there come its spacing, and the predictions that it can follow.
 
 
 def sampler_times(name, schedule, steps, strength):
@@ -836,8 +837,18 @@ def sampler_times(name, schedule, steps, strength):
     kind = schedule.prediction_type
     if kind not in sampler.predictions:
         fitting = [other for other in SAMPLERS if kind in SAMPLERS[other].predictions]
-        raise UserError(f'sampler "{name}" cannot follow a schedule of {kind}; these can: {", ".join(fitting)}')
+        raise UserError(
+            f'sampler "{name}" cannot follow a schedule of {kind}; these can: {", ".join(fitting) or "none"}'
+        )
     return schedule.timesteps(steps, sampler.spacing, strength, sampler.skip_last)
+
+
+def fitting_sampler(schedule, preferred="ddim"):
+    """The name of a sampler that can follow the schedule: `preferred`, or else the first that can."""
+    for name in (preferred, *SAMPLERS):
+        if schedule.prediction_type in SAMPLERS[name].predictions:
+            return name
+    return preferred
 
 
 def begin(name, schedule, steps, noise, image, strength, last=1.0):
@@ -888,8 +899,8 @@ def sample_dpmpp_2m(predict, schedule, steps, noise, image=None, strength=1.0):
         yield x
 
 
-# Those in σ' = σ/α (Karras et al. 2022) keep x = x0 + σ'·ε, at SD's last time 15 times larger than
-# the other samplers' x, with zero SNR 4096 times; the U-Net still sees α·x.
+# The two Euler samplers follow Karras et al. 2022: their x is x_t / α = x0 + σ'·ε with σ' = σ/α. At SD's last time
+# it is 15 times as large as x_t; with zero SNR, where σ' is clamped, 4096 times. The U-Net is given α·x, which is x_t.
 
 
 def begin_sigmas(name, schedule, steps, noise, image, strength):
@@ -998,7 +1009,7 @@ class LossNoise(NamedTuple):
     """The random numbers in the loss of M pictures, in the published code's order."""
 
     sample: torch.Tensor  # (M, C, h, w) ~ N(0, 1): of the autoencoder's distribution
-    noise: torch.Tensor  # (M, C, h, w) ~ N(0, 1): what the U-Net is to predict
+    noise: torch.Tensor  # (M, C, h, w) ~ N(0, 1): the ε that is added
     offset: torch.Tensor  # (M, C, 1, 1) ~ N(0, 1)
     perturbation: torch.Tensor  # (M, C, h, w) ~ N(0, 1)
     t: torch.Tensor  # (M,) int64 in 0..T-1
@@ -1098,7 +1109,7 @@ class LatentDiffusion(nn.Module):
         """images (M, 3, H, W) in [0, 1], context (M, L, D), LossNoise → diffusion_loss.
 
         For DreamLLM: frozen weights let the gradient through to `context`. offset, perturbation:
-        see offset_noise, diffusion_loss.
+        strengths of draws.offset and draws.perturbation, 0 for none.
         """
         x0 = self.to_latents(images, draws.sample)
         noise = offset_noise(draws.noise, draws.offset, offset)

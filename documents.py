@@ -10,12 +10,14 @@ which pictures the U-Net is to create.
     DREAM = <dream_start> <im_patch> × queries <dream_end>     its picture goes into `images_dm`
 
     sample                sequence                             labels
-    pair, to understand   <s> IMG caption </s>                 <s>, caption, </s>
+    pair, to understand   <s> IMG caption </s>                 caption, </s>
     pair, to create       <s> caption DREAM </s>               none: the U-Net's loss alone
-    document              <s> (text DREAM IMG) × n </s>        <s>, texts, <dream_start>, </s>
+    document              <s> (text DREAM IMG) × n </s>        texts, <dream_start>, </s>
     instructed document   prompt (text DREAM IMG) × n </s>     texts, <dream_start>, </s>
     conversation          <image> → IMG, <dream> → DREAM IMG   answers, their </s>; no span
     image → image         <s> IMG DREAM </s>                   none
+
+(<s> is a label too, as in the published code; nothing stands before it, so it is never predicted.)
 
 Only documents have <dream_start> among their labels: only they teach *when* to create a picture.
 A created picture is then read (DREAM IMG): in training the true one, in sample.py the model's own.
@@ -101,7 +103,8 @@ class Writer:
 
     patches, queries     tokens of a picture to understand, and of one to create
     understand, create   which of the two is trained; if one is off, documents keep one span of each
-                         picture
+                         picture. In conversations <image> is always read, and with create off
+                         <dream> is read too; image → image always has both
     template, system     how prompts and conversations are framed (system None: the template's usual
                          text)
 

@@ -13,6 +13,9 @@ and the LLaMA's hidden states of these steer a U-Net in place of a text encoder:
             N patches of a picture that is read   M pictures to be drawn   Q queries of each
             C width of the U-Net's context
 
+A query learns from both losses: from the U-Net's, through context and LLaMA; and from the text's, as later tokens
+attend to its position.
+
 Dong et al. 2023, arXiv 2309.11499. documents.py writes such rows of tokens.
 """
 
@@ -401,7 +404,7 @@ class DreamLLM(nn.Module):
     # -- published files --
 
     def save_pretrained(self, path):
-        """Writes the published layout with the configurations of all parts and the tokenizer."""
+        """Writes all weights, frozen ones too, in the published layout, with all configurations and the tokenizer."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self.clip.save_config(path / published.dreamllm.CLIP_PART)

@@ -35,7 +35,7 @@ class LVM:
     """A LLaMA over image codes with the tokenizer that made them.
 
     side: pixels of a picture, 0 for what the tokenizer was made for. Derived: grid (h, w), codes
-    h·w, and window, the number of pictures that fit the LLaMA's context.
+    h·w, and pictures_in_context, the number of pictures that fit the LLaMA's context.
     """
 
     llama: LLaMA
@@ -45,14 +45,16 @@ class LVM:
     def __post_init__(self):
         self.side = self.side or self.tokenizer.config.resolution
         self.grid = self.tokenizer.grid(self.side)
-        self.codes = self.grid[0] * self.grid[1]
+        self.codes_per_picture = self.grid[0] * self.grid[1]
         context, vocabulary = self.llama.config.max_seq_len, self.llama.config.vocab_size
-        self.window = context // self.codes
+        self.pictures_in_context = context // self.codes_per_picture
         if self.tokenizer.config.num_embeddings > vocabulary:
             codes = self.tokenizer.config.num_embeddings
-            raise UserError(f"the tokenizer has {codes} codes, the LLaMA only {vocabulary} tokens: they are no pair")
-        if self.window < 2:
-            raise UserError(f"two pictures of {self.codes} codes do not fit the LLaMA's context of {context} tokens")
+            raise UserError(f"the tokenizer has {codes} codes, the LLaMA only {vocabulary} tokens: they do not fit")
+        if self.pictures_in_context < 2:
+            raise UserError(
+                f"two pictures of {self.codes_per_picture} codes do not fit the LLaMA's context of {context} tokens"
+            )
 
     @classmethod
     def from_pretrained(cls, run, tokenizer="", device="cpu", dtype=None):
@@ -91,11 +93,11 @@ class LVM:
         allowed = range(self.tokenizer.config.num_embeddings)
         prompt = tokens.shape[1]
         while (missing := prompt + frames - tokens.shape[1]) > 0:
-            context = tokens[:, -(self.window - 1) :]
-            new = min(self.window - context.shape[1], missing)
-            count = new * self.codes
+            context = tokens[:, -(self.pictures_in_context - 1) :]
+            new = min(self.pictures_in_context - context.shape[1], missing)
+            count = new * self.codes_per_picture
             sampled = self.llama.generate(context.flatten(1), count, allowed=allowed, samples=candidates, **sampling)
-            sampled = sampled[:, -count:].view(-1, new, self.codes)  # (B·candidates, new, h·w)
+            sampled = sampled[:, -count:].view(-1, new, self.codes_per_picture)  # (B·candidates, new, h·w)
             tokens = torch.cat((tokens.repeat_interleave(candidates, dim=0), sampled), dim=1)
             candidates = 1  # from here on each candidate has a history of its own
         return tokens[:, prompt:]

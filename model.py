@@ -50,8 +50,8 @@ class RopeScaling:
     """
 
     factor: float = 8.0
-    low_freq_factor: float = 1.0  # wavelengths that fit the original context fewer times are stretched whole …
-    high_freq_factor: float = 4.0  # … those that fit it more often are left as they are
+    low_freq_factor: float = 1.0  # a pair that turns fewer times than this in the original context is slowed …
+    high_freq_factor: float = 4.0  # … by `factor`; one that turns more often than this stays as it is
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LLaMAConfig:
-    """Shape of a LLaMA. `n_kv_heads` and `head_dim` 0: as many as `n_heads`, dim / n_heads."""
+    """Shape of a LLaMA. n_kv_heads 0 means n_heads; head_dim 0 means dim / n_heads."""
 
     vocab_size: int = 8292
     dim: int = 4096
@@ -103,31 +103,31 @@ class LLaMAConfig:
         return settings.build(cls, SIZES[name])
 
 
-def _lvm(dim, n_layers, n_heads, hidden_dim):
+def _shape(dim, n_layers, n_heads, hidden_dim):
     return {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "hidden_dim": hidden_dim}
 
 
 _LLAMA2 = {"vocab_size": 32000, "norm_eps": 1e-5}
 _LLAMA3 = {"vocab_size": 128256, "max_seq_len": 8192, "norm_eps": 1e-5, "rope_theta": 500000.0, "n_kv_heads": 8}
 SIZES = {
-    "lvm_100m": _lvm(640, 22, 10, 1664),
-    "lvm_300m": _lvm(1024, 22, 8, 2688),
-    "lvm_600m": _lvm(1536, 22, 16, 4096),
-    "lvm_1b": _lvm(2048, 22, 16, 5504),
-    "lvm_3b": _lvm(3200, 26, 32, 8640),
-    "lvm_7b": _lvm(4096, 32, 32, 11008),
-    "lvm_13b": _lvm(5120, 40, 40, 13824),
-    "lvm_20b": _lvm(6144, 46, 48, 16128),
-    "lvm_30b": _lvm(6656, 60, 52, 17920),
-    "llama2_7b": _lvm(4096, 32, 32, 11008) | _LLAMA2,
-    "llama2_13b": _lvm(5120, 40, 40, 13824) | _LLAMA2,
-    "llama2_70b": _lvm(8192, 80, 64, 28672) | _LLAMA2 | {"n_kv_heads": 8},
-    "llama3_8b": _lvm(4096, 32, 32, 14336) | _LLAMA3,
-    "llama31_8b": _lvm(4096, 32, 32, 14336) | _LLAMA3 | {"max_seq_len": 131072, "rope_scaling": {"factor": 8.0}},
-    "smollm2_135m": _lvm(576, 30, 9, 1536)
+    "lvm_100m": _shape(640, 22, 10, 1664),
+    "lvm_300m": _shape(1024, 22, 8, 2688),
+    "lvm_600m": _shape(1536, 22, 16, 4096),
+    "lvm_1b": _shape(2048, 22, 16, 5504),
+    "lvm_3b": _shape(3200, 26, 32, 8640),
+    "lvm_7b": _shape(4096, 32, 32, 11008),
+    "lvm_13b": _shape(5120, 40, 40, 13824),
+    "lvm_20b": _shape(6144, 46, 48, 16128),
+    "lvm_30b": _shape(6656, 60, 52, 17920),
+    "llama2_7b": _shape(4096, 32, 32, 11008) | _LLAMA2,
+    "llama2_13b": _shape(5120, 40, 40, 13824) | _LLAMA2,
+    "llama2_70b": _shape(8192, 80, 64, 28672) | _LLAMA2 | {"n_kv_heads": 8},
+    "llama3_8b": _shape(4096, 32, 32, 14336) | _LLAMA3,
+    "llama31_8b": _shape(4096, 32, 32, 14336) | _LLAMA3 | {"max_seq_len": 131072, "rope_scaling": {"factor": 8.0}},
+    "smollm2_135m": _shape(576, 30, 9, 1536)
     | {"vocab_size": 49152, "max_seq_len": 8192, "norm_eps": 1e-5, "rope_theta": 1e5, "n_kv_heads": 3}
     | {"tie_embeddings": True},
-    "vicuna_7b": _lvm(4096, 32, 32, 11008) | {"vocab_size": 32000, "max_seq_len": 2048},
+    "vicuna_7b": _shape(4096, 32, 32, 11008) | {"vocab_size": 32000, "max_seq_len": 2048},
 }
 
 
@@ -151,7 +151,7 @@ class RMSNorm(nn.Module):
 def rotary_angles(positions, config):
     """positions (T,) → cos, sin (T, A/2) in float32: pair i turns by position · theta^(-2i/A).
 
-    bfloat16 angles would collapse: of 4096 positions only a few hundred would stay distinct.
+    bfloat16 has 8 significant bits: above 256 it skips whole numbers, and of 4096 positions only 769 are distinct.
     """
     angles = positions.float()[:, None] * rotary_frequencies(config, positions.device)  # (T, A/2)
     return angles.cos(), angles.sin()
@@ -171,7 +171,10 @@ def rotary_frequencies(config, device=None):
 
 
 def rotate(x, angles):
-    """Turns the pairs (x_i, x_{i+A/2}) of x (B, heads, T, A), as Hugging Face's files need it."""
+    """Turns the pairs (x_i, x_{i+A/2}) of x (B, heads, T, A).
+
+    So Hugging Face's files have them. Meta's pair neighbours: published/llama.py reorders rows of q and k.
+    """
     cos, sin = angles
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
@@ -229,7 +232,7 @@ class Block(nn.Module):
 
 
 class LayerCache:
-    """The keys and values of one layer, in memory allocated once: (B, G, max_tokens, A) each."""
+    """The keys and values of one layer, (B, G, max_tokens, A) each, allocated before the first token."""
 
     def __init__(self, batch, max_tokens, config, like):
         shape = (batch, config.n_kv_heads, max_tokens, config.head_dim)
@@ -278,11 +281,14 @@ class LLaMA(nn.Module):
 
         With `caches` (one LayerCache a layer), `embeddings` continue what the caches hold.
         """
-        x, start = embeddings, caches[0].length if caches else 0
+        x = embeddings
+        start = caches[0].length if caches else 0
         end = start + x.shape[1]
         positions = torch.arange(start, end, device=x.device)
         angles = rotary_angles(positions, self.config)
-        if caches:  # (T, L): which of the tokens so far each new one attends to
+        if caches:
+            # (T, L): the token at position p attends to keys 0 … p. is_causal would not do: it lets query i see
+            # keys 0 … i, but with a cache, query i stands at position start + i
             visible = torch.arange(end, device=x.device) <= positions[:, None]
         for n, layer in enumerate(self.layers):
             if caches:

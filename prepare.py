@@ -7,10 +7,10 @@
     [[data.sources]] ──▶ Sentences ─────────────────────▶ grid.png       show, without rows
     rows, folder, tar ─▶ every row, every picture ──────▶ what is wrong  check, for DreamLLM's data
 
-    python prepare.py tokenize --config configs/X.toml --out rows.jsonl [--split held_out] [--shard
-    i/n] python prepare.py vocabulary --config configs/X.toml --out FOLDER python prepare.py show
-    [rows.jsonl] --config configs/X.toml --out grid.png python prepare.py check rows.jsonl --images
-    FOLDER
+    python prepare.py tokenize --config configs/X.toml --out rows.jsonl [--split held_out] [--shard i/n]
+    python prepare.py vocabulary --config configs/X.toml --out FOLDER
+    python prepare.py show [rows.jsonl] --config configs/X.toml --out grid.png
+    python prepare.py check rows.jsonl --images FOLDER
 
 Beside rows.jsonl, tokenize writes rows.jsonl.info.json: what the rows were made with
 (support/token_rows.py).

@@ -80,7 +80,7 @@ def load_text(run, tokenizer="", device="cpu", dtype=None):
     llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
     if tokenizer.vocab_size > llama.config.vocab_size:
         known, embedded = tokenizer.vocab_size, llama.config.vocab_size
-        raise UserError(f"the tokenizer knows {known} tokens, the LLaMA only {embedded}: they are no pair")
+        raise UserError(f"the tokenizer knows {known} tokens, the LLaMA only {embedded}: they do not fit")
     return llama, tokenizer
 
 
@@ -492,11 +492,11 @@ def picture_perplexity(args):
     values = []
     for number, row in tqdm(rows, unit=" rows", mininterval=1):
         paths = [*row["input"], *row["target"]]
-        if len(paths) > lvm.window:
-            counts = f"{len(paths)} pictures; the model's context holds {lvm.window}"
+        if len(paths) > lvm.pictures_in_context:
+            counts = f"{len(paths)} pictures; the model's context holds {lvm.pictures_in_context}"
             raise UserError(f"{args.input}:{number}: {counts}")
         codes = lvm.encode([load_picture(path, lvm.side) for path in paths])  # (N, h·w)
-        losses = negative_log_likelihood(lvm.llama, codes.flatten(), len(row["input"]) * lvm.codes)
+        losses = negative_log_likelihood(lvm.llama, codes.flatten(), len(row["input"]) * lvm.codes_per_picture)
         values.append(losses.mean().exp().item())
     print(f"{args.input}: perplexity {np.mean(values):.4g} a code, the mean of {len(values)} rows")
 

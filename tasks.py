@@ -5,7 +5,7 @@
     llama      windows of a stream of tokens            next token                        LLaMA
     clip       pictures, captions                       contrastive                       CLIP
     vae        pictures, noise                          reconstruction, KL                AutoencoderKL
-    unet       captions, latents, noise, times          squared error of the noise        LatentDiffusion
+    unet       captions, latents, noise, times          squared error                    LatentDiffusion
     dreamllm   texts with pictures between them         next token, squared error         DreamLLM
 
 train.py's loop asks a task for all that differs between them; `Task` lists the questions. A batch is a pure function
@@ -41,6 +41,7 @@ from diffusion import (
     UNet,
     UNetConfig,
     diffusion_loss,
+    fitting_sampler,
     offset_noise,
     reparameterize,
 )
@@ -57,7 +58,7 @@ from vqgan import VQGAN, Discriminator, VQGANConfig, VQGANLoss, VQGANLossConfig,
 
 # ---- settings: the sections of a run of each kind ----------------------------------------------
 
-STAGES = {  # of DreamLLM: what each trains, by the names of its weights or modules
+STAGES = {  # of DreamLLM: what each trains. The last two differ in their data and learning rate only
     "understand": ("projector",),
     "create": ("dream_queries", "condition"),
     "interleaved": ("llama", "projector", "dream_queries", "condition"),
@@ -69,10 +70,10 @@ STAGES = {  # of DreamLLM: what each trains, by the names of its weights or modu
 class DreamLLMStage(DreamLLMConfig):
     """A stage of DreamLLM: understand and create (stage I's two halves), interleaved (II) or instruct (III)."""
 
-    llama: str = ""  # the three parts that a DreamLLM without model.init is built on
-    clip: str = ""
-    diffusion: str = ""  # U-Net and autoencoder
-    stage: str = "interleaved"
+    llama: str = ""  # folder of the trained LLaMA; this and the next two are for a run without model.init
+    clip: str = ""  # … of the CLIP
+    diffusion: str = ""  # … of the latent diffusion: U-Net, autoencoder, schedule
+    stage: str = "interleaved"  # decides which spans a row has, and what is trained where `trained` is empty
     trained: tuple[str, ...] = ()  # weights, or modules; empty: those of the stage
 
     def __post_init__(self):
@@ -169,7 +170,7 @@ class Task:
     held_out      what evaluations read; None: there is nothing to evaluate
 
     active        (phase, step) → whether that phase has begun
-    batch         (number, rows: a range) → arrays; depends on the seed and these numbers only
+    batch         (number, rows: a range) → arrays; number = step · accumulate + microstep, through the whole run
     loss          (phase, its module, batch, step, microstep) → (a scalar to descend, {name: scalar to log})
     after_step    (step, averaged weights): what else changes the weights
     evaluate      () → {name: scalar}, of held-out data
@@ -295,7 +296,7 @@ class VQGANTask(PictureTask):
         self.from_scratch = not (resume or config.model.init)
         # (K,) how often each code was used since dead ones were last moved
         self.counts = torch.zeros(self.model.config.num_embeddings, device=ranks.device)
-        self.reconstructions = {}  # {microstep: of this step}, which the discriminator's phase judges again
+        self.reconstructions = {}  # {microstep: the generator's, of this step}: the discriminator's phase takes them
 
     def active(self, phase, step):
         return phase == "generator" or step >= self.config.loss.disc_start
@@ -404,7 +405,11 @@ class LLaMATask(Task):
         return TokenRows(paths, model.max_seq_len, train.batch_size, train.seed, **options)
 
     def open_sample(self):
-        """The first held-out sentences, (B, count · h · w) int64; None if the context has no room for two pictures."""
+        """The first windows of the held-out stream, cut to whole pictures: (B, count · h · w) int64.
+
+        None if the context has no room for two pictures. Windows begin where sentences do only if every sentence
+        has max_seq_len codes.
+        """
         h, w = self.vqgan.grid(self.config.data.side)
         count = min(self.config.data.pictures, self.items_per_row // (h * w))
         if count < 2:
@@ -431,6 +436,7 @@ class LLaMATask(Task):
         return np.stack(self.held_out.batch(number, rows))
 
     def summarize(self, measured):
+        # averaged here already: the exponential must be that of the mean over all ranks
         loss = self.ranks.mean(super().summarize(measured))["held_out_loss"]
         return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 50))}
 
@@ -670,26 +676,32 @@ class UNetTask(Task):
         true = self.model.to_images(latents[:, 0].to(self.device) * self.model.vae.config.scaling_factor)
         rows = [true]
         for seed in (0, 8):
-            rows.append(self.model.generate(captions, guidance=3, steps=25, size=self.config.data.side, seed=seed))
+            options = {"steps": 25, "sampler": fitting_sampler(self.config.schedule), "size": self.config.data.side}
+            rows.append(self.model.generate(captions, guidance=3, seed=seed, **options))
         save_grid([list(to_uint8(images)) for images in rows], path)
 
 
 class DreamLLMTask(Task):
     """Texts and pictures in one sequence → the next token, and the pictures that are to be drawn.
 
-    What is trained is a list of names in the configuration; all else is frozen, and lets gradients through.
+    What is trained is a list of names in the configuration; all else is frozen. The LLaMA and the U-Net let gradients
+    through to what lies before them; before CLIP and the autoencoder nothing is trained, so none enters them.
     """
 
     unit = "samples"
-    SHAPE = ("queries", "projector", "condition")  # the keys of [model] that the weights decide
-    may_skip_weights = True  # of a CLIP or a U-Net that is trained too, if a batch has no picture for it
+    OF_WEIGHTS = (
+        "queries",
+        "projector",
+        "condition",
+    )  # keys of [model] that follow a loaded folder; the others, the run
+    may_skip_weights = True  # if CLIP or the U-Net is trained, a batch without pictures leaves it without a gradient
 
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
         if config.train.ema:
             raise UserError("train.ema is not for model.kind dreamllm: set it to 0")
         self.model = model = self.load(explicit_keys, resume)
-        fixed = {name: getattr(model.config, name) for name in self.SHAPE}
+        fixed = {name: getattr(model.config, name) for name in self.OF_WEIGHTS}
         model.config = dataclasses.replace(part_of(DreamLLMConfig, config.model), **fixed)
         counts = freeze_all_but(model, config.model.trained or STAGES[config.model.stage])
         if ranks.is_main:
@@ -713,7 +725,7 @@ class DreamLLMTask(Task):
         section = self.config.model
         if folder := resume or section.init:
             model = DreamLLM.from_pretrained(folder, dtype=torch.float32)
-            settings.must_agree(explicit_keys & set(self.SHAPE), section, model.config, folder)
+            settings.must_agree(explicit_keys & set(self.OF_WEIGHTS), section, model.config, folder)
             return model
         for key in ("llama", "clip", "diffusion"):
             if not getattr(section, key):
@@ -776,7 +788,8 @@ class DreamLLMTask(Task):
         if self.ranks.world > 1:
             # A rank's mean mᵣ is over its own nᵣ labels (or pictures); wanted is the mean over all n = Σ nᵣ of them,
             # Σ nᵣmᵣ / n. What is averaged over the W ranks, gradients and metrics alike, is therefore W·nᵣ/n · mᵣ:
-            # its mean, Σ (W·nᵣ/n · mᵣ) / W, is the one wanted. In `loss` stands mᵣ already, so the rest is added.
+            # its mean, Σ (W·nᵣ/n · mᵣ) / W, is the one wanted. `loss` has weight·mᵣ already, and
+            # weight·(W·nᵣ/n - 1)·mᵣ is added.
             total = counts.clone()
             dist.all_reduce(total)
             shares = counts * self.ranks.world / total.clamp(min=1)  # W·nᵣ/n
@@ -811,7 +824,8 @@ class DreamLLMTask(Task):
             prompts.append(tokenizer.decode(sample.tokens[:start].tolist()))
             true.append(draw_view(sample.images_dm[0], self.model.side))
         if prompts:
-            drawn = self.model.text_to_image(prompts, guidance=3, steps=25, sampler="ddim", seed=0)
+            sampler = fitting_sampler(self.model.diffusion.schedule)
+            drawn = self.model.text_to_image(prompts, guidance=3, steps=25, sampler=sampler, seed=0)
             save_grid([true, list(to_uint8(drawn))], path)
 
 

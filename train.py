@@ -13,9 +13,10 @@ averaged weights, several processes, logging, checkpoints.
                average → log, evaluate → save → sample
 
 How a run starts: (1) resume from its newest complete checkpoint; else (2) from `model.init`, a run or a published
-folder; else (3) from scratch. Batches and random numbers are functions of (seed, step, phase, microstep, row), so a
-checkpoint needs no random state. A resumed run ends with the same bits as an unbroken one, if it has the same
-number of processes and of threads; how many processes there are changes nothing but rounding.
+folder; else (3) from scratch. A batch and its random numbers are functions of (seed, its number in the run, row), the
+same for every phase of a step, so a checkpoint needs no random state. A resumed run ends with the same bits as an
+unbroken one, if it has the same number of processes and of threads (on a CPU: GPU kernels make no such promise); how
+many processes there are changes nothing but rounding.
 """
 
 import contextlib
@@ -186,6 +187,7 @@ def train(config, explicit_keys, device=None):
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
 
     items = batch_size * config.train.accumulate * task.items_per_row
+    # when: every log_every, eval_every, save_every, sample_every steps, and after the last
     log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main)
 
     for step, microbatches in enumerate(batches(task, first), first):
@@ -203,7 +205,7 @@ def train(config, explicit_keys, device=None):
             lr = learning_rate(config.optim, step, steps)
             entry = log.entry(done, ranks.mean(values) | {"lr": lr})
             if log.evaluates(done):
-                with log.paused(), autocast, watching(task, optimizers, ema, done):
+                with log.paused(), autocast, evaluating(task, optimizers, ema, done):
                     entry |= ranks.mean(task.evaluate())
             log.write(entry)
 
@@ -212,7 +214,7 @@ def train(config, explicit_keys, device=None):
             with log.paused():
                 save(done, task, optimizers, ema)
         if log.samples(done) and ranks.is_main:
-            with log.paused(), autocast, watching(task, optimizers, ema, done):
+            with log.paused(), autocast, evaluating(task, optimizers, ema, done):
                 task.sample(run / "samples" / f"step_{done:08d}.png")
         log.advance()
 
@@ -260,8 +262,8 @@ def announce(task, run, resume, state):
 
 
 @contextlib.contextmanager
-def watching(task, optimizers, ema, done):
-    """Within, the model is the averaged one and learns nothing. An error loses no steps: they are saved first."""
+def evaluating(task, optimizers, ema, done):
+    """Within: eval mode, no gradients, averaged weights. An error loses no steps: they are saved before it goes on."""
     task.main.eval()
     try:
         with torch.inference_mode(), with_ema_weights(task.main, ema):

@@ -11,7 +11,7 @@ al. 2021, GSPMD) follows them through the program and inserts the communication.
 in a grid (data, fsdp, tensor):
 
     data      copies of the model, each with its own rows       gradients are summed, once a microstep
-    fsdp      rows, and slices of every weight (ZeRO-3:         a layer's weights are gathered before use,
+    fsdp      rows, and slices of every matrix (ZeRO-3:         a layer's weights are gathered before use,
               Rajbhandari et al. 2020)                          its gradients summed and scattered
     tensor    heads, hidden units and vocabulary (Megatron:     two sums of activations a layer, each way
               Shoeybi et al. 2019)
@@ -24,7 +24,7 @@ Same configurations, rows, metrics and run folder as train.py; either finishes w
 and moments, `train.dtype` for computing. How a run starts: (1) resume; else (2) `model.init`; else
 (3) scratch.
 
-Symbols: those of model.py; L layers, A microsteps of an update, c LLaMAConfig, s settings.
+Symbols: those of model.py; c LLaMAConfig, s all settings, w a weight (in `block` the layer's weights by name).
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def declare(c, tensor):
     """
     D, F, Q, K = c.dim, c.hidden_dim, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     V = math.ceil(c.vocab_size / tensor) * tensor
-    inward, outward = P("tensor", "fsdp"), P("fsdp", "tensor")  # into, and out of, the part that `tensor` splits
+    inward, outward = P("tensor", "fsdp"), P("fsdp", "tensor")  # what `tensor` splits: outputs, inputs
     layer = {
         "input_layernorm": Weight((D,), P(None), std=0),
         "self_attn.q_proj": Weight((Q, D), inward),
@@ -141,7 +141,7 @@ def lay_out(c, mesh):
 
 
 def initialize(table, seed):
-    """Fresh weights: N(0, 0.02), norms 1; the same on every mesh, for only positions matter."""
+    """Fresh weights: N(0, 0.02), norms 1; a number depends on its weight and index only, on every mesh."""
     keys = dict(zip(table, jax.random.split(jax.random.key(seed), len(table)), strict=True))
     return {n: w.std * jax.random.normal(keys[n], w.shape) if w.std else jnp.ones(w.shape) for n, w in table.items()}
 
@@ -157,7 +157,7 @@ def gather(weight, axes, dtype):
 
     Backward, gradients are summed over the rows and scattered to the same slices.
     """
-    sliced = constrain(weight.astype(dtype), axes)  # declared here too: cast first, then send half the bytes
+    sliced = constrain(weight.astype(dtype), axes)  # keeps the cast on this side of the gather: bfloat16 travels
     return constrain(sliced, P(*(axis if axis == "tensor" else None for axis in axes)))
 
 
@@ -199,14 +199,15 @@ def rotate(x, angles):
 def block(x, w, angles, c):
     """One layer: x (B, T, D) → (B, T, D). Only heads and hidden units are split over `tensor`."""
 
-    def heads(name):
+    def heads(name, h):
         y = jnp.einsum("btd,ed->bte", h, w[f"self_attn.{name}_proj"])
         return constrain(y.reshape(*y.shape[:2], -1, c.head_dim), P(ROWS, None, "tensor"))
 
     h = rms_norm(x, w["input_layernorm"], c.norm_eps)
-    q, k, v = rotate(heads("q"), angles), rotate(heads("k"), angles), heads("v")  # (B, T, H | G, A)
+    q, k, v = rotate(heads("q", h), angles), rotate(heads("k", h), angles), heads("v", h)  # (B, T, H | G, A)
     h = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # (B, T, H, A)
     h = jnp.einsum("bte,de->btd", h.reshape(*h.shape[:2], -1), w["self_attn.o_proj"])
+    # a device has summed over its own heads only: P(ROWS), without "tensor", makes XLA add the parts up
     x = x + constrain(h, P(ROWS))
 
     h = rms_norm(x, w["post_attention_layernorm"], c.norm_eps)
@@ -252,7 +253,7 @@ def mean_loss(params, tokens, s, c, table):
         x, targets = part  # (B, t, D), (B, t)
         logits = jnp.einsum("btd,vd->btv", x, head.astype(dtype), preferred_element_type=jnp.float32)
         logits = jnp.where(ids < c.vocab_size, constrain(logits, P(ROWS, None, "tensor")), -jnp.inf)
-        # not an indexing, which would bring the split vocabulary together
+        # a mask and a sum: indexing would gather the split vocabulary onto every device
         true = jnp.where(ids == targets[..., None], logits, 0).sum(-1)  # (B, t)
         return total + (jax.nn.logsumexp(logits, axis=-1) - true).sum(), None
 
@@ -270,7 +271,7 @@ def update(state, batch, constants, s, c, table):
     """AdamW (Loshchilov & Hutter 2019) on the mean over microsteps → state, {"loss", "grad_norm"}.
 
     state       {"params" | "exp_avg" | "exp_avg_sq" | maybe "ema": {name: array}}, float32
-    batch       (A, 2, B, T): A microsteps of inputs and targets
+    batch       (microsteps, 2, B, T): inputs and targets
     constants   what step_constants returns
     """
     o, params = s.optim, state["params"]
@@ -313,7 +314,7 @@ class Program(NamedTuple):
     update: Any  # (state, batch, step_constants) → (the next state, {"loss", "grad_norm"})
     loss: Any  # (params, (2, B, T)) → mean cross-entropy
     state: dict
-    batch: jax.ShapeDtypeStruct  # (A, 2, B, T)
+    batch: jax.ShapeDtypeStruct  # (microsteps, 2, B, T)
 
     def lower(self):
         """`update` as the partitioner's input."""
@@ -321,10 +322,10 @@ class Program(NamedTuple):
 
 
 def prepare(s, layout):
-    """→ Program."""
+    """→ Program: an update and an evaluation for this mesh, with the shapes and shardings that they take."""
     c, table, mesh = layout
-    t, copies = s.train, mesh.shape["data"] * mesh.shape["fsdp"]
-    if t.batch_size % copies:
+    t, row_groups = s.train, mesh.shape["data"] * mesh.shape["fsdp"]
+    if t.batch_size % row_groups:
         raise UserError(
             f"train.batch_size {t.batch_size} is no multiple of mesh data {mesh.shape['data']} × fsdp "
             f"{mesh.shape['fsdp']}: raise it, and lower train.accumulate"

@@ -19,7 +19,7 @@ Three published architectures are made of one set of blocks; `VQGANConfig.layout
 Attributes bear the names of the published files: a checkpoint's keys can be read beside the code.
 
     symbol  B batch   H, W pixels   h, w codes   K num_embeddings   D quantized_embed_dim
-            z z_channels   i, o, c channels in, out, both
+            z z_channels   i, o, c channels in, out, both (c.… is the configuration)
 
 Training losses: van den Oord et al. 2017 (eq. 3), Esser et al. 2021 (eqs. 4-7), Chang et al. 2022.
 """
@@ -237,6 +237,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.z_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], c)
         levels = []
+        # from the smallest grid up; the published decoders have one block more a level (MaskGIT's does not)
         for n, o in reversed(list(enumerate(widths))):
             i = widths[min(n + 1, len(widths) - 1)]
             level = Level(i, o, c.num_res_blocks + (not maskgit), attends(c, n), c.layout)
@@ -307,7 +308,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive_dead_codes(self, dead, z, generator=None):
-        """Moves each dead entry (dead (K,) bool) to a random vector of z (B, D, h, w) → their indices.
+        """Puts each dead entry (dead (K,) bool) onto a random vector of z (B, D, h, w) → the indices of those moved.
 
         An entry nothing is nearest to gets no gradient and would stay dead for good.
         """
@@ -319,7 +320,10 @@ class Quantizer(nn.Module):
 
 
 def usage(counts):
-    """counts (K,) of each code → (share of entries in use, perplexity: how many are in *equal* use)."""
+    """counts (K,) of each code → (share of entries in use, perplexity).
+
+    The perplexity says how many entries, used equally often, would have the same entropy.
+    """
     p = counts.float() / counts.sum().clamp(min=1)
     return (counts > 0).float().mean().item(), torch.exp(-(p * p.clamp(min=1e-10).log()).sum()).item()
 
@@ -398,8 +402,9 @@ class VQGAN(nn.Module):
 class VQGANLossConfig:
     """Weights of the loss's terms. The defaults are taming's, with no perceptual or adversarial term.
 
-    pixels are compared in [-1, 1]. total = l1·|x-x̂| + l2·(x-x̂)² + perceptual·LPIPS + codebook
-    terms + λ·gan·g, with g = -mean D(x̂).
+    x̂ is the reconstruction of x; pixels are compared in [-1, 1].
+    nll = l1·|x-x̂| + l2·(x-x̂)² + perceptual·LPIPS, taming's name for the error;
+    total = nll + codebook·(codebook + commitment) + entropy·entropy + λ·gan·g, g = -mean Discriminator(x̂).
     """
 
     l1: float = 1.0

@@ -121,7 +121,7 @@ def held_out_sentences(lvm, kind, modalities, length, count):
 def continue_prompts(lvm, prompts, frames, candidates, temperature):
     """Prompts (n, N, S, S, 3) → continuations (n, candidates, frames, S, S, 3) uint8."""
     n, shape = len(prompts), prompts.shape[2:]
-    tokens = lvm.encode(prompts.reshape(-1, *shape)).view(n, -1, lvm.codes)
+    tokens = lvm.encode(prompts.reshape(-1, *shape)).view(n, -1, lvm.codes_per_picture)
     generator = torch.Generator().manual_seed(SEED)
     options = {"temperature": temperature, "generator": generator}
     parts = [lvm.continue_tokens(part, frames, candidates, **options) for part in tokens.split(8)]
@@ -131,7 +131,7 @@ def continue_prompts(lvm, prompts, frames, candidates, temperature):
 def measure_analogy(lvm, name, count, out, candidates, temperature):
     """`count` prompts x1, y1, …, xn, yn, x: the model's y against the true one."""
     kind, modalities, score, more_is_better = ANALOGIES[name]
-    sentences = held_out_sentences(lvm, kind, modalities, lvm.window - lvm.window % 2, count)
+    sentences = held_out_sentences(lvm, kind, modalities, lvm.pictures_in_context - lvm.pictures_in_context % 2, count)
     prompts, query, truth = sentences[:, :-1], sentences[:, -2], sentences[:, -1]
     answers = continue_prompts(lvm, prompts, 1, candidates, temperature)[:, :, 0]  # (n, K, S, S, 3)
 
@@ -169,10 +169,10 @@ def save_prompt(prompt, out, name):
 
 def measure_motion(lvm, count, out, temperature):
     """The second half of a held-out clip, continued from its first half, once."""
-    clips = held_out_sentences(lvm, "video", (), lvm.window, count)  # (n, N, S, S, 3)
-    half = lvm.window // 2
+    clips = held_out_sentences(lvm, "video", (), lvm.pictures_in_context, count)  # (n, N, S, S, 3)
+    half = lvm.pictures_in_context // 2
     given, truth = clips[:, :half], clips[:, half:]
-    frames = continue_prompts(lvm, given, lvm.window - half, 1, temperature)[:, 0]
+    frames = continue_prompts(lvm, given, lvm.pictures_in_context - half, 1, temperature)[:, 0]
     still = np.broadcast_to(given[:, -1:], frames.shape)
 
     def measured(frames):  # a clip's score is the mean of its frames'

@@ -5,11 +5,14 @@
     clip_vision_embedding.bin    clip_vision_model.…, projector.…
     dream_embedding.bin          dream_queries
     stable_diffusion_head.bin    unet.…, vae.…, projector.… (our `condition`)
+    tokenizer.model or .json, added_tokens.json …
+    clip_vision/, stable_diffusion/     configurations only: ours are written here
 
-Of CLIP and Stable Diffusion the folder has the weights only: config.json names the folders of their
-configurations. A checkpoint that was saved in shards may have the tensors of the .bin files in its
-main files, each name behind the plugin's. Fields of ours that the publication lacks are written as
-a table `picturebook_dreamllm` if they differ from their defaults.
+Of CLIP and Stable Diffusion a published folder has the weights only: config.json names the folders
+of their configurations, which are looked for inside it, beside it, and where `parts` says. A
+checkpoint that was saved in shards may have the tensors of the .bin files in its main files, each
+name behind the plugin's. Fields of ours that the publication lacks are written as a table
+`picturebook_dreamllm` if they differ from their defaults.
 """
 
 import dataclasses

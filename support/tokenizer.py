@@ -65,16 +65,18 @@ ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", 
 class Tokenizer:
     """Text ⇄ ids.
 
-    bos            the id that stands before every text, None where there is none (GPT-2, SmolLM2)
-    eos            the id that ends a text stops          all ids that end an answer encode_text
-    a function: text without special tokens → ids encode_after_special   the same for a text after
-    a special token (only SentencePiece may differ) special        {name: id} of the tokens that
-    encode() finds in a text only if it is told to always_parsed  {name: id} of other tokens
-    outside the merges, found in any text: "<repo_name>", say bytes_of       {id: bytes} of every
-    token vocab_size     the largest id + 1 file           the tokenizer.json or tokenizer.model
-    it was read from; None: "bytes" files          {name: content} of that file and of those read
-    with it, to be saved again added_since    {name: id} of the special tokens that `add` has
-    added
+    bos                   the id that stands before every text; None where there is none (GPT-2, SmolLM2)
+    eos                   the id that ends a text
+    stops                 all ids that end an answer
+    encode_text           a function: text without special tokens → ids
+    encode_after_special  the same for a text after a special token (only SentencePiece may differ)
+    special               {name: id} of tokens that encode() finds in a text only if it is told to
+    always_parsed         {name: id} of other tokens outside the merges, found in any text: "<repo_name>", say
+    bytes_of              {id: bytes} of every token
+    vocab_size            the largest id + 1
+    file                  the tokenizer.json or tokenizer.model that it was read from; None: "bytes"
+    files                 {name: content} of that file and of those read with it, to be saved again
+    added_since           {name: id} of the special tokens that `add` has added
     """
 
     def __init__(

@@ -93,7 +93,7 @@ def by_hand(lvm, context, pictures):
 
 
 def test_what_fits_the_context_is_drawn_in_one_go(lvm):
-    assert lvm.window == 4 and lvm.codes == 4
+    assert lvm.pictures_in_context == 4 and lvm.codes_per_picture == 4
     given = tokens(2, 1)
     for frames in (1, 2, 3):
         assert torch.equal(lvm.continue_tokens(given, frames, temperature=0), by_hand(lvm, given, frames))
@@ -152,7 +152,7 @@ def test_candidates_share_one_pass_over_the_prompt_and_change_nothing(lvm):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(lvm):
-    assert toy(max_seq_len=8).window == 2  # one picture to look at, one to draw
+    assert toy(max_seq_len=8).pictures_in_context == 2  # one picture to look at, one to draw
     with pytest.raises(UserError, match=r"two pictures of 4 codes do not fit .* context of 7"):
         toy(max_seq_len=7)
     small = LLaMA(LLaMAConfig(CODES - 1, 16, 1, 2, hidden_dim=32, max_seq_len=16))
