@@ -116,7 +116,7 @@ class DreamLLMConfig:
     condition: str = "linear"  # from hidden states to the U-Net's context: one that needs no grid
     w_lm: float = 1.0  # of the text's cross-entropy
     w_vm: float = 10.0  # of the pictures' squared error
-    drop: float = 0.0  # probability of dropping a picture's context (classifier-free guidance)
+    drop: float = 0.0  # share of pictures trained from the empty prompt: guidance needs it (0.1); published: 0
     min_snr: float = 0.0  # of LatentDiffusion.loss, as the next two; the published runs use none
     noise_offset: float = 0.0
     perturbation: float = 0.0

@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 def prefetch(make, indices, workers, depth=4):
     """Yields make(i) for each i, in order; threads make them ahead. Exceptions are raised here."""
-    indices = iter(indices)
+    indices, waiting = iter(indices), collections.deque()
     pool = ThreadPoolExecutor(max(1, workers))
     try:
-        waiting = collections.deque(pool.submit(make, i) for i in itertools.islice(indices, workers + depth))
+        for i in itertools.islice(indices, workers + depth):
+            waiting.append(pool.submit(make, i))
         while waiting:
             result = waiting.popleft().result()
-            waiting.extend(pool.submit(make, i) for i in itertools.islice(indices, 1))
+            for i in itertools.islice(indices, 1):
+                waiting.append(pool.submit(make, i))
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
