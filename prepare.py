@@ -330,7 +330,7 @@ def problem(open_it):
 def read_config(args):
     """(DataSettings, seed) of the configuration; its other sections belong to other programs."""
     values = settings.read(args.config, args.overrides)
-    data = settings.build(DataSettings, values.get("data", {}), "data")
+    data = settings.build_from(args.config, DataSettings, values.get("data", {}), "data")
     train = values.get("train", {})
     seed = train.get("seed", 0) if isinstance(train, dict) else 0
     seed = settings.convert(int, seed, "train.seed")

@@ -187,8 +187,7 @@ def train(config, explicit_keys, device=None):
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
 
     items = batch_size * config.train.accumulate * task.items_per_row
-    # when: every log_every, eval_every, save_every, sample_every steps, and after the last
-    log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main)
+    log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main)  # knows when: log_every, eval_every …
 
     for step, microbatches in enumerate(batches(task, first), first):
         # -- update: each phase in turn, then the average --

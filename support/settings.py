@@ -169,7 +169,7 @@ def read_run(path, overrides, runs, sizes):
         if size not in named:
             raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(named) or "any, for this kind"}')
         values["model"] = named[size] | model
-    return build(runs[kind], values), set(values["model"])
+    return build_from(path, runs[kind], values), set(values["model"])
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -284,6 +284,14 @@ def build(cls, values, where=""):
         near = _nearest_key(key, known_keys(cls, where) + known_keys(inner, inner_where))
         file = f"{values.path}: " if isinstance(values, Fields) else ""
         raise UserError(f"{file}unknown key {key}" + (f"; did you mean {near}?" if near else "")) from None
+
+
+def build_from(path, cls, values, where=""):
+    """The same, of the content of the file `path`, which its errors name."""
+    try:
+        return build(cls, values, where)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 class _UnknownKey(Exception):
