@@ -12,7 +12,8 @@ the prompt through cross-attention. Its loss is a plain squared error.
 
     sampling:  noise ── sampler: UNet at each of n falling t ──▶ x0 ── / scaling_factor · decode ──▶ image
 
-    symbol  B batch   x0 clean latents   ε noise   T number of times   ᾱ alphas_cumprod   α = √ᾱ   σ = √(1-ᾱ)
+    symbol  B batch   C channels   x0 clean latents   ε noise   T number of times   M tokens of the context
+            D its width   P width of the pooled text   ᾱ alphas_cumprod   α = √ᾱ   σ = √(1-ᾱ)
             x_t = α·x0 + σ·ε   v = α·ε - σ·x0   SNR = α²/σ²   λ = log(α/σ)   σ' = σ/α
 
 Papers: latent diffusion, Rombach et al. 2022; SDXL, Podell et al. 2023; DDPM, Ho et al. 2020;

@@ -171,7 +171,8 @@ class Task:
 
     active        (phase, step) → whether that phase has begun
     batch         (number, rows: a range) → arrays; number = step · accumulate + microstep, through the whole run
-    loss          (phase, its module, batch, step, microstep) → (a scalar to descend, {name: scalar to log})
+    loss          (phase, its module, batch, step, microstep) → (a scalar to descend, {name: scalar to log});
+                  the module may be DDP around self.model: forward goes through it, weights are read from self.model
     after_step    (step, averaged weights): what else changes the weights
     evaluate      () → {name: scalar}, of held-out data
     sample        (path): writes a picture of what the model makes now

@@ -24,7 +24,8 @@ Same configurations, rows, metrics and run folder as train.py; either finishes w
 and moments, `train.dtype` for computing. How a run starts: (1) resume; else (2) `model.init`; else
 (3) scratch.
 
-Symbols: those of model.py; c LLaMAConfig, s all settings, w a weight (in `block` the layer's weights by name).
+Symbols: those of model.py; Q, K rows of q_proj and of k_proj; c LLaMAConfig, s all settings, w a
+weight (in `block` the layer's weights by name).
 """
 
 import contextlib
