@@ -431,6 +431,9 @@ class DreamLLM(nn.Module):
         head = tensors["diffusion"]
         diffusion = LatentDiffusion.from_tensors(head, saved.diffusion, dtype, device)
         model = cls(llama, clip, diffusion, config, saved.tokenizer)
+        if saved.resolution not in (None, model.side):
+            key = f"{saved.folder / 'config.json'}: stable_diffusion_head: resolution is {saved.resolution!r}"
+            raise UserError(f"{key}, but its U-Net and autoencoder are of {model.side} pixels")
         model.load_own_weights(saved, dtype, device)
         return model.eval()
 

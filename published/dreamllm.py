@@ -57,6 +57,7 @@ class Folder(NamedTuple):
     clip: Path  # the folder of CLIP's configuration
     diffusion: Path  # … of Stable Diffusion's
     tensors: dict  # {part: {name: tensor}}: llama, clip, projector, queries, condition, diffusion
+    resolution: object  # of pictures to draw, in pixels, as config.json says; None: it does not
 
 
 def read(folder, parts, depths):
@@ -81,7 +82,8 @@ def read(folder, parts, depths):
             raise UserError(f"{file}: {plugin}: {key} must name a folder, not {name!r}")
         configs[plugin] = find_part(name, folder, parts)
     clip, diffusion = configs[CLIP], configs[DIFFUSION]
-    return Folder(folder, fields, llama_fields, tokenizer, clip, diffusion, tensors)
+    resolution = plugins[DIFFUSION].get("resolution")
+    return Folder(folder, fields, llama_fields, tokenizer, clip, diffusion, tensors, resolution)
 
 
 # ---- config.json -----------------------------------------------------------------------------

@@ -484,6 +484,16 @@ def test_every_field_of_the_config_is_honoured_or_refused_by_name(plugin, key, v
             read_config(plugin, key, value)
 
 
+def test_pictures_of_another_size_than_the_parts_draw_are_refused(tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(FOLDER / "checkpoint", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["plugins_init_kwargs"]["stable_diffusion_head"]["resolution"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="resolution is 32, but its U-Net and autoencoder are of 16 pixels"):
+        DreamLLM.from_pretrained(folder, parts=[FOLDER])
+
+
 @pytest.mark.parametrize(("plugin", "key", "ours"), [(p, key, ours) for p, key, _, ours in PLUGIN_FIELDS if ours])
 def test_a_wrong_value_is_one_line_that_names_plugin_and_key(plugin, key, ours):
     kind = type(getattr(DreamLLMConfig(), ours))
