@@ -5,7 +5,7 @@
     llama      windows of a stream of tokens            next token                        LLaMA
     clip       pictures, captions                       contrastive                       CLIP
     vae        pictures, noise                          reconstruction, KL                AutoencoderKL
-    unet       captions, latents, noise, times          squared error                    LatentDiffusion
+    unet       captions, latents, noise, times          squared error                     LatentDiffusion
     dreamllm   texts with pictures between them         next token, squared error         DreamLLM
 
 train.py's loop asks a task for all that differs between them; `Task` lists the questions. A batch is a pure function
