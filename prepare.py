@@ -49,7 +49,7 @@ from vqgan import VQGAN
 def tokenize(args):
     """Encode the visual sentences (or the texts) of [[data.sources]], one JSON row each."""
     for path in (args.out, f"{args.out}{INFO}"):
-        out_file(path)
+        out_file(path, inputs=[args.config])
     data, seed = read_config(args)
     if any(source.kind == "text" for source in data.sources):
         return tokenize_texts(args, data)
@@ -58,6 +58,8 @@ def tokenize(args):
     model, device = load_tokenizer(path, args.device)
     shard, shards = args.shard
     numbers = range(shard, sum(s.count for s in sentences), shards)
+    if not numbers:
+        raise UserError(f"--shard {shard}/{shards}: no sentence is left for it; make fewer shards")
     cache = CodeCache(model, device, args.batch, data.side)
     tokens = pictures = 0
     began = time.time()

@@ -286,7 +286,7 @@ def continue_pictures(args):
     The output is a grid with a row for each candidate: the prompt, then the new pictures. An --out
     that ends in .gif shows the first candidate as an animation.
     """
-    checkpoint.out_file(args.out, SUFFIXES)
+    checkpoint.out_file(args.out, SUFFIXES, args.prompt)
     size = size_in_pixels(args.resize, args.prompt[-1])
     lvm = load_with(args, LVM.from_pretrained)
     prompt = np.stack([load_picture(path, lvm.side) for path in args.prompt])  # (N, side, side, 3)
@@ -310,7 +310,7 @@ def batch(args):
     rows, writable = read_rows(args.input, "output", many=False), []
     for number, row in rows:
         try:
-            checkpoint.out_file(row["output"], SUFFIXES)
+            checkpoint.out_file(row["output"], SUFFIXES, row["input"])
             writable.append((number, row))
         except UserError as error:
             warn(f"{args.input}:{number}: {error}")
@@ -338,7 +338,7 @@ def reconstruct(args):
     The output is a grid of two rows, originals above reconstructions. For each picture a line says
     how many codes it has, and the reconstruction's PSNR in dB.
     """
-    checkpoint.out_file(args.out, SUFFIXES)
+    checkpoint.out_file(args.out, SUFFIXES, args.images)
     device = find_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     tokenizer = VQGAN.from_pretrained(args.run, device=device, dtype=dtype)
@@ -383,7 +383,7 @@ def generate_images(args):
     Latent diffusion is a run or a published Stable Diffusion 1, 2 or XL. Several pictures stand
     side by side in the output.
     """
-    checkpoint.out_file(args.out, SUFFIXES)
+    checkpoint.out_file(args.out, SUFFIXES, [*args.subject, *filter(None, [args.image])])
     checkpoint.expect(args.run, "a latent diffusion pipeline", "a DreamLLM")
     is_dream = checkpoint.what_is(args.run) == "a DreamLLM"
     for flag, _ in DIFFUSION_ONLY if is_dream else DREAM_ONLY:

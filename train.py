@@ -268,9 +268,7 @@ def evaluating(task, optimizers, ema, done):
         with torch.inference_mode(), with_ema_weights(task.main, ema):
             yield
     except Exception:
-        if not all(p.isfinite().all() for p in task.main.parameters()):
-            raise UserError(f"step {done}: weights are not finite any more; stopped. Try a lower optim.lr") from None
-        save(done, task, optimizers, ema)
+        save(done, task, optimizers, ema)  # or says that the weights are not finite any more
         raise
     finally:
         task.main.train()
@@ -282,6 +280,9 @@ def evaluating(task, optimizers, ema, done):
 def save(step, task, optimizers, ema):
     """Writes the run's checkpoint after `step` steps, unless it is there; see runs.py for the layout."""
     run = Path(task.config.run.dir)
+    for module in task.modules.values():
+        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+            raise UserError(f"step {step}: weights are not finite any more; not saved. Try a lower optim.lr")
     if not task.ranks.is_main or (run / f"step_{step:08d}").exists():
         return
     with runs.new_step(run, step, task.config.train.keep) as folder:

@@ -361,6 +361,9 @@ def save(run, step, keep, state, layout, tokenizer=None):
     tokenizer: of a run on text; it is saved beside the weights.
     """
     is_main = jax.process_index() == 0
+    for weight in state["params"].values():
+        if not jnp.isfinite(weight).all():
+            raise UserError(f"step {step}: weights are not finite any more; not saved. Try a lower optim.lr")
     with runs.new_step(run, step, keep) if is_main else contextlib.nullcontext() as folder:
         # all processes use the temporary folder of the main one
         text = np.frombuffer(str(folder).encode().ljust(4096), np.uint8)

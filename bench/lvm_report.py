@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Sentences
 from lvm import LVM, run_data
 from support import checkpoint, pictures, settings
+from support.options import non_negative, positive_int
 from support.pictures import save_animation, save_grid, to_float
 from support.sources import open_source
 from vqgan import usage
@@ -200,12 +201,15 @@ def measured_by_training(run, unit):
         return {}
     result, speeds = {}, []
     for line in text.splitlines():
-        metrics = json.loads(line)
-        speeds.append(metrics[f"{unit}_per_second"])
+        try:
+            metrics = json.loads(line)
+        except ValueError:  # a kill has cut it short
+            continue
+        speeds.append(metrics.get(f"{unit}_per_second", np.nan))
         for name, value in metrics.items():
             if name.startswith("held_out") or name == "step":
                 result[name] = value
-    return result | {f"{unit}_per_second": float(np.median(speeds))}
+    return result | {f"{unit}_per_second": float(np.nanmedian(speeds))}
 
 
 def line(name, *columns):
@@ -256,9 +260,9 @@ def main():
     parser.add_argument("--run", required=True, help="a trained LVM's folder")
     parser.add_argument("--out", required=True, help="where report.json and the pictures go")
     parser.add_argument("--tokenizer", default="", help="default: the run's data.tokenizer")
-    parser.add_argument("--prompts", type=int, default=64, help="for each analogy (64)")
-    parser.add_argument("--candidates", type=int, default=16, help="answers to each prompt (16)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest codes (1)")
+    parser.add_argument("--prompts", type=positive_int, default=64, help="for each analogy (64)")
+    parser.add_argument("--candidates", type=positive_int, default=16, help="answers to each prompt (16)")
+    parser.add_argument("--temperature", type=non_negative, default=1.0, help="0: the likeliest codes (1)")
     arguments = parser.parse_args()
     run, out = arguments.run, Path(arguments.out)
     candidates, temperature = arguments.candidates, arguments.temperature

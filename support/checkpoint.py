@@ -23,6 +23,9 @@ from pathlib import Path
 from support import settings
 from support.settings import UserError
 
+UMASK = os.umask(0)  # which new files are kept from whom; asking for it sets it
+os.umask(UMASK)
+
 # ---- one file --------------------------------------------------------------------------------
 
 
@@ -32,7 +35,7 @@ def atomic_file(path):
 
     The data is flushed to disk first. A file that is there is replaced; a folder is not.
     """
-    with renamed_when_whole(out_file(path)) as beside:
+    with renamed_when_whole(out_file(path).resolve()) as beside:  # a link stays one: what it leads to is replaced
         yield beside
 
 
@@ -57,6 +60,7 @@ def renamed_when_whole(path):
         yield beside
         for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
             if file.is_file() and not file.is_symlink():
+                file.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
                 with open(file, "rb") as f:
                     os.fsync(f.fileno())
         os.replace(beside, path)
@@ -68,13 +72,18 @@ def _beside(path):
     return path.with_name(f".{os.getpid()}.part.{path.name}")  # the ending stays: it tells Pillow the format
 
 
-def out_file(path, endings=()):
+def out_file(path, endings=(), inputs=()):
     """`path`, if a command may write a file there; otherwise a UserError, before any work is done.
 
-    endings: what the name must end in, if anything.
+    endings: what the name must end in, if anything; inputs: files that the command reads, and must not replace.
     """
     if str(path).endswith(("/", os.sep)) or _writable(path).is_dir():
         raise UserError(f"{path}: is a folder: name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: is no regular file: name another")
+    for file in inputs:
+        if os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file):
+            raise UserError(f"{path}: is read by this command: name another file to write")
     if endings and Path(path).suffix.lower() not in endings:
         raise UserError(f"{path}: a picture's name must end in one of {', '.join(endings)}")
     return Path(path)
@@ -105,7 +114,7 @@ def _writable(path):
     """`path`, if a file or folder of that name can be made: tried with an empty one of the temporary name."""
     name, path = str(path), Path(path)
     try:
-        parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        parent = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), Path("/"))
         beside = _beside(parent / (path.name or "x"))
         beside.touch()
         beside.unlink()
@@ -120,7 +129,8 @@ def _writable(path):
 def remove_parts(folder):
     """Deletes what killed processes left half-written in `folder`."""
     for part in Path(folder).glob(".*.part.*"):
-        _remove(part)
+        if re.fullmatch(r"\.\d+\.part\..+", part.name):  # as _beside names them, and nobody else
+            _remove(part)
 
 
 def _remove(path):
@@ -217,8 +227,8 @@ def read_tensors(path):
             return _read_torchscript(path)
         with _inert_classes(path) if path.suffix == ".ckpt" else contextlib.nullcontext():
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except FileNotFoundError:  # which safetensors also says of a file that may not be read
+        raise UserError(f"{path}: {'may not be read' if path.exists() else 'no such file'}") from None
     except PermissionError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except SafetensorError as error:

@@ -33,6 +33,6 @@ def picture_size(text):
         return text or None
     numbers = re.fullmatch(r" *([0-9]{1,9}) *, *([0-9]{1,9}) *", text)
     size = tuple(map(int, numbers.groups())) if numbers else (0, 0)
-    if 0 in size:
-        raise argparse.ArgumentTypeError(f"{text!r} is not original or W,H, as in 128,128")
+    if 0 in size or max(size) > 2**14:
+        raise argparse.ArgumentTypeError(f"{text!r} is not original or W,H, as in 128,128; 16384 at most")
     return size

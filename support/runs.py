@@ -48,8 +48,12 @@ def newest_step(run, kind):
         found = model.get("kind") if isinstance(model, dict) else None
         if found != kind:
             raise UserError(f'{run} holds a run of model.kind "{found}", not "{kind}": name another folder as run.dir')
+    if (run / "latest").is_dir() and not (run / "latest").is_symlink():
+        raise UserError(f"{run / 'latest'} is a folder, where a link to a step is meant: remove it")
     folder = checkpoint.latest_step_folder(run)
     if folder is None:
+        if (run / "metrics.jsonl").exists() and not (run / "config.toml").exists():
+            raise UserError(f"{run} holds a metrics.jsonl that is no run's of ours: name another folder as run.dir")
         return None, {"step": 0}
     state = checkpoint.read_json(folder / "state.json")
     step = state.get("step") if isinstance(state, dict) else None
@@ -93,9 +97,10 @@ def start_run(run, s, state):
 def _step_of(line):
     """The step that a line of metrics.jsonl is about; infinity if a kill has cut the line short."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 def changes(run, s, explicit_keys=None):

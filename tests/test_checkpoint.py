@@ -71,6 +71,13 @@ def test_any_tensor_can_be_written(tmp_path):
     assert torch.equal(read["a"], whole.view(2, 3).T) and torch.equal(read["b"], read["c"])
 
 
+def test_only_our_own_half_written_files_are_removed(tmp_path):
+    for name in (".123.part.model.safetensors", ".my.part.y", ".x.part.y"):
+        (tmp_path / name).touch()
+    checkpoint.remove_parts(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".my.part.y", ".x.part.y"]
+
+
 # ---- the steps of a run ----------------------------------------------------------------------
 
 

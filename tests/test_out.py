@@ -87,6 +87,35 @@ def test_a_name_that_cannot_be_written_is_told_before_any_work(out, command, min
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        (prepare.main, "tokenize", "--config", "mine/a.png"),
+        (sample.main, "continue", *NOWHERE, "--prompt", "mine/a.png"),
+        (sample.main, "reconstruct", *NOWHERE, "--images", "mine/a.png"),
+        (sample.main, "image", *NOWHERE, "--prompt", "taco", "--image", "mine/a.png"),
+    ],
+    ids=lambda command: command[1],
+)
+def test_what_a_command_reads_it_does_not_replace(command, mine, program):
+    (mine / "a.png").write_text("a picture")
+    assert "is read by this command" in refused(program, command, "mine/a.png")
+    assert (mine / "a.png").read_text() == "a picture"
+
+
+def test_a_link_stays_and_a_device_is_none_of_our_files(mine):
+    (mine / "link").symlink_to(mine / "thesis.txt")
+    checkpoint.write_text(mine / "link", "more work")
+    assert (mine / "link").is_symlink() and (mine / "thesis.txt").read_text() == "more work"
+    with pytest.raises(UserError, match="no regular file"):
+        checkpoint.out_file("/dev/null")
+
+
+def test_files_are_readable_by_whom_the_umask_lets(mine):
+    checkpoint.write_tensors(mine / "x.safetensors", {})
+    assert (mine / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~checkpoint.UMASK
+
+
 @each(REPORTS)
 def test_a_report_needs_a_folder(command, mine, program):
     assert "cannot be written" in refused(program, command, "mine/thesis.txt")

@@ -392,7 +392,7 @@ def test_weights_that_are_no_numbers_are_not_saved_for_a_failed_sample(row_overr
     monkeypatch.setattr(tasks.LLaMATask, "sample", broken)
     options = ["train.save_every=100", "train.eval_every=0", "train.sample_every=3"]
     message = refused(run_tiny, "llama", tmp_path / "run", *options, *row_overrides)
-    assert message == "step 3: weights are not finite any more; stopped. Try a lower optim.lr"
+    assert message == "step 3: weights are not finite any more; not saved. Try a lower optim.lr"
     assert checkpoint.step_folders(tmp_path / "run") == []
 
 
@@ -463,6 +463,19 @@ def test_a_run_from_before_streams_had_names_says_that_its_batches_are_new(lvm_r
         (run / "step_00000008" / "state.json").write_text(json.dumps(state))
         run_tiny("llama", run, "train.steps=9", "train.ema=0.9", *QUIET, *row_overrides)
         assert capsys.readouterr().out.count("before random streams had names") == said
+
+
+def test_a_folder_with_somebody_s_metrics_is_no_run_s(row_overrides, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "mine": 1}\n')
+    assert "name another folder as run.dir" in refused(run_tiny, "llama", tmp_path, *row_overrides)
+    assert "mine" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """The loss of a step is that of the weights before it: here nothing but the save could see them."""
+    wild = ["train.steps=1", "train.eval_every=0", "optim.lr=1e38", "optim.warmup_steps=0", "optim.weight_decay=10"]
+    message = refused(run_tiny, "clip", tmp_path / "run", *wild)
+    assert "weights are not finite any more" in message and not list((tmp_path / "run").glob("step_*"))
 
 
 def test_a_model_too_large_for_the_memory_is_one_line(row_overrides, tmp_path):
