@@ -428,7 +428,14 @@ def chat(args):
     The answer is printed as it is sampled. Its pictures are saved as --out with a number:
     chat_01.png, …
     """
+
+    def numbered(number):
+        name, ending = os.path.splitext(args.out)
+        return f"{name}_{number:02d}{ending}"
+
     checkpoint.out_file(args.out, SUFFIXES)
+    for number in range(1, args.max_pictures + 1):
+        checkpoint.out_file(numbered(number), SUFFIXES, args.image)
     pictures = open_pictures(args.image)
     if args.prompt:
         stream = stream_document(args, chat_prompt(args, pictures), args.max_pictures)
@@ -439,10 +446,8 @@ def chat(args):
         raise UserError(f"nothing to talk about: {missing}")
 
     def save(picture, number):
-        name, ending = os.path.splitext(args.out)
-        path = f"{name}_{number:02d}{ending}"
-        save_grid([[np.asarray(picture)]], path, pad=0)
-        return path
+        save_grid([[np.asarray(picture)]], numbered(number), pad=0)
+        return numbered(number)
 
     print_stream(stream, save, answer=True)
 

@@ -116,6 +116,11 @@ def test_files_are_readable_by_whom_the_umask_lets(mine):
     assert (mine / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~checkpoint.UMASK
 
 
+def test_the_numbered_pictures_of_a_chat_are_looked_at_before(mine, program):
+    (mine / "chat_02.png").mkdir()
+    assert "chat_02.png: is a folder" in refused(program, PICTURES["chat"], "mine/chat.png")
+
+
 @each(REPORTS)
 def test_a_report_needs_a_folder(command, mine, program):
     assert "cannot be written" in refused(program, command, "mine/thesis.txt")
