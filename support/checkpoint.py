@@ -53,6 +53,7 @@ def atomic_folder(path, ours=None):
 
 @contextlib.contextmanager
 def renamed_when_whole(path):
+    """Gives a temporary path beside `path`, and renames what is made there; whatever happens, nothing is left over."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
     _remove(beside)  # left over from a killed process with the same pid
