@@ -423,7 +423,8 @@ IMPLEMENTED |= {"norm_eps", "rope_theta", "rope_scaling", "tie_embeddings"}
 
 def read_run(path, overrides=()):
     """The configuration at `path` → (settings, the keys of [model] that were written down)."""
-    return settings.read_run(path, overrides, RUNS, {"llama": SIZES})
+    s, explicit_keys = settings.read_run(path, overrides, RUNS, {"llama": SIZES})
+    return settings.with_dtype(s, has_bfloat16=True), explicit_keys  # every TPU has it
 
 
 def model_config(s, explicit_keys, resume):

@@ -103,7 +103,7 @@ class TrainSettings:
     batch_size: int  # rows per microstep, over all ranks together
     accumulate: int = 1  # microsteps per update
     seed: int = 0
-    dtype: str = "bfloat16"  # of the forward pass; parameters and optimizer stay float32
+    dtype: str = "auto"  # of the forward pass: bfloat16 where the processor has it; else float32, as all weights
     compile: bool = True
     activation_checkpointing: bool = False  # recompute each block in the backward pass to save memory
     ema: float = 0.0  # decay per step of the averaged weights; 0: keep none
@@ -115,7 +115,7 @@ class TrainSettings:
     log_every: int = 10
 
     def __post_init__(self):
-        one_of(self, ("float32", "bfloat16"), "dtype")
+        one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         at_least(self, 1, "steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches")
         at_least(self, 0, "seed", "keep", "eval_every", "sample_every")
         fraction(self, "ema")
@@ -138,6 +138,14 @@ class MeshSettings:
 
 
 # ---- the sections of a run ---------------------------------------------------------------------
+
+
+def with_dtype(config, has_bfloat16):
+    """A run's configuration with train.dtype as it is computed: "auto" becomes bfloat16 if the device has it."""
+    if config.train.dtype != "auto":
+        return config
+    dtype = "bfloat16" if has_bfloat16 else "float32"
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
 
 
 def run_class(model, data, **others):
