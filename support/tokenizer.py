@@ -268,23 +268,45 @@ def merger(tokens, pattern=""):
     return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), list(tokens.values())
 
 
-def byte_pair_encoder(tokens, patterns):
+def byte_pair_encoder(tokens, patterns, unknown=None):
     """tokens as `merger` takes them → a function text → ids.
 
     Each of `patterns` splits the pieces that the one before left, into its matches and what lies
-    between them.
+    between them. A byte that is no token becomes `unknown`; without it, it is left out of its word
+    before any merge.
     """
     patterns = [rf"{pattern}|(?s:(?!{pattern}).)+" for pattern in patterns] or [r"(?s:.)+"]
+    lacking = bytes(byte for byte in range(256) if bytes([byte]) not in tokens)
+    if lacking:
+        words = [regex.compile(pattern) for pattern in patterns]
+        # tiktoken wants all bytes: those that lack get numbers that no merge knows
+        bpe, ids = merger(tokens | {bytes([byte]): unknown for byte in lacking})
+
+        def encode_words(text):
+            found = []
+            for word in split_words(text, words):
+                kept = word.encode(errors="replace")
+                kept = kept.translate(None, lacking) if unknown is None else kept
+                found += [ids[rank] for rank in bpe._encode_single_piece(kept)] if kept else []
+            return found
+
+        return encode_words
     bpe, ids = merger(tokens, patterns.pop())
     patterns = [regex.compile(pattern) for pattern in patterns]
 
     def encode(text):
-        pieces = chunks(text)
-        for pattern in patterns:
-            pieces = [match.group() for piece in pieces for match in pattern.finditer(piece)]
+        pieces = split_words(text, patterns)
         return [ids[rank] for piece in pieces for rank in bpe.encode_ordinary(piece)]
 
     return encode
+
+
+def split_words(text, patterns):
+    """text → its pieces, which each of `patterns` cuts smaller."""
+    pieces = chunks(text)
+    for pattern in patterns:
+        pieces = [match.group() for piece in pieces for match in pattern.finditer(piece)]
+    return pieces
 
 
 def chunks(text, size=100_000):
@@ -421,7 +443,10 @@ def from_json(file, saved):
     config = sibling_json(file, "tokenizer_config.json")
     try:
         tokens, without_merge = merged_tokens(saved)
-        encode_text = byte_pair_encoder(tokens, split_patterns(saved))
+        unknown = saved["model"].get("unk_token")
+        if unknown is not None and unknown not in saved["model"]["vocab"]:
+            raise ValueError(f"its unk_token {unknown} is not in its vocabulary")
+        encode_text = byte_pair_encoder(tokens, split_patterns(saved), saved["model"]["vocab"].get(unknown))
         special, always_parsed = {}, {}
         for entry in saved["added_tokens"]:
             (special if entry["special"] else always_parsed)[entry["content"]] = entry["id"]
@@ -448,7 +473,7 @@ def merged_tokens(saved):
     refuse_unsupported(model, added)
     vocab = vocab_in_bytes(model["vocab"], added)
 
-    # the 256 bytes in the order of their ids, then what each merge makes
+    # the bytes in the order of their ids, then what each merge makes
     by_id = sorted(vocab, key=vocab.get)
     tokens = {token: vocab[token] for token in by_id if len(token) == 1}
     for pair in model["merges"]:  # "a b", or since 2024 ["a", "b"]
@@ -466,7 +491,7 @@ def merged_tokens(saved):
 
 
 def refuse_unsupported(model, added):
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk"):
         if model.get(key):
             raise ValueError(f"BPE with {key} is not supported")
     for entry in added:
@@ -480,9 +505,6 @@ def vocab_in_bytes(vocab, added):
     for text, i in vocab.items():
         if text not in names or set(text) <= BYTE_OF.keys():
             spelled[from_letters(text)] = i
-    lacking = sum(bytes([byte]) not in spelled for byte in range(256))
-    if lacking:
-        raise ValueError(f"its vocabulary lacks {lacking} of the 256 bytes")
     return spelled
 
 
