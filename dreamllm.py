@@ -145,6 +145,7 @@ class DreamLLM(nn.Module):
     def __init__(self, llama, clip, diffusion, config, tokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.always_run = ()  # of "clip" and "diffusion": see zero_for_absent
         self.llama, self.clip = llama, clip.vision_encoder()
         self.diffusion = LatentDiffusion(diffusion.unet, diffusion.vae, diffusion.schedule)
         vision, unet, vae = clip.config.vision, diffusion.unet.config, diffusion.vae.config
@@ -208,36 +209,47 @@ class DreamLLM(nn.Module):
 
         lm_loss is the mean over all labels of the batch, vm_loss the mean over all pictures.
         """
-        vision = self.clip.config.vision
         embeddings = self.embed(tokens, images, queries=len(images_dm) > 0)
+        embeddings = embeddings + self.zero_for_absent(images, images_dm)
         hidden = self.llama.hidden(embeddings)  # (B, T, D)
         logits = self.llama.logits(hidden)  # (B, T, V)
         wanted = labels[:, 1:].flatten()
         predicted = logits[:, :-1].flatten(0, 1).float()
         lm_loss = F.cross_entropy(predicted, wanted, ignore_index=-100, reduction="sum")
         lm_loss = lm_loss / (wanted != -100).sum().clamp(min=1)
-        vm_loss = lm_loss.new_zeros(())
-        if len(images_dm):
-            vm_loss = self.drawing_loss(hidden, tokens, images_dm, draws)
+        vm_loss = self.drawing_loss(hidden, tokens, images_dm, draws)
         loss = self.config.w_lm * lm_loss + self.config.w_vm * vm_loss
-        # Ranks average their gradients, so each needs one of every weight: zero if its batch has no
-        # such picture.
-        if not len(images):
-            features = self.dream_queries.new_zeros(1, vision.patches, vision.width)
-            loss = loss + 0 * self.projector(features).sum()
-        if not len(images_dm):
-            loss = loss + 0 * self.condition(self.dream_queries).sum()
         return {"loss": loss, "lm_loss": lm_loss, "vm_loss": vm_loss, "logits": logits}
 
+    def zero_for_absent(self, images, images_dm):
+        """0, made of the weights that a batch without pictures to read or to draw leaves out.
+
+        Ranks average their gradients, so each needs one of every weight. And where they hold shares of the weights
+        (support/parallel.py), all must run each part that one of them needs: `always_run`, for this batch.
+        """
+        vision, zero = self.clip.config.vision, self.dream_queries.new_zeros(())
+        if not len(images):
+            features = zero.expand(1, vision.patches, vision.width)
+            if "clip" in self.always_run:
+                features = self.clip.patch_features(zero.expand(1, 3, vision.image_size, vision.image_size))
+            zero = zero + 0 * self.projector(features).sum()
+        return zero if len(images_dm) else zero + 0 * self.dream_queries.sum()
+
     def drawing_loss(self, hidden, tokens, images_dm, draws):
-        """hidden (B, T, D) → (): the U-Net's squared error, given the states of the queries."""
+        """hidden (B, T, D) → (): the U-Net's squared error, given the states of the queries; 0 without pictures."""
         c = self.config
+        if not len(images_dm):
+            return 0 * self.blank_drawing_loss(hidden)
         rows, columns = self.span_positions(tokens, "<dream_start>", c.queries)
         if len(rows) != len(images_dm):
             count = len(images_dm)
             raise ValueError(f"{len(rows)} spans of <dream_start> but {count} pictures to draw")
         draws = draws or self.diffusion.loss_noise(len(images_dm), *images_dm.shape[2:])
-        states = hidden[rows, columns]  # (M, Q, D)
+        return self.loss_of_states(hidden[rows, columns], images_dm, draws)
+
+    def loss_of_states(self, states, images_dm, draws):
+        """states of the queries (M, Q, D), images (M, 3, H, W) in [0, 1] → ()."""
+        c = self.config
         if c.drop and self.training:
             # The empty prompt is <s> and real queries, as in drawing. (The published code has the
             # embeddings of <im_patch> in their place, which drawing never uses.)
@@ -246,6 +258,14 @@ class DreamLLM(nn.Module):
         context = self.condition(states)  # (M, Q, C)
         options = (c.min_snr, c.noise_offset, c.perturbation)
         return self.diffusion.loss(images_dm, context, draws, *options)
+
+    def blank_drawing_loss(self, hidden):
+        """Of a batch with nothing to draw: a sum over the same weights as drawing_loss, to be multiplied by 0."""
+        states = hidden[:1, :1].expand(-1, self.config.queries, -1)  # (1, Q, D)
+        if "diffusion" not in self.always_run:
+            return self.condition(states).sum()
+        blank = states.new_zeros(1, 3, self.side, self.side)
+        return self.loss_of_states(states, blank, self.diffusion.loss_noise(1, self.side, self.side))
 
     # -- prompts --
 

@@ -255,6 +255,8 @@ class LayerCache:
 
 # ---- the model -------------------------------------------------------------------------------
 
+INITIAL_STD = 0.02  # of every matrix
+
 
 class LLaMA(nn.Module):
     """tokens (B, T) int64 → logits (B, T, V)."""
@@ -271,7 +273,7 @@ class LLaMA(nn.Module):
         self.tokenizer = None  # a model of text may be given its own: it is saved beside the weights
         for weight in self.parameters():  # the norms' weights stay 1
             if weight.ndim == 2:
-                nn.init.normal_(weight, 0, 0.02)
+                nn.init.normal_(weight, 0, INITIAL_STD)
 
     def forward(self, tokens):
         return self.logits(self.hidden(self.embed_tokens(tokens)))
@@ -309,7 +311,7 @@ class LLaMA(nn.Module):
         new = max(0, vocab_size - self.config.vocab_size)
         tied = self.config.tie_embeddings
         for layer in (self.embed_tokens,) if tied else (self.embed_tokens, self.lm_head):
-            rows = torch.randn(new, self.config.dim).to(layer.weight) * 0.02
+            rows = torch.randn(new, self.config.dim).to(layer.weight) * INITIAL_STD
             layer.weight = nn.Parameter(torch.cat((layer.weight, rows)))
         self.config = dataclasses.replace(self.config, vocab_size=self.config.vocab_size + new)
 

@@ -30,6 +30,7 @@ from torch._functorch import config as functorch_config
 from tqdm import tqdm
 
 from clip import CLIP, CLIPConfig, contrastive_loss, sigmoid_loss, text_encoders
+from clip import Block as CLIPBlock
 from data import CaptionRows, DataSettings, HeldOutPictures, PictureRows, TokenRows
 from diffusion import (
     AutoencoderKL,
@@ -38,6 +39,8 @@ from diffusion import (
     LatentDiffusion,
     LossNoise,
     NoiseSchedule,
+    ResBlock,
+    SpatialTransformer,
     UNet,
     UNetConfig,
     diffusion_loss,
@@ -47,10 +50,11 @@ from diffusion import (
 )
 from documents import DocumentRows, DocumentSettings, Writer, draw_view
 from dreamllm import DreamLLM, DreamLLMConfig
-from model import SIZES, LLaMA, LLaMAConfig
-from support import checkpoint, settings
+from model import INITIAL_STD, SIZES, LLaMA, LLaMAConfig
+from model import Block as LLaMABlock
+from support import checkpoint, parallel, settings
 from support.chance import rng, shuffled
-from support.pictures import psnr, save_grid, to_float, to_uint8
+from support.pictures import psnr, to_float, to_uint8
 from support.settings import MeshSettings, UserError, run_class
 from support.token_rows import RowsInfo, check_rows
 from support.tokenizer import ADDED, CLIPTokenizer, Tokenizer
@@ -133,15 +137,16 @@ def part_of(config_class, section):
     return config_class(**{name: getattr(section, name) for name in names})
 
 
-def start_model(cls, config_class, section, explicit_keys, resume):
+def start_model(cls, config_class, section, explicit_keys, resume, sharded=False):
     """A float32 model from `resume` (a step's folder), else section.init, else fresh.
 
-    A key of [model] that was written down must agree with what is loaded.
+    A key of [model] that was written down must agree with what is loaded. sharded: it is to be cut into shares, which
+    are read from the file then, and are float32: until then the weights stay mapped, as they are stored.
     """
     config, folder = part_of(config_class, section), resume or section.init
     if not folder:
         return fresh_model(cls, config)
-    model = cls.from_pretrained(folder, dtype=torch.float32).train()
+    model = cls.from_pretrained(folder, dtype=None if sharded else torch.float32).train()
     settings.must_agree(explicit_keys & vars(config).keys(), section, model.config, folder)
     return model
 
@@ -175,7 +180,9 @@ class Task:
                   the module may be DDP around self.model: forward goes through it, weights are read from self.model
     after_step    (step, averaged weights): what else changes the weights
     evaluate      () → {name: scalar}, of held-out data
-    sample        (path): writes a picture of what the model makes now
+    sample        () → rows of (H, W, 3) uint8 pictures of what the model makes now, or None
+    blocks        classes of the parts that FSDP brings together one at a time; (): this kind cannot be sharded
+    initialize    () fills the weights of a run from scratch that are not filled yet
     state, load_state   {name: tensor} that a resumed run needs beside weights and optimizers
     """
 
@@ -183,10 +190,14 @@ class Task:
     items_per_row = 1
     may_skip_weights = False  # whether a batch may leave weights without a gradient
     held_out = None
+    blocks = ()
 
     def __init__(self, config, ranks):
         self.config, self.ranks = config, ranks
         self.device = ranks.device
+        if ranks.sharded and not self.blocks:
+            kinds = ", ".join(kind for kind, task in TASKS.items() if task.blocks)
+            raise UserError(f'train.parallel "fsdp" is for model.kind {kinds} only: set it to "ddp"')
 
     @property
     def main_phase(self):
@@ -214,7 +225,10 @@ class Task:
     def load_state(self, tensors):
         pass
 
-    def sample(self, path):
+    def sample(self):
+        pass
+
+    def initialize(self):
         pass
 
     # -- held-out data: opened once, before the first step --
@@ -272,11 +286,11 @@ class PictureTask(Task):
         pictures = self.held_out.take(train.eval_batches * train.batch_size)  # every rank reads all of them
         return np.split(pictures, train.eval_batches)
 
-    def sample(self, path):
+    def sample(self):
         """Held-out pictures above their reconstructions."""
         if self.held_out is not None:
             pictures = self.held_out.take(8)
-            save_grid([list(pictures), list(to_uint8(self.reconstruct(to_float(pictures, self.device))))], path)
+            return [list(pictures), list(to_uint8(self.reconstruct(to_float(pictures, self.device))))]
 
 
 class VQGANTask(PictureTask):
@@ -369,10 +383,13 @@ class LLaMATask(Task):
     """Rows of tokens → next-token prediction. With data.tokenizer, the samples are pictures."""
 
     unit = "tokens"
+    blocks = (LLaMABlock,)
 
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
-        self.model = start_model(LLaMA, LLaMAConfig, config.model, explicit_keys, resume)
+        self.from_scratch = not (resume or config.model.init)
+        with torch.device("meta") if self.from_scratch and ranks.sharded else contextlib.nullcontext():
+            self.model = start_model(LLaMA, LLaMAConfig, config.model, explicit_keys, resume, ranks.sharded)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": self.model}
         self.items_per_row = self.model.config.max_seq_len
@@ -421,6 +438,16 @@ class LLaMATask(Task):
             raise UserError(f"data.held_out has the code {tokens.max()}, but data.tokenizer only {codes} codes")
         return torch.from_numpy(tokens)
 
+    @torch.no_grad()
+    def initialize(self):
+        """Random weights as LLaMA's own, each matrix from a seed of its own: a process can fill its share of it."""
+        for name, weight in self.model.named_parameters() if self.from_scratch else ():
+            values = torch.ones(weight.shape)
+            if weight.ndim == 2:
+                random = rng(f"initial {name}", self.config.train.seed)
+                values = torch.from_numpy(random.standard_normal(weight.shape, np.float32)) * INITIAL_STD
+            parallel.local(weight).copy_(parallel.local(parallel.share(values, weight)))
+
     def batch(self, number, rows):
         """(2, B, T) int64: inputs, and the same one token later."""
         return np.stack(self.rows.batch(number, rows))
@@ -441,10 +468,10 @@ class LLaMATask(Task):
         loss = self.ranks.mean(super().summarize(measured))["held_out_loss"]
         return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 50))}
 
-    def sample(self, path):
+    def sample(self):
         """Held-out sentences: all pictures but the last are the prompt; then come the true last one and the model's."""
         if self.sample_prompt is None:
-            return
+            return None
         tokens, vqgan = self.sample_prompt.to(self.device), self.vqgan.to(self.device)
         h, w = vqgan.grid(self.config.data.side)
         generator = torch.Generator(self.device).manual_seed(self.config.train.seed)
@@ -452,7 +479,7 @@ class LLaMATask(Task):
         continued = self.model.generate(tokens[:, : -h * w], h * w, allowed=allowed, generator=generator)
         codes = torch.cat((tokens, continued[:, -h * w :]), dim=1)
         pictures = to_uint8(vqgan.decode(codes.reshape(-1, h, w)))
-        save_grid([list(row) for row in np.split(pictures, len(tokens))], path)
+        return [list(row) for row in np.split(pictures, len(tokens))]
 
 
 class CLIPTask(Task):
@@ -504,9 +531,11 @@ class CLIPTask(Task):
 class VAETask(PictureTask):
     """Pictures → a normal distribution of latents → pictures."""
 
+    blocks = (ResBlock,)
+
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
-        self.model = start_model(AutoencoderKL, AutoencoderKLConfig, config.model, explicit_keys, resume)
+        self.model = start_model(AutoencoderKL, AutoencoderKLConfig, config.model, explicit_keys, resume, ranks.sharded)
         self.modules = {"model": self.model}
         self.open_pictures()
         side = config.data.side // self.model.config.factor
@@ -545,13 +574,15 @@ class UNetTask(Task):
     The autoencoder and the text tower stay as they are. Every picture is encoded once, at the start.
     """
 
+    blocks = (ResBlock, SpatialTransformer)
+
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
-        unet = start_model(UNet, UNetConfig, config.model, explicit_keys, resume)
+        unet = start_model(UNet, UNetConfig, config.model, explicit_keys, resume, ranks.sharded)
         unet.activation_checkpointing = config.train.activation_checkpointing
         vae, text = self.load_parts(resume)
         self.check_fit(unet.config, vae.config, text.config.text)
-        self.model = LatentDiffusion(unet, vae, config.schedule, text).to(ranks.device)
+        self.model = LatentDiffusion(unet, vae.to(ranks.device), config.schedule, text.to(ranks.device))
         vae.requires_grad_(False)
         text.requires_grad_(False)
         self.modules = {"model": unet}
@@ -669,17 +700,17 @@ class UNetTask(Task):
         t = torch.from_numpy(times).to(self.device)
         return diffusion_loss(module, schedule, x0, noise, t, context, min_snr=loss.min_snr), {}
 
-    def sample(self, path):
+    def sample(self):
         """The first held-out captions, drawn twice, below the true pictures' reconstructions."""
         if self.held_out is None:
-            return
+            return None
         captions, latents = (x[:8] for x in self.held_out)
         true = self.model.to_images(latents[:, 0].to(self.device) * self.model.vae.config.scaling_factor)
         rows = [true]
         for seed in (0, 8):
             options = {"steps": 25, "sampler": fitting_sampler(self.config.schedule), "size": self.config.data.side}
             rows.append(self.model.generate(captions, guidance=3, seed=seed, **options))
-        save_grid([list(to_uint8(images)) for images in rows], path)
+        return [list(to_uint8(images)) for images in rows]
 
 
 class DreamLLMTask(Task):
@@ -690,11 +721,8 @@ class DreamLLMTask(Task):
     """
 
     unit = "samples"
-    OF_WEIGHTS = (
-        "queries",
-        "projector",
-        "condition",
-    )  # keys of [model] that follow a loaded folder; the others, the run
+    blocks = (LLaMABlock, CLIPBlock, ResBlock, SpatialTransformer)
+    OF_WEIGHTS = ("queries", "projector", "condition")  # keys of [model] that follow a loaded folder
     may_skip_weights = True  # if CLIP or the U-Net is trained, a batch without pictures leaves it without a gradient
 
     def __init__(self, config, explicit_keys, ranks, resume):
@@ -724,8 +752,9 @@ class DreamLLMTask(Task):
     def load(self, explicit_keys, resume):
         """A DreamLLM from `resume`, else model.init, else from its parts."""
         section = self.config.model
+        dtype = None if self.ranks.sharded else torch.float32  # None: mapped, until it is cut into shares
         if folder := resume or section.init:
-            model = DreamLLM.from_pretrained(folder, dtype=torch.float32)
+            model = DreamLLM.from_pretrained(folder, dtype=dtype)
             settings.must_agree(explicit_keys & set(self.OF_WEIGHTS), section, model.config, folder)
             return model
         for key in ("llama", "clip", "diffusion"):
@@ -733,10 +762,10 @@ class DreamLLMTask(Task):
                 raise UserError(f"model.{key} is empty: name the trained part to build on, or a DreamLLM as model.init")
         tokenizer = Tokenizer.from_pretrained(self.config.data.text_tokenizer or section.llama)
         tokenizer.add(ADDED)
-        llama = LLaMA.from_pretrained(section.llama, dtype=torch.float32)
+        llama = LLaMA.from_pretrained(section.llama, dtype=dtype)
         llama.resize(tokenizer.vocab_size)
-        clip = CLIP.from_pretrained(section.clip, dtype=torch.float32)
-        diffusion = LatentDiffusion.from_pretrained(section.diffusion, dtype=torch.float32)
+        clip = CLIP.from_pretrained(section.clip, dtype=dtype)
+        diffusion = LatentDiffusion.from_pretrained(section.diffusion, dtype=dtype)
         return DreamLLM(llama, clip, diffusion, part_of(DreamLLMConfig, section), tokenizer)
 
     def make_writer(self):
@@ -783,6 +812,9 @@ class DreamLLMTask(Task):
         images = self.model.clip.normalize(to_float(batch["images"], self.device))  # (N, 3, S, S)
         images_dm = to_float(batch["images_dm"], self.device)  # (M, 3, side, side)
         noise = LossNoise(*(torch.from_numpy(array).to(self.device) for array in batch["draws"]))
+        if self.ranks.sharded:  # a part that one rank needs, all must run: each holds a share of it
+            needed = self.ranks.mean({"clip": len(images), "diffusion": len(images_dm)})
+            self.model.always_run = [part for part, count in needed.items() if count]
         out = module(tokens, labels, images, images_dm, noise)
         loss, means = out["loss"], torch.stack((out["lm_loss"], out["vm_loss"]))
         counts = torch.stack(((labels[:, 1:] != -100).sum(), torch.tensor(len(images_dm), device=self.device)))
@@ -813,10 +845,10 @@ class DreamLLMTask(Task):
         lm_loss, vm_loss = sums / counts.clamp(min=1)
         return {"held_out_lm_loss": lm_loss, "held_out_vm_loss": vm_loss}
 
-    def sample(self, path):
+    def sample(self):
         """The first held-out pairs to create: their pictures, above what is drawn after the same texts."""
         if self.held_out is None or self.config.model.stage == "understand":
-            return
+            return None
         tokenizer, prompts, true = self.model.tokenizer, [], []
         samples = (self.held_out.sample(position) for position in range(256))
         to_create = (sample for sample in samples if sample.images_dm and not sample.images)
@@ -824,10 +856,11 @@ class DreamLLMTask(Task):
             start = np.flatnonzero(sample.tokens == tokenizer.special["<dream_start>"])[0]
             prompts.append(tokenizer.decode(sample.tokens[:start].tolist()))
             true.append(draw_view(sample.images_dm[0], self.model.side))
-        if prompts:
-            sampler = fitting_sampler(self.model.diffusion.schedule)
-            drawn = self.model.text_to_image(prompts, guidance=3, steps=25, sampler=sampler, seed=0)
-            save_grid([true, list(to_uint8(drawn))], path)
+        if not prompts:
+            return None
+        sampler = fitting_sampler(self.model.diffusion.schedule)
+        drawn = self.model.text_to_image(prompts, guidance=3, steps=25, sampler=sampler, seed=0)
+        return [true, list(to_uint8(drawn))]
 
 
 TASKS = {

@@ -22,73 +22,17 @@ many processes there are changes nothing but rounding.
 import contextlib
 import dataclasses
 import math
-import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from support import checkpoint, runs, settings
+from support import checkpoint, parallel, runs, settings
+from support.pictures import save_grid
 from support.settings import UserError, learning_rate
 from support.threads import prefetch
 from tasks import TASKS, read_run
-
-# ---- several processes -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among those that torchrun started (rank 0 of 1 without it)."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def is_main(self):
-        """Whether this is the one process that prints and writes."""
-        return self.rank == 0
-
-    def rows(self, batch_size):
-        """The rows of a global batch that are this process's, as a range."""
-        share = batch_size // self.world
-        return range(self.rank * share, (self.rank + 1) * share)
-
-    def mean(self, values):
-        """{name: scalar} averaged over all ranks, as floats."""
-        stacked = torch.tensor([float(v) for v in values.values()], dtype=torch.float32, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(stacked)
-        return dict(zip(values, (stacked / self.world).tolist(), strict=True))
-
-
-def start_ranks(device):
-    """The Ranks of this process; `device`: "cpu", "cuda", or None for a GPU if there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: must be cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return Ranks(rank, world, torch.device(device))
-
-
-def distribute(task):
-    """{phase: its module}, wrapped so that the ranks average their gradients if there are several."""
-    if task.ranks.world == 1:
-        return task.modules
-    options = {"broadcast_buffers": False, "find_unused_parameters": task.may_skip_weights}
-    return {phase: DistributedDataParallel(module, **options) for phase, module in task.modules.items()}
-
 
 # ---- optimization ----------------------------------------------------------------------------
 
@@ -107,15 +51,14 @@ def update(task, phase, module, optimizer, microbatches, step, autocast):
     values = {}
     for microstep, batch in enumerate(microbatches):
         # several processes average their gradients once a step: with the last microbatch
-        waits = task.ranks.world > 1 and microstep + 1 < train.accumulate
-        with module.no_sync() if waits else contextlib.nullcontext():
+        with parallel.synchronize(module, now=microstep + 1 == train.accumulate):
             with autocast:
                 loss, logged = task.loss(phase, module, batch, step, microstep)
             (loss / train.accumulate).backward()
         for name, value in {f"{prefix}loss": loss, **logged}.items():
             values[name] = values.get(name, 0.0) + value.detach().float() / train.accumulate
     norm = torch.nn.utils.clip_grad_norm_(task.modules[phase].parameters(), optim.clip or math.inf)
-    values[f"{prefix}grad_norm"] = norm
+    values[f"{prefix}grad_norm"] = parallel.whole(norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(optim, step, train.steps)
     optimizer.step()
@@ -124,11 +67,16 @@ def update(task, phase, module, optimizer, microbatches, step, autocast):
 
 
 def average(ema, model, decay, step):
-    """Moves the averaged weights `ema` (a list; empty if none are kept) towards the model's."""
+    """Moves the averaged weights `ema` (as `held` lists them; empty if none are kept) towards the model's."""
     if ema:
         # early on the average follows quickly, so that it does not remember the random start
         decay = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - decay)
+        torch._foreach_lerp_(ema, held(model), 1 - decay)
+
+
+def held(model):
+    """What this process holds of the weights: a list of tensors that share their memory."""
+    return [parallel.local(p.detach()) for p in model.parameters()]
 
 
 @contextlib.contextmanager
@@ -137,14 +85,12 @@ def with_ema_weights(model, ema):
     if not ema:
         yield
         return
-    own = [p.detach().clone() for p in model.parameters()]
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), ema)
+    own = [weight.clone() for weight in held(model)]
+    torch._foreach_copy_(held(model), ema)
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(model.parameters()), own)
+        torch._foreach_copy_(held(model), own)
 
 
 def has_bfloat16(device):
@@ -174,7 +120,7 @@ def train(config, explicit_keys, device=None):
 
     config, explicit_keys: what read_run returns; device: "cpu", "cuda", or None for the best one.
     """
-    ranks, run = start_ranks(device), Path(config.run.dir)
+    ranks, run = parallel.start_ranks(device, config.train.parallel), Path(config.run.dir)
     config = settings.with_dtype(config, has_bfloat16(ranks.device))
     steps, batch_size = config.train.steps, config.train.batch_size
     if batch_size % ranks.world:
@@ -190,9 +136,9 @@ def train(config, explicit_keys, device=None):
     task, optimizers, ema = begin(config, explicit_keys, ranks, resume)
     if ranks.is_main:
         announce(task, run, resume, state)
-    if config.train.compile and can_compile(ranks.device):
-        task.main.compile()
-    modules = distribute(task)
+    if ranks.sharded:
+        parallel.check_shared_disk(run, ranks)
+    modules = parallel.distribute(task)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
 
     items = batch_size * config.train.accumulate * task.items_per_row
@@ -221,9 +167,11 @@ def train(config, explicit_keys, device=None):
         if log.saves(done):
             with log.paused():
                 save(done, task, optimizers, ema)
-        if log.samples(done) and ranks.is_main:
+        if log.samples(done) and (ranks.is_main or ranks.sharded):
             with log.paused(), autocast, evaluating(task, optimizers, ema, done):
-                task.sample(run / "samples" / f"step_{done:08d}.png")
+                rows = task.sample()
+            if rows and ranks.is_main:
+                save_grid(rows, run / "samples" / f"step_{done:08d}.png")
         log.advance()
 
     log.close()
@@ -246,13 +194,28 @@ def begin(config, explicit_keys, ranks, resume):
     """→ (task, {phase: optimizer}, averaged weights): from the checkpoint `resume`, or as the configuration says."""
     torch.manual_seed(config.train.seed)
     task = TASKS[config.model.kind](config, explicit_keys, ranks, resume)
-    for module in task.modules.values():
-        module.to(ranks.device).train()
+    place(task)
     optimizers = {phase: make_optimizer(module, config.optim) for phase, module in task.modules.items()}
-    ema = [p.detach().clone() for p in task.main.parameters()] if config.train.ema else []
+    ema = [weight.clone() for weight in held(task.main)] if config.train.ema else []
     if resume:
         load_training(resume, task, optimizers, ema)
     return task, optimizers, ema
+
+
+def place(task):
+    """Puts the task's modules, or this rank's share of them, on its device, ready to train."""
+    config, ranks = task.config, task.ranks
+    compiled = config.train.compile and can_compile(ranks.device)
+    if ranks.sharded:
+        for module in task.main.modules() if compiled else ():
+            if isinstance(module, task.blocks):  # between blocks lies the waiting for weights
+                module.compile()
+        parallel.shard(task.main, task.blocks, ranks, config.train.dtype)
+    elif compiled:
+        task.main.compile()
+    for module in task.modules.values():
+        module.to(ranks.device).train()
+    task.initialize()
 
 
 def announce(task, run, resume, state):
@@ -275,7 +238,8 @@ def evaluating(task, optimizers, ema, done):
     """Within: eval mode, no gradients, averaged weights. An error loses no steps: they are saved before it goes on."""
     task.main.eval()
     try:
-        with torch.inference_mode(), with_ema_weights(task.main, ema):
+        # not inference_mode: what FSDP brings together in it could not train afterwards
+        with torch.no_grad(), with_ema_weights(task.main, ema), parallel.gathered(task.main):
             yield
     except Exception:
         save(done, task, optimizers, ema)  # or says that the weights are not finite any more
@@ -289,24 +253,36 @@ def evaluating(task, optimizers, ema, done):
 
 def save(step, task, optimizers, ema):
     """Writes the run's checkpoint after `step` steps, unless it is there; see runs.py for the layout."""
-    run = Path(task.config.run.dir)
-    for module in task.modules.values():
-        if not all(parameter.isfinite().all() for parameter in module.parameters()):
-            raise UserError(f"step {step}: weights are not finite any more; not saved. Try a lower optim.lr")
-    if not task.ranks.is_main or (run / f"step_{step:08d}").exists():
+    run, ranks = Path(task.config.run.dir), task.ranks
+    finite = all(weight.isfinite().all() for module in task.modules.values() for weight in held(module))
+    if ranks.mean({"finite": finite})["finite"] < 1:
+        raise UserError(f"step {step}: weights are not finite any more; not saved. Try a lower optim.lr")
+    if (run / f"step_{step:08d}").exists():
         return
-    with runs.new_step(run, step, task.config.train.keep) as folder:
-        task.model.save_pretrained(folder)
-        if ema:
-            with with_ema_weights(task.main, ema):
-                task.model.save_pretrained(folder / "ema")
-        for phase, module in task.modules.items():
-            tensors = optimizer_tensors(optimizers[phase], module)
-            checkpoint.write_tensors(folder / "training" / f"optimizer.{phase}.safetensors", tensors)
-            if phase != task.main_phase:
-                checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
-        checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
-        checkpoint.write_json(folder / "state.json", runs.state(step, threads=torch.get_num_threads()))
+    with contextlib.ExitStack() as stack:
+        if ranks.is_main:
+            folder = stack.enter_context(runs.new_step(run, step, task.config.train.keep))
+        else:
+            folder = stack.enter_context(checkpoint.shares_only())
+        folder = ranks.from_main(folder)
+        if ranks.is_main or ranks.sharded:
+            write_step(folder, step, task, optimizers, ema)
+        ranks.wait()  # the folder appears when all have written
+
+
+def write_step(folder, step, task, optimizers, ema):
+    """Fills the folder of a checkpoint; of a sharded run, with this rank's shares."""
+    task.model.save_pretrained(folder)
+    if ema:
+        with with_ema_weights(task.main, ema):
+            task.model.save_pretrained(folder / "ema")
+    for phase, module in task.modules.items():
+        tensors = optimizer_tensors(optimizers[phase], module)
+        checkpoint.write_tensors(folder / "training" / f"optimizer.{phase}.safetensors", tensors)
+        if phase != task.main_phase:
+            checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
+    checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
+    checkpoint.write_json(folder / "state.json", runs.state(step, threads=torch.get_num_threads()))
 
 
 def load_training(folder, task, optimizers, ema):
@@ -327,10 +303,10 @@ def load_training(folder, task, optimizers, ema):
     checkpoint.check_same(tensors, task.state(), file)
     task.load_state(tensors)
     if ema and (folder / "ema").is_dir():
-        saved = type(task.main).from_pretrained(folder / "ema", dtype=torch.float32, device=task.ranks.device)
-        weights = dict(saved.named_parameters())
-        checkpoint.check_same(weights, dict(task.main.named_parameters()), folder / "ema")
-        torch._foreach_copy_(ema, [p.detach() for p in weights.values()])
+        weights = dict(type(task.main).from_pretrained(folder / "ema").named_parameters())  # mapped to the file
+        like = dict(task.main.named_parameters())
+        checkpoint.check_same(weights, like, folder / "ema")
+        torch._foreach_copy_(ema, [parallel.local(parallel.share(weights[name].detach(), like[name])) for name in like])
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps for a weight
@@ -360,8 +336,8 @@ def load_optimizer(optimizer, module, file, may_skip_weights):
     checkpoint.check_same(tensors, expected, file)
     for name, parameter in module.named_parameters():
         if f"{name}.step" in tensors:
-            state = {key: tensors[f"{name}.{key}"].to(parameter.device, copy=True) for key in MOMENTS}
-            optimizer.state[parameter] = state
+            moments = {key: parallel.share(tensors[f"{name}.{key}"], parameter) for key in MOMENTS[1:]}
+            optimizer.state[parameter] = {"step": tensors[f"{name}.step"].to(parameter.device, copy=True), **moments}
 
 
 def main():

@@ -35,6 +35,9 @@ def atomic_file(path):
 
     The data is flushed to disk first. A file that is there is replaced; a folder is not.
     """
+    if not _writes_whole_files:
+        yield Path(os.devnull)
+        return
     with renamed_when_whole(out_file(path).resolve()) as beside:  # a link stays one: what it leads to is replaced
         yield beside
 
@@ -151,10 +154,16 @@ def write_json(path, content):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """A safetensors file of `tensors`; shared or strided storage is copied out first."""
+    """A safetensors file of `tensors`; shared or strided storage is copied out first.
+
+    Sharded tensors are written by all ranks together, each its own rows: see write_shares.
+    """
     import torch
     from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
 
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return write_shares(path, tensors, metadata)
     alone = _alone_in_storage(tensors)
 
     def plain(name, tensor):  # safetensors refuses what is strided, and what shares its storage
@@ -162,16 +171,91 @@ def write_tensors(path, tensors, metadata=None):
         tensor = tensor.detach().cpu()
         return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
 
-    tensors = {name: plain(name, tensor) for name, tensor in tensors.items()}
-    with atomic_file(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
+    if _writes_whole_files:
+        tensors = {name: plain(name, tensor) for name, tensor in tensors.items()}
+        with atomic_file(path) as beside:
+            save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
+
+
+_writes_whole_files = True
+
+
+@contextlib.contextmanager
+def shares_only():
+    """Within, this process writes its shares of sharded tensors, and nothing that another one writes as well."""
+    global _writes_whole_files
+    _writes_whole_files = False
+    try:
+        yield
+    finally:
+        _writes_whole_files = True
+
+
+FILE_BYTES = 5 << 30  # larger tables of tensors are split into several files, as the hub's are
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def write_shares(path, tensors, metadata=None):
+    """A safetensors file of tensors of which each rank holds some rows, written by all ranks at once.
+
+    Such a file is the length of its header (8 bytes), the header, a JSON table {name: dtype, shape, where its bytes
+    begin and end}, and those bytes, rows after rows. The rows of a rank are therefore one run of bytes in it. `path`
+    must lie on a disk that all ranks share, in a folder that gets its name when all have written.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from support.parallel import first_row, local
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    files = shards(path.stem, sizes, FILE_BYTES)
+    for file, names in files.items():
+        header, begins = _safetensors_header({name: tensors[name] for name in names}, sizes, metadata)
+        if _writes_whole_files:
+            with open(path.with_name(file), "wb") as out:
+                out.write(header)
+                out.truncate(len(header) + sum(sizes[name] for name in names))
+        dist.barrier()  # the file is there, and as long as it will be
+        with open(path.with_name(file), "r+b") as out:
+            for name in names:
+                tensor, part = tensors[name], local(tensors[name].detach())
+                sharded = isinstance(tensor, DTensor)
+                if not part.numel() or not (sharded or _writes_whole_files):
+                    continue
+                first = first_row(tensor) * (sizes[name] // len(tensor)) if sharded else 0
+                out.seek(len(header) + begins[name] + first)
+                out.write(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+    if len(files) > 1:
+        write_index(path.with_name(f"{path.name}.index.json"), files, sum(sizes.values()))
+
+
+def _safetensors_header(tensors, sizes, metadata):
+    """→ (the bytes before the tensors', {name: where its bytes begin after those})."""
+    table, begins, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, {}, 0
+    for name, tensor in tensors.items():
+        begins[name], end = end, end + sizes[name]
+        offsets = [begins[name], end]
+        dtype = SAFETENSORS_DTYPES[dtype_name(tensor)]
+        table[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    header = json.dumps(table).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, begins
 
 
 def write_bin(path, tensors):
     """The same as a pickle of plain tensors, for layouts that want `.bin` files."""
     import torch
 
-    plain = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    from support.parallel import whole
+
+    plain = {}
+    for name, tensor in tensors.items():  # a sharded one is brought together; the main process keeps it
+        tensor = whole(tensor.detach())
+        plain[name] = tensor.cpu().clone() if _writes_whole_files else None
     with atomic_file(path) as beside:
         torch.save(plain, beside)
 

@@ -104,6 +104,7 @@ class TrainSettings:
     accumulate: int = 1  # microsteps per update
     seed: int = 0
     dtype: str = "auto"  # of the forward pass: bfloat16 where the processor has it; else float32, as all weights
+    parallel: str = "ddp"  # several processes: "ddp", each holds the whole model; "fsdp", each a share of it
     compile: bool = True
     activation_checkpointing: bool = False  # recompute each block in the backward pass to save memory
     ema: float = 0.0  # decay per step of the averaged weights; 0: keep none
@@ -116,6 +117,7 @@ class TrainSettings:
 
     def __post_init__(self):
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
+        one_of(self, ("ddp", "fsdp"), "parallel")
         at_least(self, 1, "steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches")
         at_least(self, 0, "seed", "keep", "eval_every", "sample_every")
         fraction(self, "ema")
