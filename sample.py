@@ -49,12 +49,13 @@ from dreamllm import END, DreamLLM
 from lvm import LVM, run_data
 from model import LLaMA
 from support import checkpoint, settings
+from support.chat import TEMPLATES
 from support.options import fraction, natural, non_negative, picture_size, positive_int, seed_number
 from support.pages import PAGE_FILE, picture_name, plain, save_page
 from support.pictures import SUFFIXES, load_picture, psnr, resized, save_animation, save_grid, to_float, to_uint8
 from support.settings import UserError
 from support.sources import warn
-from support.tokenizer import FILES, TEMPLATES, Tokenizer
+from support.tokenizer import FILES, Tokenizer
 from vqgan import VQGAN
 
 # ---- text: sampled, printed, scored ----------------------------------------------------------

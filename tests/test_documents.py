@@ -23,9 +23,10 @@ import prepare
 from documents import IGNORED, DocumentRows, DocumentSettings, DocumentSource, Writer, chat_parts
 from support import rows as formats
 from support import settings, sources
+from support.chat import BOS, EOS, Special
 from support.rows import read_row
 from support.settings import UserError
-from support.tokenizer import ADDED, BOS, EOS, Special, Tokenizer
+from support.tokenizer import ADDED, Tokenizer
 
 DREAMLLM = GOLDEN / "dreamllm"
 FAULTS = ("conversation_image_truncated_at_image", "conversation_text_truncated")  # tested below, one by one

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from support import tokenizer
+from support import chat, tokenizer
+from support.chat import BOS, EOS, Special
 from support.settings import UserError
-from support.tokenizer import ADDED, BOS, EOS, Special, Tokenizer
+from support.tokenizer import ADDED, Tokenizer
 
 AWKWARD = [
     "",
@@ -433,7 +434,7 @@ def messages(*texts, system=None):
 
 def render_chat(template, said):
     """The template's text, special tokens by name."""
-    return "".join(tokenizer.TEMPLATES[template](*tokenizer.check_turns(said)))
+    return "".join(chat.TEMPLATES[template](*chat.check_turns(said)))
 
 
 def test_plain_is_the_texts_alone():
