@@ -33,9 +33,10 @@ from tqdm import tqdm
 from data import KINDS, DataSettings, open_sentences
 from support import settings
 from support.checkpoint import out_file, out_folder
+from support.formats import read_row
 from support.options import positive_int
 from support.pictures import SUFFIXES, save_grid, to_float, to_uint8
-from support.rows import FilePairs, json_rows, open_picture, read_row
+from support.rows import FilePairs, json_rows, open_picture, row_name
 from support.settings import UserError
 from support.sources import SPLITS, open_source, read_texts
 from support.threads import prefetch
@@ -300,7 +301,7 @@ def check_rows(path, folder, report):
                 if problems[name]:
                     raise ValueError(problems[name])
         except ValueError as error:
-            report(f"{path}:{line}: {error}")
+            report(f"{row_name(path, line)}: {error}")
     if not rows:
         raise UserError(f"{path}: no rows in it")
     good = sum(not reason for reason in problems.values())

@@ -388,7 +388,6 @@ def turn(role, text):
         ('"text"', "a str, not a table"),
         ({"url": "x"}, "its keys url are of no known row: text_list, image_info (MMC4)"),
         ({"image": 7, "caption": "x"}, "image is 7, not a text"),
-        ({"image": "a.png", "caption": None}, "caption is null, not a text"),
         ({"image": "a.png", "caption": "\ud800"}, "surrogates not allowed"),
         ({"text_list": "abc", "image_info": []}, 'text_list is "abc", not a list'),
         ({"text_list": ["a", 1], "image_info": []}, "text_list[1] is 1, not a text"),
