@@ -154,24 +154,36 @@ class FilePairs:
 # Each row is found with its place, for messages, and its offset, so that it can be read alone later.
 
 BOM = b"\xef\xbb\xbf"  # of UTF-8: Notepad and PowerShell write it
+UTF_16 = "is in UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+TO_JSON = 'write it as JSON Lines (pandas: {}(…).to_json(…, orient="records", lines=True))'
 NO_JSON = {  # how files begin that hold no JSON as it is: what they are, and the way out
     b"\x1f\x8b": "is compressed: gunzip it",
     b"\x28\xb5\x2f\xfd": "is compressed: zstd -d it",
     b"BZh": "is compressed: bunzip2 it",
     b"\xfd7zXZ": "is compressed: xz -d it",
     b"PK\x03\x04": "is a zip file: unzip it",
-    b"PAR1": "is Parquet: write it as JSON Lines (pandas: read_parquet, to_json(orient=\"records\", lines=True))",
-    b"ARROW1": "is Arrow: write it as JSON Lines (datasets: Dataset.from_file, to_json)",
-    b"\xff\xff\xff\xff": "is Arrow: write it as JSON Lines (datasets: Dataset.from_file, to_json)",
-    b"\xff\xfe": "is in UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
-    b"\xfe\xff": "is in UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"PAR1": f"is Parquet: {TO_JSON.format('read_parquet')}",
+    b"ARROW1": f"is Arrow: {TO_JSON.format('read_feather')}",
+    b"\xff\xff\xff\xff": "is Arrow: write it as JSON Lines (datasets: Dataset.from_file(…).to_json(…))",
+    b"\xff\xfe": UTF_16,
+    b"\xfe\xff": UTF_16,
     b"version https://git-lfs": "is a Git LFS pointer, not the file: git lfs pull",
+    b"<": "is a page of the web, not the file: download it again",
 }
 
 
 def names_rows(path):
     """Whether a source's path is a file of rows by its ending, which may be that of a compressed one."""
-    return bool(re.search(r"\.(jsonl?|ndjson|parquet|arrow)(\.\w+)?$", path, re.IGNORECASE))
+    return bool(re.search(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv)(\.\w+)?$", path, re.IGNORECASE))
+
+
+def no_json(path, start):
+    """What a file is that begins with the bytes `start` and holds no JSON as it is; or ""."""
+    if str(path).lower().endswith((".csv", ".tsv")):
+        return f"is CSV: {TO_JSON.format('read_csv')}"
+    if b"\0" in start[:2]:
+        return UTF_16
+    return next((what for sign, what in NO_JSON.items() if start.startswith(sign)), "")
 
 
 def json_rows(path):
@@ -183,14 +195,11 @@ def json_rows(path):
     try:
         with open(path, "rb") as file:
             start = file.read(4096)
-            for sign, what in NO_JSON.items():
-                if start.startswith(sign):
-                    raise UserError(f"{path}: {what}")
-            if start[:2].strip(b"\0") != start[:2]:
-                raise UserError(f"{path}: is in UTF-16 or UTF-32: write it as UTF-8")
-            first_line = start.removeprefix(BOM).lstrip().split(b"\n")[0].strip()
+            if what := no_json(path, start):
+                raise UserError(f"{path}: {what}")
+            first, _, more = start.removeprefix(BOM).lstrip().partition(b"\n")
             file.seek(0)
-            if first_line[:1] == b"[" or first_line.endswith((b"{", b",")):
+            if first[:1] == b"[" or (more and first.rstrip().endswith((b"{", b","))):
                 yield from json_values(file.read())
             else:
                 yield from jsonl_rows(file)
@@ -217,13 +226,13 @@ def json_values(data):
 
     They cannot be cut at line breaks, as a row may span many: json finds where each row ends.
     latin-1 maps each byte to one character, so that json's positions are offsets in bytes; what it
-    decodes is thrown away.
+    decodes is thrown away. Behind a broken row the next one is where a row begins as the first did.
     """
     text = data.decode("latin-1")
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     position, in_list = len(BOM) * data.startswith(BOM), False
     line, counted = 1, 0  # `line` is that of the character text[counted]
-    number, previous = 0, 0  # of the row, and the line of the one before it
+    number, previous, opening = 0, 0, ""  # of the row; line of the one before it; {"key" of the first
     while True:
         start = gap.match(text, position).end()
         line, counted = line + text.count("\n", counted, start), start
@@ -235,12 +244,33 @@ def json_values(data):
             continue
         number += 1
         place, previous = (-number if line == previous else line), line
+        opening = opening or text[start : text.find('"', text.find('"', start) + 1) + 1]
         try:
             position = decoder.raw_decode(text, start)[1]
-        except (ValueError, RecursionError):  # broken here; where the next row starts is unknown
-            yield place, start, data[start:]
-            return
+        except (ValueError, RecursionError):
+            position = text.find(opening, start + 1) if opening else -1
+            if position < 0:
+                yield place, start, data[start:]
+                return
         yield place, start, data[start:position]
+
+
+def read_rows(path):
+    """Yields (row or None, what is wrong with it or "", its name in messages, its format or "") of all rows.
+
+    path: a file, or a shell pattern of files. What only one kind of sample needs is not looked at,
+    but for a caption; nor is whether the pictures can be opened.
+    """
+    for file in sorted(glob.glob(path)) or [path]:
+        for place, _, raw in json_rows(file):
+            name = row_name(file, place)
+            try:
+                form, row = read_row(raw)
+                if isinstance(row, Captioned):
+                    row = row.pair(None)
+                yield row, "", name, form
+            except ValueError as error:
+                yield None, str(error), name, ""
 
 
 class JsonRows:
@@ -348,6 +378,6 @@ def find_picture(folder, name):
     path = folder / name.removeprefix("file://")
     if "\\" in name and not path.exists():  # as Windows writes names
         path = folder / name.replace("\\", "/")
-    if path.is_absolute() and not folder.is_absolute() and not path.exists():
-        raise ValueError(f"{path}: no such file on this machine: write names inside the folder `images`")
+    if Path(name).is_absolute() and not path.exists():
+        raise ValueError(f"{name}: no such file on this machine: write names inside the folder `images`")
     return path
