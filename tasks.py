@@ -50,6 +50,7 @@ from dreamllm import DreamLLM, DreamLLMConfig
 from model import SIZES, LLaMA, LLaMAConfig
 from support import checkpoint, settings
 from support.chance import rng, shuffled
+from support.formats import pick
 from support.pictures import psnr, save_grid, to_float, to_uint8
 from support.settings import MeshSettings, UserError, run_class
 from support.token_rows import RowsInfo, check_rows
@@ -402,7 +403,7 @@ class LLaMATask(Task):
 
     def open_rows(self, paths, **options):
         train, model = self.config.train, self.model.config
-        options |= {"vocab_size": model.vocab_size}
+        options |= {"vocab_size": model.vocab_size, "dtype": self.config.data.row_dtype}
         return TokenRows(paths, model.max_seq_len, train.batch_size, train.seed, **options)
 
     def open_sample(self):
@@ -598,7 +599,7 @@ class UNetTask(Task):
     # -- pictures: encoded once, and kept for the next start --
 
     def open_pairs(self, split):
-        """→ ([caption, …], latents (N, 2, z, h, w): mean and log-variance of each one's picture)."""
+        """→ ([captions of a picture, …], latents (N, 2, z, h, w): mean and log-variance of each one's picture)."""
         rows = CaptionRows(self.config.data, self.config.train.batch_size, self.config.train.seed, split)
         items = rows.items()
         if not items:
@@ -610,7 +611,7 @@ class UNetTask(Task):
             latents = self.encode([item.image for item in items], split)
             if self.ranks.is_main:
                 checkpoint.write_tensors(file, {"latents": latents})
-        return [item.caption for item in items], latents
+        return [item.captions for item in items], latents
 
     def fingerprint(self, items):
         """Of all that the latents depend on: the pictures' names, their side, the autoencoder's weights."""
@@ -653,8 +654,8 @@ class UNetTask(Task):
             noises.append(random.standard_normal((2, *shape), np.float32))
             offsets.append(random.standard_normal((shape[0], 1, 1), np.float32))
             drops = random.random() < config.loss.drop and split == "train"
-            captions.append("" if drops else all_captions[i])
             times.append(random.integers(config.schedule.num_train_timesteps))
+            captions.append("" if drops else pick(all_captions[i], random))
         return captions, all_latents[order], np.stack(noises, axis=1), np.stack(offsets), np.array(times)
 
     def loss(self, phase, module, batch, step, microstep):
@@ -678,7 +679,7 @@ class UNetTask(Task):
         rows = [true]
         for seed in (0, 8):
             options = {"steps": 25, "sampler": fitting_sampler(self.config.schedule), "size": self.config.data.side}
-            rows.append(self.model.generate(captions, guidance=3, seed=seed, **options))
+            rows.append(self.model.generate(list(map(pick, captions)), guidance=3, seed=seed, **options))
         save_grid([list(to_uint8(images)) for images in rows], path)
 
 

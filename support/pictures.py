@@ -40,8 +40,6 @@ FORMATS = [form for form in FORMATS if form in Image.OPEN]
 
 warnings.filterwarnings("ignore", module="PIL")  # of what is refused, an error says it; the rest is read
 
-ANIMATED = (".gif", ".webp", ".apng")
-
 INSTEAD = {  # how files begin that are called pictures and are none
     b"version https://git-lfs": "a Git LFS pointer, not the file: git lfs pull",
     b"<!doctype html": "a page in HTML, which came instead of the picture",
@@ -87,6 +85,12 @@ def not_a_picture(data):
         return "not a picture that is read here, but HEIC: pip install pillow-heif"
     start = data[:100].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return next((what for sign, what in INSTEAD.items() if start.startswith(sign)), "not a picture")
+
+
+def may_be_animated(start):
+    """Whether a file that starts with these bytes (16 KB are enough) can hold more than one frame."""
+    webp = start[8:16] == b"WEBPVP8X" and len(start) > 20 and start[20] & 2
+    return bool(start[:4] == b"GIF8" or webp or start[4:12] == b"ftypavis" or b"acTL" in start)
 
 
 def on_white(image):

@@ -144,10 +144,7 @@ class FilePairs:
         item = self.files[index]
         if not self.captions:
             return Picture(item)
-        caption = item.caption
-        if not caption.strip():
-            raise ValueError("it has no caption")
-        return Pair(item, caption)
+        return Captioned(item, item.captions).pair(rng)
 
 
 # ---- files of JSON rows --------------------------------------------------------------------------
