@@ -40,7 +40,7 @@ from support.rows import FilePairs, json_rows, open_picture, row_name
 from support.settings import UserError
 from support.sources import SPLITS, open_source, read_texts
 from support.threads import prefetch
-from support.token_rows import INFO, RowsInfo, decode_row, encode_row, new_rows
+from support.token_rows import INFO, RowsInfo, decode_row, dtype_of, encode_row, new_rows
 from support.tokenizer import Tokenizer, train_bpe, write_merges
 from vqgan import VQGAN
 
@@ -227,10 +227,11 @@ def decoded_rows(args, data):
     model, device = load_tokenizer(path, args.device)
     side = args.side or (info and info.side) or (data and data.side) or model.config.resolution
     lines, total = some_lines(args.rows_file, args.rows)
+    dtype = dtype_of(args.rows_file) if data is None or data.row_dtype == "auto" else data.row_dtype
     sheet = []
     for number, line in lines.items():
         try:
-            sheet.append(decode_pictures(line, model, device, side))
+            sheet.append(decode_pictures(line, model, device, side, dtype))
         except ValueError as error:
             raise UserError(f"{args.rows_file}:{number + 1}: {error}") from None
     return sheet, total
@@ -252,10 +253,10 @@ def some_lines(path, count):
 
 
 @torch.inference_mode()
-def decode_pictures(line, model, device, side):
+def decode_pictures(line, model, device, side, dtype):
     """A line of a rows file → (pictures, side, side, 3) uint8; ValueError if they are none."""
     height, width = model.grid(side)
-    codes = decode_row(line, model.config.num_embeddings)
+    codes = decode_row(line, model.config.num_embeddings, dtype)
     if len(codes) % (height * width):
         raise ValueError(f"{len(codes)} codes do not make pictures of {height}×{width}; set --side")
     grids = torch.from_numpy(codes).long().view(-1, height, width)
