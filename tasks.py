@@ -48,6 +48,7 @@ from diffusion import (
 from documents import DocumentRows, DocumentSettings, Writer, draw_view
 from dreamllm import DreamLLM, DreamLLMConfig
 from model import SIZES, LLaMA, LLaMAConfig
+from published.llama import CONTEXT, in_context
 from support import checkpoint, settings
 from support.chance import rng, shuffled
 from support.formats import pick
@@ -373,7 +374,10 @@ class LLaMATask(Task):
 
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
-        self.model = start_model(LLaMA, LLaMAConfig, config.model, explicit_keys, resume)
+        own_context = set() if resume else CONTEXT & explicit_keys
+        self.model = start_model(LLaMA, LLaMAConfig, config.model, explicit_keys - own_context, resume)
+        changes = {name: getattr(config.model, name) for name in own_context}
+        self.model.config = in_context(self.model.config, **changes)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": self.model}
         self.items_per_row = self.model.config.max_seq_len

@@ -47,7 +47,7 @@ from jax.sharding import PartitionSpec as P
 
 from bench.plan import report
 from data import DataSettings, TokenRows
-from model import CONTEXT, SIZES, LLaMAConfig, in_context
+from model import SIZES, LLaMAConfig
 from published import llama
 from support import checkpoint, runs, settings
 from support.settings import MeshSettings, UserError
@@ -438,9 +438,9 @@ def model_config(s, explicit_keys, resume):
         checkpoint.expect(start, "a LLaMA")
         folder = checkpoint.weights_folder(start)
         saved = settings.build(LLaMAConfig, llama.read(folder)[0])
-        own_context = set() if resume else CONTEXT & explicit_keys
+        own_context = set() if resume else llama.CONTEXT & explicit_keys
         settings.must_agree(explicit_keys & set(names) - own_context, c, saved, folder)
-        c = in_context(saved, own_context, c)
+        c = llama.in_context(saved, **{name: getattr(c, name) for name in own_context})
     for field in dataclasses.fields(LLaMAConfig):
         value = getattr(c, field.name)
         if field.name not in IMPLEMENTED and value != field.default:
