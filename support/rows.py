@@ -26,7 +26,7 @@ from PIL import Image
 from support.formats import IMAGE, Captioned, Conversation, Document, Pair, Picture, read_row
 from support.pictures import load_picture
 from support.settings import UserError
-from support.sources import hash_to_unit, warn
+from support.sources import hash_to_unit, in_words, tally, warn
 
 # ---- rows of emoji: what their names and categories say ------------------------------------------
 
@@ -252,6 +252,11 @@ def json_values(data):
         yield place, start, data[start:position]
 
 
+def fault_kind(reason):
+    """What is wrong with a row, without its numbers and names, so that equal faults can be counted."""
+    return re.sub(r'"[^"]*"|[0-9]+', "…", reason)
+
+
 def read_rows(path):
     """Yields (row or None, what is wrong with it or "", its name in messages, its format or "") of all rows.
 
@@ -270,6 +275,9 @@ def read_rows(path):
                 yield None, str(error), name, ""
 
 
+NAMED = 10  # rows that cannot be used: as many are said one by one
+
+
 class JsonRows:
     """The rows of .jsonl or .json files in any of FORMATS, with random access.
 
@@ -278,11 +286,11 @@ class JsonRows:
     images   the folder of the pictures; "": that of the first file
     split    "train" or "held_out". A row is held out by a hash of its first picture's name (of its
              own bytes, if it has no picture): rows that begin with one picture are on the same side
-    skip     is called with a line about each row that cannot be used
+    skip     is called with a line about each row that cannot be used, and whether to say it
 
     Opening reads and checks every row, and keeps only where it is: `index` (rows, 4) int64 holds
-    its file, offset, length in bytes, and place. What is left out of rows that are used is said in
-    a line for each kind.
+    its file, offset, length in bytes, and place. Ten rows that cannot be used are said one by one,
+    more of them in a line that counts them by their faults; so is what is left out of other rows.
     """
 
     def __init__(self, path, kind, images, split, held_out_fraction, skip):
@@ -290,26 +298,31 @@ class JsonRows:
         self.files = sorted(glob.glob(path)) or [path]
         self.folder = Path(images) if images else Path(self.files[0]).parent
         index, usable = array.array("q"), 0  # compact: there may be millions of rows
-        left_out = collections.Counter()
+        unusable, left_out = [], []  # (fault, row), (what is left out of it, row)
         for number, file in enumerate(self.files):
             for place, offset, raw in json_rows(file):
+                name = row_name(file, place)
                 try:
                     row = self.parse_row(raw)
                     key = hash_to_unit(row.pictures[0] if row.pictures else raw.decode())
                 except ValueError as error:
-                    skip(f"{row_name(file, place)}: {error}")
+                    unusable.append((fault_kind(str(error)), name))
+                    skip(f"{name}: {error}", len(unusable) <= NAMED)
                     continue
                 usable += 1
-                left_out[getattr(row, "left_out", "")] += 1
+                if getattr(row, "left_out", ""):
+                    left_out.append((row.left_out, name))
                 if (key < held_out_fraction) == (split == "held_out"):
                     index.extend((number, offset, len(raw), place))
+        if len(unusable) > NAMED:
+            warn(f"{path}: skipped {in_words(tally(unusable))}")
+        if left_out:
+            warn(f"{path}: left out of rows: {in_words(tally(left_out))}")
         if not usable:
             raise UserError(f'{path}: no row in it can be used for kind "{kind.name}"')
         if not index:
             empty = f"{path}: none of its {usable} rows falls into the {split} split"
             raise UserError(f"{empty}: change data.held_out_fraction")
-        for what in filter(None, left_out):
-            warn(f"{path}: left out of {left_out[what]} of its rows: {what}")
         self.index = np.array(index).reshape(-1, 4)  # (rows, 4)
 
     def parse_row(self, raw, rng=None):

@@ -58,11 +58,12 @@ class Skipping:
         self.report, self.skipped = report, 0
         self._reasons = set()
 
-    def skip(self, reason):
+    def skip(self, reason, say=True):
         if reason not in self._reasons:
             self._reasons.add(reason)
             self.skipped += 1
-            self.report(f"skipped {reason}")
+            if say:
+                self.report(f"skipped {reason}")
 
 
 def tally(pairs):
