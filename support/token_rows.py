@@ -66,8 +66,8 @@ def row_data(line):
         keys = f": its keys are {', '.join(row)[:80]}" if isinstance(row, dict) and row else ""
         raise ValueError(f'not a JSON row {{"tokens": "…"}}{keys}')
     if isinstance(row["tokens"], list):
-        codes = np.array(row["tokens"])
-        if not codes.size or codes.ndim != 1 or codes.dtype.kind not in "iu":
+        codes = np.array(row["tokens"]) if set(map(type, row["tokens"])) == {int} else None
+        if codes is None or codes.dtype.kind not in "iu":  # numpy has objects for what is beyond 64 bits
             raise ValueError("its tokens are no list of whole numbers")
         return codes
     try:
