@@ -663,6 +663,7 @@ def what_is(path):
     else:
         foreign.refuse(path, foreign.of_folder(folder))
     if (folder / "model_index.json").exists() or (folder / "unet").is_dir():
+        foreign.refuse(path, foreign.of_pipeline(folder / "model_index.json"))
         return "a latent diffusion pipeline"
     if (folder / "config.json").exists():
         saved = read_json(folder / "config.json")
