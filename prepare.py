@@ -5,26 +5,24 @@
     [[data.sources]] ──▶ read_texts ─▶ train_bpe ───────▶ tokenizer.json vocabulary
     rows.jsonl ────────▶ VQGAN.decode ──────────────────▶ grid.png       show
     [[data.sources]] ──▶ Sentences ─────────────────────▶ grid.png       show, without rows
-    rows, folder, tar ─▶ every row, every picture ──────▶ what is wrong  check, for DreamLLM's data
+    rows, folder, tar ─▶ every row, every picture ──────▶ what is used, and what not   check
 
     python prepare.py tokenize --config configs/X.toml --out rows.jsonl [--split held_out] [--shard i/n]
     python prepare.py vocabulary --config configs/X.toml --out FOLDER
     python prepare.py show [rows.jsonl] --config configs/X.toml --out grid.png
-    python prepare.py check rows.jsonl --images FOLDER
+    python prepare.py check FOLDER | 'shards/*.tar' | rows.jsonl [--images FOLDER]
 
 Beside rows.jsonl, tokenize writes rows.jsonl.info.json: what the rows were made with
 (support/token_rows.py).
 """
 
 import argparse
-import functools
 import hashlib
 import inspect
 import itertools
 import os
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,13 +30,12 @@ from tqdm import tqdm
 
 from data import KINDS, DataSettings, open_sentences
 from support import settings
+from support.check import print_findings
 from support.checkpoint import out_file, out_folder
-from support.formats import read_row
 from support.options import positive_int
 from support.pictures import SUFFIXES, save_grid, to_float, to_uint8
-from support.rows import FilePairs, json_rows, open_picture, row_name
 from support.settings import UserError
-from support.sources import SPLITS, open_source, read_texts
+from support.sources import SPLITS, read_texts
 from support.threads import prefetch
 from support.token_rows import INFO, RowsInfo, decode_row, dtype_of, encode_row, new_rows
 from support.tokenizer import Tokenizer, train_bpe, write_merges
@@ -267,65 +264,11 @@ def decode_pictures(line, model, device, side, dtype):
 
 
 def check(args):
-    """Name all that training DreamLLM would skip of captioned pictures or of rows in JSON.
+    """Say what training would use of a folder, a tar or a file, what it would leave out, and why.
 
     Every row is read, every picture opened. Exit code 2 if any is bad.
     """
-    wrong = []
-    if os.path.isdir(args.file) or args.file.endswith(".tar"):
-        counts = check_pictures(args.file, wrong.append)
-    else:
-        counts = check_rows(args.file, Path(args.images or Path(args.file).parent), wrong.append)
-    for line in wrong[:20]:
-        print(line)
-    if len(wrong) > 20:
-        print(f"… and {len(wrong) - 20} more")
-    if wrong:
-        raise UserError(f"{counts}, {len(wrong)} bad")
-    print(f"{counts}, 0 bad")
-
-
-def check_rows(path, folder, report):
-    """Reads every row of a JSON file, opens every picture that it names; → a line of counts."""
-    problems = {}  # picture → what is wrong with it, or None
-    formats, rows = [], 0
-    for line, _, raw in json_rows(path):
-        rows += 1
-        try:
-            form, row = read_row(raw)
-            formats = formats or [form]
-            if form != formats[0]:
-                raise ValueError(f"a row of {form} among those of {formats[0]}")
-            for name in row.pictures:
-                if name not in problems:
-                    problems[name] = problem(functools.partial(open_picture, folder, name))
-                if problems[name]:
-                    raise ValueError(problems[name])
-        except ValueError as error:
-            report(f"{row_name(path, line)}: {error}")
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    good = sum(not reason for reason in problems.values())
-    return f"{path}: {formats[0] if formats else 'unknown format'}, {rows} rows, {good} pictures"
-
-
-def check_pictures(path, report):
-    """Opens every captioned picture of a folder or a .tar; → a line of counts."""
-    pairs = FilePairs(open_source(path, None, "train", 0, lambda line: report(line.removeprefix("skipped "))))
-    for index in range(len(pairs)):
-        if reason := problem(lambda index=index: pairs.open(pairs.read(index, None).picture)):
-            report(reason if reason.startswith(pairs.path) else f"{pairs.where(index)}: {reason}")
-    form = "folder" if os.path.isdir(path) else "WebDataset"
-    return f"{path}: {form}, {len(pairs)} captioned pictures"
-
-
-def problem(open_it):
-    """Why a picture cannot be opened, or None."""
-    try:
-        open_it()
-    except (UserError, ValueError) as error:
-        return str(error)
-    return None
+    print_findings(args.file, args.images)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -400,11 +343,11 @@ COMMANDS = {  # name → (function, whose docstring is its --help; a summary; an
     ),
     "check": (
         check,
-        "name every row of a DreamLLM's data that cannot be used",
+        "what training would use of any data, what it would leave out, and why",
         "llava.json --images coco",
         {
-            "file": dict(metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder"),
-            "--images": dict(help="the folder of the pictures that rows name (default: the file's own)"),
+            "file": dict(metavar="PATH", help="a folder, a .tar or a pattern of them, texts, rows in .jsonl or .json"),
+            "--images": dict(default="", help="the folder of the pictures that rows name (default: the file's own)"),
         },
     ),
 }

@@ -117,7 +117,7 @@ def tar_files(tars, report):
             continue
         files |= {f"{shard}/{name}": place for name, place in members.items()}
         if broken:
-            report(f"{path}: truncated ({broken}); what comes before the break is used")
+            report(f"skipped the end of {path}: truncated ({broken})")
     if len(wrong) == len(tars):
         raise UserError(wrong[0])
     for line in wrong:

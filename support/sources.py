@@ -50,17 +50,16 @@ def warn(text):
 class Skipping:
     """Base of what reads many files or rows, some of them broken: each fault is named once.
 
-    skipped   how many faults have been found so far
+    skipped   how many faults have been found so far; reasons: a line for each
     report    is called with one line for each, "skipped FILE: REASON"
     """
 
     def __init__(self, report=warn):
-        self.report, self.skipped = report, 0
-        self._reasons = set()
+        self.report, self.skipped, self.reasons = report, 0, {}
 
     def skip(self, reason, say=True):
-        if reason not in self._reasons:
-            self._reasons.add(reason)
+        if reason not in self.reasons:
+            self.reasons[reason] = True
             self.skipped += 1
             if say:
                 self.report(f"skipped {reason}")
@@ -133,6 +132,7 @@ class PictureSource(Skipping):
     """Base of the two sources of pictures: a list of Items, and how their pictures are opened.
 
     path, side    where it was opened; the pixels of a picture's side (None: as large as it is)
+    left_out      {what else lies there, and why it is not used: (count, name of the first)}
     items         all Items of one split; source[i] is one of them, len(source) their number
     offers        modalities that all items have; "category", "frames", "views" if any item has them
 
@@ -142,7 +142,7 @@ class PictureSource(Skipping):
 
     def __init__(self, path, side, report=warn):
         super().__init__(report)
-        self.path, self.side = path, side
+        self.path, self.side, self.left_out = path, side, {}
 
     def _set_items(self, items):
         self.items = items
@@ -159,6 +159,10 @@ class PictureSource(Skipping):
 
     def __getitem__(self, index):
         return self.items[index]
+
+    def caption_files(self, item):
+        """Yields (where it stands, captions) of each place that has captions of an item, the first one first."""
+        yield "its name", self.captions_of(item)
 
     def captioned(self):
         """The Items that have a caption, in order; of the others, it is said how many they are."""
@@ -363,7 +367,6 @@ class FileSource(PictureSource):
     a/e.views/00.png, 00.mask.png …   an object from many sides
 
     files: {name: path, or (tar, offset, size)}. A broken file is found when it is first read.
-    left_out: {what else lies there, and why it is not used: (count, name of the first)}.
     """
 
     def __init__(self, path, names, side, split, held_out_fraction, report=warn):
