@@ -48,8 +48,9 @@ from documents import chat_parts
 from dreamllm import END, DreamLLM
 from lvm import LVM, run_data
 from model import LLaMA
+from published.llama import in_context
 from support import checkpoint, settings
-from support.chat import TEMPLATES
+from support.chat import TEMPLATES, own_template
 from support.options import fraction, natural, non_negative, picture_size, positive_int, seed_number
 from support.pages import PAGE_FILE, picture_name, plain, save_page
 from support.pictures import SUFFIXES, load_picture, psnr, resized, save_animation, save_grid, to_float, to_uint8
@@ -181,6 +182,27 @@ def load_with(args, loader):
     return loader(args.run, args.tokenizer, *device_and_dtype(args))
 
 
+def load_in_context(args):
+    """The LLaMA of --run and its Tokenizer, in the context that --context asks for."""
+    llama, tokenizer = load_with(args, load_text)
+    if args.context:
+        llama.config = in_context(llama.config, max_seq_len=args.context)
+    return llama, tokenizer
+
+
+def framing(template, system, folder):
+    """--chat or --template, and --system → (a key of TEMPLATES, the system message or None).
+
+    "auto" is the chat template in the tokenizer's `folder`, with the system message that this one begins with.
+    """
+    if template != "auto":
+        return template, system
+    if folder is None:
+        raise UserError('the tokenizer "bytes" has no chat template: name one')
+    template, own_system = own_template(folder)
+    return template, own_system if system is None else system
+
+
 def load_dream(args):
     """The DreamLLM at --run."""
     device, dtype = device_and_dtype(args)
@@ -235,6 +257,7 @@ def chat_prompt(args, pictures):
     content = args.prompt if "<image>" in args.prompt else "<image>\n" * len(pictures) + args.prompt
     system = data.get("system") if args.system is None else args.system
     template = args.template or data.get("template", "vicuna")
+    template, system = framing(template, system, checkpoint.weights_folder(args.run))
     try:
         return chat_parts([{"role": "user", "content": content}], pictures, template, system)
     except ValueError as error:
@@ -357,10 +380,11 @@ def continue_text(args):
 
     It ends at an end token, after --max-new tokens, or where the model's context is full.
     """
-    llama, tokenizer = load_with(args, load_text)
+    llama, tokenizer = load_in_context(args)
     if args.chat:
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        ids = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}], args.chat)
+        template, system = framing(args.chat, args.system, tokenizer.file and tokenizer.file.parent)
+        system = [] if system is None else [{"role": "system", "content": system}]
+        ids = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}], template)
     elif args.system is not None:
         raise UserError("--system needs --chat: only a chat template has a place for it")
     else:
@@ -484,6 +508,8 @@ def perplexity(args):
     A text: the perplexity of a token, and bits per byte, which tokenizers have in common.
     """
     if Path(args.input).suffix == ".jsonl":
+        if args.context:
+            raise UserError("--context is for a text: a row of pictures is read whole")
         picture_perplexity(args)
     else:
         text_perplexity(args)
@@ -510,7 +536,7 @@ def picture_perplexity(args):
 def text_perplexity(args):
     """The perplexity of a token of --input, and its bits per byte, printed."""
     text = settings.read_text(args.input)
-    llama, tokenizer = load_with(args, load_text)
+    llama, tokenizer = load_in_context(args)
     tokens = torch.tensor(tokenizer.encode(text, bos=True), device=llama.embed_tokens.weight.device)
     if len(tokens) < 2:
         raise UserError(f"{args.input}: too short: it has no token that follows another")
@@ -543,6 +569,7 @@ MODEL = (
 )
 FLOAT_MODEL = (*MODEL, option("--dtype", choices=FLOATS, help=DTYPE))
 LLAMA = (*MODEL, option("--dtype", choices=(*FLOATS, "int8"), help=DTYPE))
+CONTEXT = option("--context", type=positive_int, metavar="N", help="tokens that the model may see; default: its own")
 SEED = option("--seed", type=seed_number, help="makes the result repeatable")
 SAMPLING = (
     option("--temperature", type=non_negative, default=1.0, help="0: always the most likely token (1)"),
@@ -616,7 +643,8 @@ COMMANDS = {  # name: (function, example, options …)
         '--run out/tiny_text --prompt "woman "',
         *LLAMA,
         option("--prompt", default="", help="a text to continue, or the question (empty)"),
-        option("--chat", choices=TEMPLATES, help=FRAMING),
+        option("--chat", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's own"),
+        CONTEXT,
         option("--system", help="the chat's system message (the template's own)"),
         option("--max-new", type=positive_int, default=256, help="most tokens to write (256, or the context's end)"),
         option("--tokenizer", default="", help="the tokenizer's folder; default: the run's own"),
@@ -641,7 +669,7 @@ COMMANDS = {  # name: (function, example, options …)
         '--run out/emoji/dream/instruct --image x.png --prompt "What is this?"',
         *INTERLEAVED,
         option("--prompt", default="", help="the question; <image> in it: where a picture stands (before it)"),
-        option("--template", choices=TEMPLATES, help=f"{FRAMING} (the run's own, else vicuna)"),
+        option("--template", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's (the run's, else vicuna)"),
         option("--out", default="chat.png", help="the answer's pictures, numbered (chat.png)"),
     ),
     "document": (
@@ -657,6 +685,7 @@ COMMANDS = {  # name: (function, example, options …)
         "--run out/demo/lvm --input pairs.jsonl",
         *LLAMA,
         option("--input", required=True, metavar="FILE", help="a text; or a .jsonl of pictures"),
+        CONTEXT,
         option("--tokenizer", default="", help="of the pictures or the text; default: the run's own"),
         option(
             "--window", type=positive_int, default=4096, help="tokens of a text read at once (4096, or the context)"

@@ -58,6 +58,7 @@ except ImportError:
 
 FILES = ("tokenizer.json", "tokenizer.model")
 SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+SIBLINGS += ("chat_template.jinja", "chat_template.json")
 
 # The tokens that DreamLLM adds to its LLaMA's. Their ids differ between its published files.
 ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", "<dream_start>", "<dream_end>")

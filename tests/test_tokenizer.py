@@ -434,7 +434,7 @@ def messages(*texts, system=None):
 
 def render_chat(template, said):
     """The template's text, special tokens by name."""
-    return "".join(chat.TEMPLATES[template](*chat.check_turns(said)))
+    return "".join(chat.render_chat(said, template))
 
 
 def test_plain_is_the_texts_alone():
