@@ -669,7 +669,7 @@ COMMANDS = {  # name: (function, example, options …)
         '--run out/emoji/dream/instruct --image x.png --prompt "What is this?"',
         *INTERLEAVED,
         option("--prompt", default="", help="the question; <image> in it: where a picture stands (before it)"),
-        option("--template", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's (the run's, else vicuna)"),
+        option("--template", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's own (the run's)"),
         option("--out", default="chat.png", help="the answer's pictures, numbered (chat.png)"),
     ),
     "document": (
