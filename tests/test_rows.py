@@ -200,7 +200,7 @@ def test_names_may_be_windows_own_and_those_of_another_machine_are_named(tmp_pat
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / "1.png").write_bytes(png(1))
     assert open_picture(tmp_path, "coco\\1.png").size == open_picture(tmp_path, "coco/1.png").size == (24, 20)
-    with pytest.raises(ValueError, match="/data/ann/1.png: no such file on this machine: write names inside"):
+    with pytest.raises(ValueError, match=r"/data/ann/1.png: no such file on this machine: write names inside"):
         open_picture(tmp_path, "/data/ann/1.png")
 
 
