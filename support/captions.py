@@ -60,13 +60,14 @@ def _table(text):
     return row
 
 
-def listed(name, data, known, skip):
-    """The rows of a list → {name of a picture: its captions, of all rows together}, and the names that are not `known`.
+def listed(name, data, known, skip, unused):
+    """Yields (a picture, its captions) of each row of a list.
 
     name      of the list: its pictures are named from its folder on, with / or \\, %20 or blanks
-    skip      is called with (row, reason) for each row that cannot be used
+    known     the names of all pictures
+    skip      is called with (number, reason) for each row that is broken
+    unused    a list that takes (reason, picture) of rows without a picture, or without a caption
     """
-    captions, missing = {}, []
     for number, raw in _rows(name, text_of(data)):
         try:
             row = raw if isinstance(raw, dict) else _table(raw)
@@ -77,18 +78,22 @@ def listed(name, data, known, skip):
             places = [posixpath.normpath(posixpath.join(posixpath.dirname(name), f)) for f in (file, unquote(file))]
             place = next((place for place in places if place in known), None)
             if place is None:
-                missing.append(file)
+                unused.append(("caption of a picture that is not there", file))
+            elif row.keys().isdisjoint(CAPTION_KEYS):
+                unused.append((f"row of a list without {' or '.join(CAPTION_KEYS)}", file))
             else:
-                captions[place] = captions.get(place, ()) + of_row(row)
+                yield place, of_row(row)
         except ValueError as error:
             skip(number, error)
-    return captions, missing
 
 
 def _rows(name, text):
     """Yields (number, a line of JSON, or a table) of a list; of a table's first line, row 2 is the first below it."""
     if name.endswith(".csv"):
-        yield from enumerate(csv.DictReader(io.StringIO(text)), 2)
+        try:
+            yield from enumerate(csv.DictReader(io.StringIO(text)), 2)
+        except csv.Error as error:
+            raise ValueError(f"not CSV ({error})") from None
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -57,13 +57,14 @@ def is_hidden(name):
 
 
 def folder_files(folder):
-    """{path inside the folder: path} of all files in it, however deep; each folder once, whatever links to it."""
-    files, seen = {}, set()
+    """{path inside the folder: path} of all files in it, however deep, but not in a link to a folder around it."""
+    files, above = {}, {}  # above: {folder: its real path and those of the folders around it}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        if (place := os.path.realpath(parent)) in seen:
+        around, real = above.get(os.path.dirname(parent), frozenset()), os.path.realpath(parent)
+        if real in around:
             folders.clear()
             continue
-        seen.add(place)
+        above[parent] = around | {real}
         folders.sort()
         for name in sorted(names):
             path = os.path.join(parent, name)
@@ -78,7 +79,8 @@ def matches(pattern):
     """The paths that a shell pattern names, sorted; {00..12} and {a,b} in it are written out."""
     paths = []
     for one in braces(pattern):
-        paths += sorted(glob.glob(one)) or [one]  # a name with brackets in it is no pattern
+        # a name with brackets in it is no pattern, if there is such a file
+        paths += [one] if os.path.exists(one) else sorted(glob.glob(one)) or [one]
     return paths
 
 
@@ -177,6 +179,8 @@ def read(files, name, start=None):
 
 def text_of(data):
     """The text in a file's bytes; a ValueError says why there is none."""
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("a Git LFS pointer, not the file: git lfs pull")
     try:
         text = decode(data)
     except UnicodeDecodeError as error:

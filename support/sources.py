@@ -371,17 +371,15 @@ class FileSource(PictureSource):
 
     def __init__(self, path, names, side, split, held_out_fraction, report=warn):
         super().__init__(str(path), side, report)
-        hidden = [name for name in names if files.is_hidden(name)]
-        self.files = {name: place for name, place in names.items() if name not in set(hidden)}
+        self.files = {name: place for name, place in names.items() if not files.is_hidden(name)}
         self.beside = collections.defaultdict(dict)  # {stem: {ending: file}} of all that is no picture
         for name in self.files:
             stem, ending = os.path.splitext(name)
             if ending.lower() not in ENDINGS:
                 self.beside[stem][ending.lower()] = name
-        self.listed, missing = self._read_lists()
+        unused = [(files.SYSTEMS, name) for name in names if name not in self.files]
+        self.listed = self._read_lists(unused)
         items = self._group()
-        unused = [(files.SYSTEMS, name) for name in hidden]
-        unused += [("caption of a picture that is not there", name) for name in missing]
         self.left_out = tally(unused + [(self._why_unused(name), name) for name in self._unused(items)])
         if not items:
             raise UserError(f"{path}: no pictures in it" + in_words(self.left_out, ", but "))
@@ -470,22 +468,21 @@ class FileSource(PictureSource):
         except Exception:  # broken: named when the picture is used
             return 1
 
-    def _read_lists(self):
-        """→ ({picture: its captions} of the files captions.LISTS, names of pictures that are not there)."""
+    def _read_lists(self, unused):
+        """{picture: its captions} of the files captions.LISTS; `unused` takes (why, picture) of rows without use."""
         known = {*self.files, *map(posixpath.dirname, self.files)}
-        found, missing = {}, []
+        found = {}
         for name in self.files:
             if os.path.basename(name) in captions.LISTS:
                 try:
                     skip = functools.partial(self._skip_row, name)
-                    more, absent = captions.listed(name, self._read(name), known, skip)
+                    for picture, texts in captions.listed(name, self._read(name), known, skip, unused):
+                        found[picture] = found.get(picture, ()) + texts
                 except ValueError as error:
                     self.skip(f"{self.path}/{name}: {error}")
-                    continue
-                missing += absent
-                for picture, texts in more.items():
-                    found[picture] = found.get(picture, ()) + texts
-        return found, missing
+                except UserError as error:
+                    self.skip(str(error))
+        return found
 
     def _skip_row(self, name, number, reason):
         self.skip(f"{self.path}/{name}:{number}: {reason}")
