@@ -206,7 +206,7 @@ def test_transformers_reads_the_same_folder_the_same_way(tmp_path):
 
 
 def test_ids_need_not_be_in_the_order_of_merges(tmp_path):
-    """tiktoken takes an id for a rank; a file that deals its ids out otherwise still merges by its list."""
+    """A file may deal its ids out in any order: it merges by its list."""
     pytest.importorskip("tokenizers")
     from tokenizers import Tokenizer as Reference
 
@@ -224,8 +224,14 @@ def test_ids_need_not_be_in_the_order_of_merges(tmp_path):
 @pytest.mark.parametrize("gap", [" " * 1_500_000, "word " * 300_000])
 def test_a_long_text_is_no_problem(gap):
     """The regex in tiktoken panics at a million spaces: texts are handed over in slices."""
-    words = tokenizer.byte_pair_encoder({bytes([i]): i for i in range(256)}, [tokenizer.LLAMA3])
+    words = tokenizer.ranked({bytes([i]): i for i in range(256)}, tokenizer.LLAMA3)
     assert words("a" + gap + "b") == list(("a" + gap + "b").encode())
+
+
+def test_a_word_may_be_a_whole_text():
+    """Where nothing cuts it, merging is still no square of its length: half of 200,000 letters' pairs are merged."""
+    words = tokenizer.bpe({"a": 0, "aa": 1, "aaaa": 2}, [("a", "a"), ("aa", "aa")])
+    assert words("a" * 200_003) == [2] * 50_000 + [1, 0]
 
 
 @pytest.mark.parametrize("unknown", [None, "<|eot_id|>"])
@@ -260,7 +266,6 @@ def changed(saved, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (["model", "type"], "Unigram", "holds no byte-level BPE"),
         (
             ["pre_tokenizer"],
             {"type": "Metaspace"},
@@ -269,12 +274,14 @@ def changed(saved, path, value):
         (["pre_tokenizer"], None, "holds no byte-level BPE"),
         (["model"], [], "holds no byte-level BPE"),
         (["normalizer"], {"type": "Lowercase"}, "the normalizer Lowercase is not supported"),
-        (["model", "byte_fallback"], True, "BPE with byte_fallback is not supported"),
+        (["model", "type"], "Unigram", "no byte-level BPE but Unigram; put the original tokenizer.model next to it"),
+        (["model", "dropout"], 0.1, "BPE with dropout is not supported"),
         (["model", "end_of_word_suffix"], "</w>", "BPE with end_of_word_suffix is not supported"),
         (["model", "merges"], [["a", "🎉"]], "not the file it should be"),
         (["model", "merges"], [["Q", "Q"]], "the merge to b'QQ' makes a token that is not in its vocabulary"),
         (["model", "vocab"], None, "not the file it should be"),
-        (["added_tokens"], [{"id": 1, "content": "<m>", "lstrip": True}], "take the spaces beside them along"),
+        (["added_tokens"], [{"id": 9, "content": "<m>", "special": True}], "<m> has the id 9, which is taken"),
+        (["added_tokens"], [{"id": "9", "content": "<m>", "special": True}], "<m> has the id '9'"),
     ],
 )
 def test_a_tokenizer_json_we_do_not_understand_is_refused(tmp_path, path, value, says):
@@ -285,7 +292,7 @@ def test_a_tokenizer_json_we_do_not_understand_is_refused(tmp_path, path, value,
     assert says in refused(tmp_path)
 
 
-@pytest.mark.parametrize("step", [{"type": "Punctuation", "behavior": "Contiguous"}, {"type": "Whitespace"}])
+@pytest.mark.parametrize("step", [{"type": "UnicodeScripts"}, {"type": "FixedLength", "length": 5}])
 def test_a_way_of_cutting_we_do_not_know_is_refused(tmp_path, step):
     saved = json.loads(train_bpe("smollm2").to_str())
     saved["pre_tokenizer"]["pretokenizers"][0] = step
