@@ -135,16 +135,17 @@ def part_of(config_class, section):
     return config_class(**{name: getattr(section, name) for name in names})
 
 
-def start_model(cls, config_class, section, explicit_keys, resume):
+def start_model(cls, config_class, section, explicit_keys, resume, **options):
     """A float32 model from `resume` (a step's folder), else section.init, else fresh.
 
-    A key of [model] that was written down must agree with what is loaded.
+    A key of [model] that was written down must agree with what is loaded. options: of from_pretrained.
     """
     config, folder = part_of(config_class, section), resume or section.init
     if not folder:
         return fresh_model(cls, config)
-    model = cls.from_pretrained(folder, dtype=torch.float32).train()
-    settings.must_agree(explicit_keys & vars(config).keys(), section, model.config, folder)
+    model = cls.from_pretrained(folder, dtype=torch.float32, **options).train()
+    written = {key for key in explicit_keys if key.partition(".")[0] in vars(config)}
+    settings.must_agree(written, section, model.config, folder)
     return model
 
 
@@ -467,7 +468,9 @@ class CLIPTask(Task):
 
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
-        self.model = start_model(CLIP, CLIPConfig, config.model, explicit_keys, resume)
+        # for published weights that do not say it
+        activation = config.model.vision.activation if "vision.activation" in explicit_keys else None
+        self.model = start_model(CLIP, CLIPConfig, config.model, explicit_keys, resume, activation=activation)
         vision, text, data = self.model.config.vision, self.model.config.text, config.data
         if not (vision and text):
             raise UserError("to train a CLIP takes both [model.vision] and [model.text]")

@@ -173,7 +173,7 @@ def run_class(model, data, **others):
 
 
 def read_run(path, overrides, runs, sizes):
-    """The configuration at `path` → (settings, the keys of [model] that are written down in it).
+    """The configuration at `path` → (settings, the keys of [model] that are written down in it, dotted ones too).
 
     runs: {model.kind: its run_class}; sizes: {model.kind: {model.size: the keys that this size stands for}}.
     """
@@ -189,7 +189,10 @@ def read_run(path, overrides, runs, sizes):
         if size not in named:
             raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(named) or "any, for this kind"}')
         values["model"] = named[size] | model
-    return build_from(path, runs[kind], values), set(values["model"])
+    keys = set(values["model"])
+    for name, section in values["model"].items():
+        keys |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else set()
+    return build_from(path, runs[kind], values), keys
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -404,12 +407,18 @@ def _parse(hint, text):
 
 
 def must_agree(written, asked, found, folder):
-    """Raises a UserError unless each of the keys `written` in [model] has in `folder`'s model the value asked for."""
-    for name in sorted(written):
-        if getattr(asked, name) != getattr(found, name):
-            raise UserError(
-                f"model.{name} is {getattr(asked, name)} in the configuration but {getattr(found, name)} in {folder}"
-            )
+    """Raises a UserError unless each of the keys `written` in [model] has in `folder`'s model the value asked for.
+
+    A dotted key is compared alone; its section is not, but for whether it is there.
+    """
+    sections = {key.partition(".")[0] for key in written if "." in key}
+    for key in sorted(written):
+        name, _, inner = key.partition(".")
+        ours, theirs = getattr(asked, name), getattr(found, name)
+        if inner and ours is not None and theirs is not None:
+            ours, theirs = getattr(ours, inner, None), getattr(theirs, inner, None)
+        if ours != theirs and not (key in sections and ours is not None and theirs is not None):
+            raise UserError(f"model.{key} is {ours} in the configuration but {theirs} in {folder}")
 
 
 # ---- what may stand in a field: for __post_init__, whose ValueErrors `build` turns into one line --
