@@ -80,9 +80,7 @@ def load_text(run, tokenizer="", device="cpu", dtype=None):
         tokenizer = folder if complete else data.get("text_tokenizer") or folder
     tokenizer = Tokenizer.from_pretrained(tokenizer)
     llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
-    if tokenizer.vocab_size > llama.config.vocab_size:
-        known, embedded = tokenizer.vocab_size, llama.config.vocab_size
-        raise UserError(f"the tokenizer knows {known} tokens, the LLaMA only {embedded}: they do not fit")
+    tokenizer.rows = llama.config.vocab_size  # padding is often added to a tokenizer alone
     return llama, tokenizer
 
 
@@ -91,7 +89,8 @@ def stream_text(llama, tokenizer, ids, max_new_tokens, **sampling):
     device = llama.embed_tokens.weight.device
     prompt = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
     count = min(max_new_tokens, llama.config.max_seq_len - len(ids))
-    allowed = list(tokenizer.bytes_of)  # a model's vocabulary may be padded beyond its tokenizer's
+    rows = range(llama.config.vocab_size)
+    allowed = list(filter(tokenizer.bytes_of.__contains__, rows))  # either may be padded beyond the other
 
     def new_ids():
         for new in llama.stream(prompt, count, allowed=allowed, **sampling):  # (1, 1)
