@@ -21,7 +21,7 @@ from pathlib import Path
 from support import files
 from support.formats import read_row
 from support.pictures import ENDINGS, load_picture
-from support.rows import json_rows, names_rows, open_picture, read_rows
+from support.rows import fault_kind, json_rows, names_rows, open_picture, read_rows
 from support.settings import UserError
 from support.sources import TextFiles, open_source, tally
 from support.token_rows import RowsFiles, RowsInfo, rows_files
@@ -49,7 +49,7 @@ class Findings:
         reasons = []
         for line in self.bad:
             name, _, reason = line.partition(": ")
-            reasons.append((re.sub("[0-9]+", "…", reason), name))
+            reasons.append((fault_kind(reason), name))
         parts = {"used": tally(self.used), "not used": self.left_out, "bad": tally(reasons)}
         width = min(100, max([len(kind) for part in parts.values() for kind in part], default=0))
         for title, part in parts.items():

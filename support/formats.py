@@ -395,6 +395,7 @@ ELSEWHERE = {  # keys of rows that are known, and not of use here → what to do
     ("chosen", "rejected"): "a preference: there is no training on preferences here",
     ("tokens",): "a row of tokens, as an LVM or a LLaMA reads it: name the file in data.rows",
     ("input_ids",): "a row of another tokenizer's ids: rows of texts are wanted",
+    ("question", "answer"): 'a question: write {"conversations": …, "image": …}, <image> in the question',
     ("url", "caption"): "a link to a picture: download them (img2dataset), and name its shards",
     ("URL", "TEXT"): "a link to a picture: download them (img2dataset), and name its shards",
     ("text",): 'a text alone, which a LLaMA learns from: kind = "text", python prepare.py tokenize',
@@ -423,5 +424,8 @@ def read_row(raw):
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             raise ValueError(f'a table around {len(value)} rows: write its list "{key}" into a file of its own')
-    known = "; ".join(f"{', '.join(format.keys)} ({format.name})" for format in FORMATS)
+    if row and set(map(type, row.values())) == {dict}:
+        raise ValueError(f"a table of {len(row)} rows by their names: write its values alone")
+    first = {format.name: format for format in reversed(FORMATS)}  # one of several with the same name
+    known = "; ".join(f"{', '.join(first[name].keys)} ({name})" for name in reversed(first))
     raise ValueError(f"its keys {', '.join(row)[:200] or '(none)'} are of no known row: {known}")

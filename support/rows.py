@@ -206,7 +206,7 @@ def json_rows(path):
 
 def row_name(file, place):
     """What messages call the row at a place that json_rows gives."""
-    return f"{file}:{place}" if place > 0 else f"{file}: row {-place}"
+    return f"{file}:{place}" if place > 0 else f"{file} (row {-place})"
 
 
 def jsonl_rows(file):
@@ -254,7 +254,7 @@ def json_values(data):
 
 def fault_kind(reason):
     """What is wrong with a row, without its numbers and names, so that equal faults can be counted."""
-    return re.sub(r'"[^"]*"|[0-9]+', "…", reason)
+    return re.sub(r'"[^"]*"|\S*/\S*[^\s:]|\S+\.(jpe?g|png|webp|gif)\b|[0-9]+', "…", reason)
 
 
 def read_rows(path):

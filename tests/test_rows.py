@@ -130,6 +130,8 @@ def test_an_answer_before_the_first_question_is_left_out_and_the_row_is_kept():
         ({"tokens": "AAAA"}, "a row of tokens, as an LVM or a LLaMA reads it: name the file in data.rows"),
         ({"text": "Once upon"}, 'a text alone, which a LLaMA learns from: kind = "text"'),
         ({"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]}, "of COCO's table: write a row"),
+        ({"a": {"image": "1.jpg"}, "b": {"image": "2.jpg"}}, "a table of 2 rows by their names: write its values"),
+        ({"image": "a.jpg", "question": "a", "answer": "b"}, 'a question: write {"conversations": '),
         ({"version": 1, "data": [{"a": 1}] * 3}, 'a table around 3 rows: write its list "data" into a file of its own'),
     ],
 )
@@ -242,11 +244,11 @@ def test_each_row_of_a_one_line_file_counts_by_itself(tmp_path, capsys):
     read = rows_of(file, "conversation")
     assert (len(read.sources[0]), read.skipped) == (100, 300)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11 and lines[1] == f"skipped {file}: row 2: it has no answer"
+    assert len(lines) == 11 and lines[1] == f"skipped {file} (row 2): it has no answer"
     assert lines[10] == f"{file}: skipped 300 × it has no answer ({file}:1)"
     names = [row_name("x", place) for place, *_ in json_rows(file)]
-    assert (names[0], names[1], names[399]) == ("x:1", "x: row 2", "x: row 400")
-    assert read.sources[0].where(0) == f"{file}: row 301"
+    assert (names[0], names[1], names[399]) == ("x:1", "x (row 2)", "x (row 400)")
+    assert read.sources[0].where(0) == f"{file} (row 301)"
 
 
 def test_what_is_left_out_of_rows_is_counted(tmp_path, capsys):
@@ -292,7 +294,9 @@ def test_a_file_that_holds_no_json_is_called_by_its_name(tmp_path, name, content
 
 def test_equal_faults_are_counted_together_whatever_their_numbers():
     faults = ['conversations[3].from is "bot": one of', 'conversations[12].from is "tool": one of', "1 × <image>"]
-    assert len(set(map(fault_kind, faults))) == 2
+    faults += ["in/a b.jpg: no such file", "in/c d.jpg: no such file", "2.jpg: no such file"]
+    assert [*map(fault_kind, faults[1:3])] == ["conversations[…].from is …: one of", "… × <image>"]
+    assert len(set(map(fault_kind, faults))) == 4
 
 
 # ---- rows of tokens --------------------------------------------------------------------------------
