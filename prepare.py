@@ -224,7 +224,8 @@ def decoded_rows(args, data):
     model, device = load_tokenizer(path, args.device)
     side = args.side or (info and info.side) or (data and data.side) or model.config.resolution
     lines, total = some_lines(args.rows_file, args.rows)
-    dtype = dtype_of(args.rows_file) if data is None or data.row_dtype == "auto" else data.row_dtype
+    dtype = data.row_dtype if data else "auto"
+    dtype = dtype_of(args.rows_file, model.config.num_embeddings) if dtype == "auto" else dtype
     sheet = []
     for number, line in lines.items():
         try:

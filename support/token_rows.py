@@ -76,31 +76,35 @@ def row_data(line):
         raise ValueError(f"bad base64 ({error})") from None
 
 
-def tell_dtype(lines):
+def tell_dtype(lines, vocab_size=None):
     """The dtype that most of these rows are in, by their bytes: a key of DTYPES.
 
-    No vocabulary has 2^20 codes. So a row is in the widest dtype in which all its codes are smaller:
-    int32 read as int64 makes huge numbers, and int64 read as int32 a zero behind every code. Zeros
-    alone tell nothing, and 64 bytes are too few to be sure of int64: then it is LVM's int32.
+    It is the widest in which all codes of a row lie in the vocabulary, else below 2^20, which no
+    vocabulary reaches: int32 read as int64 makes huge numbers, and int64 read as int32 a zero behind
+    every code. Zeros alone tell nothing, and 64 bytes are too few to be sure of int64: then it is
+    LVM's int32. (A vocabulary above 2^15 does not tell uint16 from int32 with larger codes.)
     """
+    bounds = [2**20] if vocab_size is None or vocab_size > 2**15 else [vocab_size, 2**20]
     told = dict.fromkeys(DTYPES, 0)  # bytes
     for line in lines:
         with contextlib.suppress(ValueError):
             data = row_data(line)
             if not isinstance(data, bytes) or not any(data):
                 continue
-            if dtype := next((dtype for dtype, code in DTYPES.items() if _fits(data, code)), None):
-                told[dtype] += len(data)
+            for bound, dtype in itertools.product(bounds, DTYPES):
+                if _fits(data, DTYPES[dtype], bound):
+                    told[dtype] += len(data)
+                    break
     dtype = max(told, key=told.get)
     return dtype if told[dtype] > (64 if dtype == "int64" else 0) else "int32"
 
 
-def _fits(data, code):
-    """Whether bytes can be codes of that numpy dtype: a whole number of them, none as large as 2^20."""
+def _fits(data, code, bound):
+    """Whether bytes can be codes of that numpy dtype: a whole number of them, none as large as `bound`."""
     if len(data) % np.dtype(code).itemsize:
         return False
     codes = np.frombuffer(data, code)
-    return codes.min() > -(2**20) and codes.max() < 2**20
+    return codes.min() > -bound and codes.max() < bound
 
 
 # ---- rows files ---------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ class RowsFiles(Skipping):
         self.paths, self.dtypes = list(paths), []
         self._maps = [_mapped(path) for path in self.paths]
         for path, text in zip(self.paths, self._maps, strict=True):
-            self.dtypes.append(dtype_of(path, text) if dtype == "auto" else dtype)
+            self.dtypes.append(dtype_of(path, vocab_size, text) if dtype == "auto" else dtype)
         files = zip(self.paths, self._maps, self.dtypes, strict=True)
         lines = [self._index(path, text, vocab_size, of_file) for path, text, of_file in files]
         counts = list(map(len, lines))
@@ -176,12 +180,12 @@ class RowsFiles(Skipping):
         return decode_row(self._maps[file][self.start[i] : self.end[i]], dtype=self.dtypes[file])
 
 
-def dtype_of(path, text=None):
+def dtype_of(path, vocab_size=None, text=None):
     """The dtype of the codes of a rows file, told by its first thousand rows; said if it is not int32."""
     if os.path.exists(f"{path}{INFO}"):
         return "int32"  # new_rows wrote it
     text = _mapped(path) if text is None else text
-    dtype = tell_dtype(text[start:end] for start, end in itertools.islice(_lines(text), 1000))
+    dtype = tell_dtype((text[start:end] for start, end in itertools.islice(_lines(text), 1000)), vocab_size)
     if dtype != "int32":
         warn(f"{path}: its codes are read as {dtype}, by their bytes (data.row_dtype would say otherwise)")
     return dtype

@@ -324,6 +324,20 @@ def test_a_row_is_read_in_the_dtype_that_its_bytes_tell(tmp_path, dtype, said, c
     assert f"rows.jsonl: its codes are read as {said}, by their bytes" in printed if said else not printed
 
 
+@pytest.mark.parametrize("vocab_size", [2, 8, 8192, 50257])
+def test_a_vocabulary_of_any_size_tells_uint16(tmp_path, vocab_size):
+    codes = np.random.default_rng(1).integers(0, vocab_size, (9, 16))
+    rows = RowsFiles([written(tmp_path / "rows.jsonl", "<u2", codes)], vocab_size)
+    assert [rows[i].tolist() for i in range(9)] == codes.tolist()
+
+
+@pytest.mark.parametrize(("made_with", "read_with"), [(128_256, 100_000), (128_256, 65_536), (128_256, 8192), (64, 8)])
+def test_rows_of_a_larger_vocabulary_are_not_taken_for_uint16(made_with, read_with):
+    """They are int32, and refused for the codes that they have."""
+    codes = np.random.default_rng(1).integers(0, made_with, (9, 64))
+    assert tell_dtype(map(encode_row, codes), read_with) == "int32"
+
+
 def test_an_odd_number_of_uint16_is_told_by_its_length(tmp_path):
     rows = RowsFiles([written(tmp_path / "rows.jsonl", "<u2", CODES[:, :63])], vocab_size=1024)
     assert rows.dtypes == ["uint16"] and rows[5].tolist() == CODES[5, :63].tolist()
