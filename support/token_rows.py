@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from support import checkpoint, settings
-from support.rows import no_json
+from support.rows import NAMED, fault_kind, no_json
 from support.settings import UserError
-from support.sources import Skipping, warn
+from support.sources import Skipping, in_words, tally, warn
 
 # ---- one row -----------------------------------------------------------------------------------
 
@@ -136,9 +136,9 @@ def new_rows(path, info):
 class RowsFiles(Skipping):
     """All readable rows of some rows files: rows[i] → its tokens, (n,) int32.
 
-    Opening reads and checks all of them (seconds per gigabyte); a broken one is named, counted in
-    `skipped` and left out. The files stay mapped into memory, and a row is decoded when it is asked
-    for.
+    Opening reads and checks all of them (seconds per gigabyte); a broken one is counted in `skipped`
+    and left out. NAMED of them are said one by one, more in a line that counts them by their faults.
+    The files stay mapped into memory, and a row is decoded when it is asked for.
 
     paths, dtypes        the files, and of each that of its codes: a key of DTYPES
     file, start, end     (rows,) in which file a row's line is, and which of its bytes
@@ -159,6 +159,9 @@ class RowsFiles(Skipping):
         self.file = np.repeat(np.arange(len(counts)), counts)
         self.start, self.end, self.length = np.concatenate(lines).T
         self.tokens = int(self.length.sum())
+        if self.skipped > NAMED:
+            faults = [reason.partition(": ") for reason in self.reasons]
+            warn(f"rows: skipped {in_words(tally((fault_kind(fault), name) for name, _, fault in faults))}")
         if not len(self):
             raise UserError(f"{', '.join(self.paths)}: no readable rows in it")
 
@@ -169,7 +172,7 @@ class RowsFiles(Skipping):
             try:
                 rows.append((start, end, len(decode_row(text[start:end], vocab_size, dtype))))
             except ValueError as error:
-                self.skip(f"{path}:{number}: {error}")
+                self.skip(f"{path}:{number}: {error}", self.skipped < NAMED)
         return np.array(rows, np.int64).reshape(-1, 3)
 
     def __len__(self):

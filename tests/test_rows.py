@@ -366,6 +366,14 @@ def test_show_reads_rows_as_training_does(tmp_path, program, tokenizer_run):
     assert np.array_equal(*sheets)
 
 
+def test_many_broken_rows_are_counted_by_their_faults(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text((encode_row([9]) + encode_row([1])) * 30)
+    assert RowsFiles([tmp_path / "rows.jsonl"], vocab_size=8).skipped == 30
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and lines[0] == f"skipped {tmp_path}/rows.jsonl:1: code 9 lies outside the vocabulary of 8"
+    assert lines[10] == f"rows: skipped 30 × code … lies outside the vocabulary of … ({tmp_path}/rows.jsonl:1)"
+
+
 def test_plain_lists_of_numbers_are_rows():
     assert decode_row(b'{"tokens": [3, 1, 2]}\r', 4).tolist() == [3, 1, 2]
 
