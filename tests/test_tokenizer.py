@@ -410,6 +410,99 @@ def test_legacy_says_where_sentencepiece_writes_a_first_space(vicuna, tmp_path):
     assert "</s> USER: Why?" in old.decode(old.encode_chat(messages("Hi", "Hello!", "Why?"), "vicuna"), special=True)
 
 
+def test_without_add_prefix_space_no_space_is_written(vicuna, tmp_path):
+    """Nor taken away: what begins with a space keeps it."""
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False, "add_prefix_space": False}))
+    words = Tokenizer.from_pretrained(tmp_path)
+    assert "".join(words.stream(words.encode("data"))) == "data" != Tokenizer.from_pretrained(vicuna).encode("data")
+    assert words.encode("data") == words.encode("data", follows=True) and words.decode(words.encode(" data")) == " data"
+
+
+def entry(name, special, **flags):
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    return {"content": name, "special": special} | plain | flags
+
+
+ADDED_LATER = {  # files beside a tokenizer.model of 700 pieces → <tool> is token 700 and not special, <end> 701 and is
+    "decoder": {"tokenizer_config.json": {"added_tokens_decoder": {
+        "700": entry("<tool>", False), "701": entry("<end>", True)}}},
+    "older": {
+        "added_tokens.json": {"<tool>": 700, "<end>": 701},
+        "special_tokens_map.json": {"additional_special_tokens": ["<end>"]},
+    },
+    "a use": {"added_tokens.json": {"<tool>": 700}, "special_tokens_map.json": {"pad_token": {"content": "<end>"}}},
+    "both": {
+        "added_tokens.json": {"<end>": 701, "<tool>": 700},
+        "tokenizer_config.json": {"additional_special_tokens": ["<end>"]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", ADDED_LATER.values(), ids=ADDED_LATER)
+def test_added_tokens_of_all_files_reach_encode(vicuna, tmp_path, files):
+    """What is not special is found in any text, and stays in an answer; saved, it is the same."""
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    words = Tokenizer.from_pretrained(tmp_path)
+    words.add(["<new>"])
+    words.save_pretrained(tmp_path / "saved")
+    for place in (tmp_path, tmp_path / "saved"):
+        words = Tokenizer.from_pretrained(place)
+        words.add(["<new>"])
+        assert words.encode("a<tool>")[-1] == 700 and 701 not in words.encode("a<tool> b<end>")
+        assert words.encode("<new><end>", special=True) == [702, 701]
+        ids = words.encode("a<tool> b<end>", special=True)
+        assert words.decode(ids) == "a<tool>  b" and words.decode(ids, special=True) == "a<tool>  b<end>"
+
+
+def test_a_piece_may_have_got_another_name(vicuna, tmp_path):
+    """Fine-tuners reuse pieces that no text needs: the added name counts, in both directions."""
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    config = {"added_tokens_decoder": {"3": entry("<|im_start|>", True)}, "eos_token": "<|im_start|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    words = Tokenizer.from_pretrained(tmp_path)
+    assert words.encode("<|im_start|>", special=True) == [3] == [words.eos] and words.decode([3], special=True) == (
+        "<|im_start|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("added_tokens.json", {"<x>": "7"}, "the added token <x> has the id '7'"),
+        ("added_tokens.json", {"<s>": 5}, "the added token <s> has the id 5, but is 1 elsewhere"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "its added tokens"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, None),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<x>"}}, "its added tokens"),
+    ],
+)
+def test_added_tokens_that_are_none_are_one_line(vicuna, tmp_path, file, content, says):
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    if says:
+        assert says in refused(tmp_path)
+    else:
+        assert Tokenizer.from_pretrained(tmp_path).vocab_size == 700
+
+
+def test_a_token_for_which_the_model_has_no_row_is_refused_by_name(vicuna):
+    """Padding is often added to a tokenizer alone: it opens, and what needs no more rows is encoded."""
+    words = Tokenizer.from_pretrained(vicuna)
+    words.rows = 701
+    assert words.encode("[PAD]", special=True) == [700] and max(words.encode("<image>")) < 700
+    with pytest.raises(UserError, match="no row for the token <image>: its id is 701, and 701 rows are all"):
+        words.encode("an <image>", special=True)
+    with pytest.raises(UserError, match="no row for the token <dream_start>"):
+        words.encode_parts(["a", Special("<dream_start>")])
+
+
+def test_half_a_surrogate_pair_is_no_traceback(vicuna):
+    for words in (Tokenizer.from_pretrained("bytes"), Tokenizer.from_pretrained(vicuna)):
+        assert words.decode(words.encode("a\ud83d b")) == "a\ufffd b"
+
+
 def test_beside_a_sentencepiece_model_its_json_is_not_needed(vicuna, tmp_path):
     """Llama 2's folder has both, and its tokenizer.json is no byte-level BPE."""
     (tmp_path / "tokenizer.model").write_bytes((vicuna / "tokenizer.model").read_bytes())

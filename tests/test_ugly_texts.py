@@ -7,12 +7,14 @@ special tokens typed in. Its vocabularies are small ones, trained here.
 import base64
 import io
 import json
+import re
+import unicodedata
 
 import pytest
 from conftest import ROOT
 
 from support import tokenizer
-from support.tokenizer import Tokenizer
+from support.tokenizer import CLIPTokenizer, Tokenizer
 
 TEXTS = list(map(json.loads, (ROOT / "tests" / "ugly_texts.txt").read_text().splitlines()))
 CORPUS = [(ROOT / name).read_text() for name in ("README.md", "data.py")] + TEXTS
@@ -202,3 +204,42 @@ def test_ranks_of_llama_3s_kind_give_tiktokens_ids(tmp_path):
         ids = library.encode_ordinary(text)
         assert ours.encode(text) == ids and ours.decode(ids) == text
         check_stream(ours, ids)
+
+
+CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+
+
+def cleaned_alike(text):
+    """Texts that OpenAI's cleaning (mended, HTML resolved), which is ours, leaves as transformers' does."""
+    plain = unicodedata.normalize("NFC", re.sub("[\t\n\r ]+", " ", text)).lower().strip()
+    return tokenizer.clean_caption(text) == plain and not CONTROLS.search(text) and "<|ENDOFTEXT" not in text
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("form", ["one file", "vocabulary and merges", "saved by us"])
+def test_clips_added_words_are_transformers(form, special, tmp_path):
+    """Textual inversion adds a word to a CLIP's vocabulary: Stable Diffusion then reads it as one token."""
+    transformers = pytest.importorskip("transformers")
+    CLIPTokenizer.of_bytes().save_pretrained(tmp_path, 77)
+    library = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    library.add_tokens(["<cat-toy>", "sks_1"], special_tokens=special)
+    if form == "one file":
+        library.save_pretrained(tmp_path / "one")
+        ours = CLIPTokenizer.from_pretrained(tmp_path / "one")
+    else:
+        added = {"<cat-toy>": 514, "sks_1": 515}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+        named = {"additional_special_tokens": list(added)} if special else {}
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+        ours = CLIPTokenizer.from_pretrained(tmp_path)
+    if form == "saved by us":
+        ours.save_pretrained(tmp_path / "two", 77)
+        ours = CLIPTokenizer.from_pretrained(tmp_path / "two")
+        library = transformers.CLIPTokenizer.from_pretrained(tmp_path / "two")
+    texts = [text for text in TEXTS if cleaned_alike(text)]
+    assert len(texts) > 120 and len(ours.vocabulary) == 516
+    for text in [*texts, "a photo of <cat-toy>", "<cat-toy>sks_1, x<cat-toy>, a <cat toy>", "SKS_1"]:
+        ids = library(text, add_special_tokens=False).input_ids
+        assert ours.encode(text) == ids, text
+        # a space behind an added word is the older libraries' way, and ours
+        assert ours.decode(ids).split() == re.sub("(<cat-toy>|sks_1)", r"\1 ", library.decode(ids)).split(), text
