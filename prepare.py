@@ -49,13 +49,13 @@ def tokenize(args):
     for path in (args.out, f"{args.out}{INFO}"):
         out_file(path, inputs=[args.config])
     data, seed = read_config(args)
-    if any(source.kind == "text" for source in data.sources):
+    if "text" in kinds(data):
         return tokenize_texts(args, data)
     sentences = open_sentences(data, seed, args.split)
     path = args.tokenizer or data.tokenizer
     model, device = load_tokenizer(path, args.device)
     shard, shards = args.shard
-    numbers = range(shard, sum(s.count for s in sentences), shards)
+    numbers = range(shard, count(sentences), shards)
     if not numbers:
         raise UserError(f"--shard {shard}/{shards}: no sentence is left for it; make fewer shards")
     cache = CodeCache(model, device, args.batch, data.side)
@@ -75,6 +75,11 @@ def tokenize(args):
     sources = {s.source for s in sentences}
     skipped = sum(source.skipped for source in sources)
     print(f"{args.out}: {len(numbers)} rows, {tokens} tokens, {rate:.1f} pictures/s, {skipped} skipped")
+
+
+def count(sentences):
+    """How many sentences all sources have together."""
+    return sum(some.count for some in sentences)
 
 
 def sentence(sentences, number):
@@ -133,7 +138,7 @@ class CodeCache:
 
 def tokenize_texts(args, data):
     """Texts as rows of ids: the id that begins a text (if there is one), the text, the end's."""
-    if any(source.kind != "text" for source in data.sources):
+    if kinds(data) != {"text"}:
         raise UserError("[[data.sources]] mixes text and pictures: make a rows file of each, in runs of their own")
     path = args.tokenizer or data.text_tokenizer
     if not path:
@@ -150,6 +155,10 @@ def tokenize_texts(args, data):
         if not rows:
             raise UserError(f"none of the texts falls into the {args.split} split: change data.held_out_fraction")
     print(f"{args.out}: {rows} rows, {tokens} tokens")
+
+
+def kinds(data):
+    return {source.kind for source in data.sources}
 
 
 def all_texts(data, split):
@@ -169,7 +178,7 @@ def vocabulary(args):
     if "vocab_size" not in model:
         raise UserError("how many tokens? set model.vocab_size")
     size = settings.convert(int, model["vocab_size"], "model.vocab_size")
-    if any(source.kind != "text" for source in data.sources) or not data.sources:
+    if kinds(data) != {"text"}:
         raise UserError("a vocabulary is made of texts: set the kind of all [[data.sources]] to text")
     if size < 258:
         raise UserError(f"model.vocab_size {size}: 256 bytes, what begins and what ends a text need 258")
@@ -202,7 +211,7 @@ def show(args):
         sheet, total = decoded_rows(args, data)
     elif data:
         sentences = open_sentences(data, seed)
-        total = sum(s.count for s in sentences)
+        total = count(sentences)
         sheet = [sentence(sentences, number) for number in evenly(total, args.rows)]
     else:
         raise UserError("nothing to show: name a rows file, or a --config with [[data.sources]]")

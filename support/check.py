@@ -51,7 +51,7 @@ class Findings:
             name, _, reason = line.partition(": ")
             reasons.append((fault_kind(reason), name))
         parts = {"used": tally(self.used), "not used": self.left_out, "bad": tally(reasons)}
-        width = min(100, max([len(kind) for part in parts.values() for kind in part], default=0))
+        width = min(100, max(map(len, itertools.chain(*parts.values())), default=0))
         for title, part in parts.items():
             if part:
                 yield f"{title:{width}}  count  first"
@@ -96,9 +96,8 @@ def check_folder(path):
     names = [name for name in files.folder_files(path) if not files.is_hidden(name)]
     endings = {os.path.splitext(name)[1].lower() for name in names}
     has_pictures = not endings.isdisjoint(ENDINGS)
-    if any(re.match(r"model_index\.json$|step_\d+/", name) for name in names) or (
-        "config.json" in names and not has_pictures
-    ):
+    is_run = "config.toml" in names or "model_index.json" in names  # which may have pictures, too
+    if is_run or ("config.json" in names and not has_pictures):
         raise UserError(f"{path}: a model, no data: python sample.py what {path}")
     if not has_pictures and not endings.isdisjoint((".txt", ".jsonl")):
         return check_texts(path)
@@ -112,7 +111,7 @@ def check_pictures(path):
     """Opens every picture, frame and annotation of a folder or of tars, and reads every caption."""
     found = Findings()
     source = open_source(path, None, "train", 0, found.report)
-    captioned, others = 0, []
+    caption_files, others = collections.Counter(), []
     for item in source:
         if not source.readable(item, all_frames(item)):
             continue
@@ -123,13 +122,15 @@ def check_pictures(path):
         if not captions:
             others.append((f"{kind} without a caption (where captions are wanted)", item.name))
             continue
-        captioned += 1
-        found.used.append(("caption", captions[0][0]))
-        if any(texts != captions[0][1] for _, texts in captions):
-            others.append(("second caption, which differs from the one that is taken", captions[1][0]))
-    several = [name for kind, name in found.used if kind == "caption" and name != "a list"]
-    shared = [name for name, count in collections.Counter(several).items() if count > 1]
-    found.used += [("caption of several pictures", name) for name in shared]
+        (file, texts), *more = captions
+        found.used.append(("caption", file))
+        caption_files[file] += 1
+        if file != "a list" and caption_files[file] == 2:
+            found.used.append(("caption of several pictures", file))
+        for other, differing in more:
+            if differing != texts:
+                others.append(("another caption, which differs from the one that is taken", other))
+    captioned = caption_files.total()
     found.left_out = source.left_out | tally(others)
     found.about = "folder, " if os.path.isdir(path) else "WebDataset, "
     if captioned == len(source):
@@ -151,7 +152,7 @@ def all_frames(item):
 def check_texts(path):
     found = Findings()
     texts = TextFiles(path, found.report)
-    counts = [len(text) for text in texts]
+    counts = list(map(len, texts))
     found.used = [("file of texts", name) for name in texts.files]
     found.left_out = texts.left_out
     found.about = f"texts, {len(counts)} of them, {sum(counts)} characters"

@@ -234,7 +234,7 @@ def test_captions_are_read_from_all_common_files_in_one_order(tmp_path, check):
     write(tmp_path, {"metadata.csv": 'file_name,text\r\n4.png,"one, in a\ntable"\r\n', "5.png.txt": "after its ending"})
     found = [texts[0] for texts in captioned(tmp_path).values()]
     assert found == ["text", "caption", "json", "list", "one, in a\ntable", "after its ending"]
-    assert "second caption, which differs from the one that is taken 3 0.caption" in check(tmp_path)[1]
+    assert "another caption, which differs from the one that is taken 4 0.caption" in check(tmp_path)[1]
 
 
 def test_names_in_lists_are_normalised(tmp_path):
