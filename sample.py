@@ -9,6 +9,7 @@
     python sample.py document --run DREAMLLM --prompt "food & drink:" --out page
     python sample.py reconstruct --run VQGAN --images a.png b.png --out grid.png
     python sample.py perplexity --run LVM --input pairs.jsonl
+    python sample.py what PATH
 
 An LVM is prompted with pictures only: frames that it continues, or pairs x1, y1, … and a query x
 that it answers with a y (lvm.py). A DreamLLM's prompt has pictures and texts in one sequence; the
@@ -42,14 +43,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from clip import text_encoders
-from diffusion import SAMPLERS, LatentDiffusion
+from clip import CLIP, text_encoders
+from diffusion import SAMPLERS, AutoencoderKL, LatentDiffusion, UNet
 from documents import chat_parts
 from dreamllm import END, DreamLLM
 from lvm import LVM, run_data
 from model import LLaMA
 from published.llama import in_context
-from support import checkpoint, settings
+from support import checkpoint, settings, what
 from support.chat import TEMPLATES, own_template
 from support.options import fraction, natural, non_negative, picture_size, positive_int, seed_number
 from support.pages import PAGE_FILE, picture_name, plain, save_page
@@ -550,6 +551,64 @@ def text_perplexity(args):
 
 
 # ---- the command line ------------------------------------------------------------------------
+def open_pipeline(path, device):
+    """The whole latent diffusion at `path`, its text encoders included."""
+    model = LatentDiffusion.from_pretrained(path, device=device)
+    text = text_encoders(path, device=device)
+    return LatentDiffusion(model.unet, model.vae, model.schedule, text if len(text) > 1 else text[0])
+
+
+OPENERS = {  # what it is: (what opens it, the command to use it with)
+    "a LLaMA": (LLaMA.from_pretrained, 'sample.py text --run {} --prompt "The sky is"'),
+    "a DreamLLM": (DreamLLM.from_pretrained, 'sample.py chat --run {} --image x.png --prompt "What is this?"'),
+    "a VQGAN": (VQGAN.from_pretrained, "sample.py reconstruct --run {} --images a.png"),
+    "a CLIP": (CLIP.from_pretrained, "train.py --config configs/clip.toml model.init={}"),
+    "a CLIP text tower": (CLIP.from_pretrained, "train.py --config configs/unet.toml data.clip={}"),
+    "a CLIP vision tower": (CLIP.from_pretrained, "train.py --config configs/dreamllm_understand.toml model.clip={}"),
+    "an autoencoder of latent diffusion": (
+        AutoencoderKL.from_pretrained,
+        "train.py --config configs/vae.toml model.init={}",
+    ),
+    "a U-Net of latent diffusion": (UNet.from_pretrained, "train.py --config configs/unet.toml model.init={}"),
+    "a latent diffusion pipeline": (open_pipeline, 'sample.py image --run {} --prompt "a taco"'),
+    what.TOKENIZER: (None, 'sample.py text --run LLAMA --tokenizer {} --prompt "The sky is"'),
+}
+
+
+def say_what(args):
+    """Says what a run, a folder or a file is: its size, its tokenizer, and the command to use it with.
+
+    It is opened as every other command does, but without its weights: names, shapes and dtypes are
+    compared, no number is read. What does not open is called by its name, and the exit code is 2.
+    """
+    path = Path(args.path)
+    kind = what.kind_of(path)
+    opener, command = OPENERS[kind]
+    rows = {"what": kind, "run": what.origin(path)}
+    print_rows(rows)
+    rows = {"tokenizer": what.tokenizer_of(checkpoint.weights_folder(path))}
+    if opener:
+        with torch.device("meta"):
+            model = opener(path, device="meta")
+        size, dtype = what.size(model)
+        rows = {"size": size, "dtype": dtype, "context": what.reach(getattr(model, "config", None))} | rows
+    data = run_data(path) if kind == "a LLaMA" else {}
+    if data.get("tokenizer"):
+        command = "sample.py continue --run {} --prompt a.png b.png"
+    elif kind == "a LLaMA" and not rows["tokenizer"]:
+        rows["tokenizer"] = data.get("text_tokenizer")
+        if not rows["tokenizer"]:
+            rows["tokenizer"] = "none beside it: name an LVM's VQGAN, or the folder of a text's"
+            command = "sample.py continue --run {} --tokenizer VQGAN --prompt a.png b.png"
+    print_rows(rows | {"use": f"python {command.format(path)}"})
+
+
+def print_rows(rows):
+    for label, text in rows.items():
+        if text:
+            print(f"{label:10} {text}", flush=True)
+
+
 
 
 def option(flag, **properties):
@@ -692,6 +751,11 @@ COMMANDS = {  # name: (function, example, options …)
     ),
 }
 
+    "what": (
+        say_what,
+        "out/demo/lvm",
+        option("path", metavar="PATH", help="a run's folder, a published one, or a file of weights"),
+    ),
 
 def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)

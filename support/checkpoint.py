@@ -680,8 +680,8 @@ def what_is(path):
 
 def _only_weights(folder):
     """The weights of a folder without config.json, taming's log folders among them; a UserError if it has none."""
-    ckpts = [*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")]
-    file = find_weights(folder) or next(iter(ckpts), None)
+    ckpts = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
+    file = find_weights(folder) or next(reversed(ckpts), None)  # last.ckpt comes after epoch=….ckpt
     if file is None and not (folder / "config.json").exists():
         foreign.refuse(folder, foreign.of_folder(folder, has_weights=False))
     return file
