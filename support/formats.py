@@ -148,7 +148,7 @@ def picture_name(value, where):
 
 
 def picture_names(row):
-    """The pictures of a row: its "image" or "images", a name or a list of names; null and "" are none."""
+    """A row's pictures: "image" or "images", a name or a list of names; null and "" are none."""
     names = []
     for key in ("image", "images"):
         value = row.get(key)
@@ -173,7 +173,7 @@ def caption_list(value, where="caption"):
 
 
 def pick(captions, rng=None):
-    """One of several captions, drawn by `rng`; the only one, or without an `rng` the first, as it is."""
+    """One of several captions, drawn by `rng`; without an `rng` the first."""
     return captions[0 if rng is None or len(captions) == 1 else int(rng.integers(len(captions)))]
 
 
@@ -253,7 +253,7 @@ UNREAD = "video", "videos", "audio", "audios", "tools", "functions"  # keys that
 
 
 def parse_conversation(row, key):
-    """{key: [{"from", "value"} or {"role", "content"}, …], "image" or "images": names} → Conversation.
+    """{key: [{"from", "value"} or {"role", "content"}, …], "image": names} → Conversation.
 
     "from" is a key of ROLES, "value" a text in which <image> or <dream> stands for a picture; the
     pictures are named by the row in their order, or by a turn itself. "system" may be the row's
@@ -306,7 +306,7 @@ def parse_turn(turn, where):
 
 
 def parse_parts(parts, where):
-    """OpenAI's [{"type": "text", "text"} or {"type": "image_url", "image_url": {"url"}}, …] → text, names.
+    """OpenAI's [{"type": "text", "text"} or {"type": "image_url", "image_url"}, …] → text, names.
 
     A picture becomes <image> in a line of its own. {"type": "image"} may have its name under
     "image", "path" or "url", or leave it to the row's "images".
@@ -330,7 +330,7 @@ def parse_parts(parts, where):
 
 
 def parse_modal_info(text, info, where):
-    """DreamLLM's {"<image>": ["image", [name, …]], …} → the names, in the order of the text's placeholders."""
+    """DreamLLM's {"<image>": ["image", [name, …]], …} → names, in the order of the placeholders."""
     remaining = {}
     for placeholder, value in require_type(dict, info, where).items():
         modality, names = value if isinstance(value, list) and len(value) == 2 else (None, None)
@@ -348,7 +348,7 @@ def parse_modal_info(text, info, where):
 
 
 def parse_instruction(row, context, answer):
-    """{"instruction": text, context: text, answer: text} → Conversation of a question and its answer.
+    """{"instruction": text, context: text, answer: text} → Conversation of two turns.
 
     The context, if there is one, stands below the instruction. LLaMA-Factory's "history" of earlier
     turns, [[question, answer], …], comes before both.

@@ -148,7 +148,7 @@ class FilePairs:
 
 
 # ---- files of JSON rows --------------------------------------------------------------------------
-# Each row is found with its place, for messages, and its offset, so that it can be read alone later.
+# Each row is found with its place, for messages, and its offset, so that it can be read alone.
 
 BOM = b"\xef\xbb\xbf"  # of UTF-8: Notepad and PowerShell write it
 UTF_16 = "is in UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
@@ -170,7 +170,7 @@ NO_JSON = {  # how files begin that hold no JSON as it is: what they are, and th
 
 
 def names_rows(path):
-    """Whether a source's path is a file of rows by its ending, which may be that of a compressed one."""
+    """Whether a path is that of a file of rows by its ending; the file may be compressed."""
     return bool(re.search(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv)(\.\w+)?$", path, re.IGNORECASE))
 
 
@@ -253,12 +253,12 @@ def json_values(data):
 
 
 def fault_kind(reason):
-    """What is wrong with a row, without its numbers and names, so that equal faults can be counted."""
+    """What is wrong with a row, without numbers and names: equal faults can be counted."""
     return re.sub(r'"[^"]*"|\S*/\S*[^\s:]|\S+\.(jpe?g|png|webp|gif)\b|[0-9]+', "…", reason)
 
 
 def read_rows(path):
-    """Yields (row or None, what is wrong with it or "", its name in messages, its format or "") of all rows.
+    """Yields of each row: itself or None, what is wrong or "", its name, its format or "".
 
     path: a file, or a shell pattern of files. What only one kind of sample needs is not looked at,
     but for a caption; nor is whether the pictures can be opened.

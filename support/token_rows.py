@@ -57,7 +57,7 @@ def decode_row(line, vocab_size=None, dtype="int32"):
 
 
 def row_data(line):
-    """What a line of a rows file holds: bytes, which were in base64, or the array of a plain list."""
+    """What a line of a rows file holds: the bytes of its base64, or a plain list as an array."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -67,7 +67,7 @@ def row_data(line):
         raise ValueError(f'not a JSON row {{"tokens": "…"}}{keys}')
     if isinstance(row["tokens"], list):
         codes = np.array(row["tokens"]) if set(map(type, row["tokens"])) == {int} else None
-        if codes is None or codes.dtype.kind not in "iu":  # numpy has objects for what is beyond 64 bits
+        if codes is None or codes.dtype.kind not in "iu":  # beyond 64 bits they are objects
             raise ValueError("its tokens are no list of whole numbers")
         return codes
     try:
@@ -80,8 +80,8 @@ def tell_dtype(lines, vocab_size=None):
     """The dtype that most of these rows are in, by their bytes: a key of DTYPES.
 
     It is the widest in which all codes of a row lie in the vocabulary, else below 2^20, which no
-    vocabulary reaches: int32 read as int64 makes huge numbers, and int64 read as int32 a zero behind
-    every code. Zeros alone tell nothing, and 64 bytes are too few to be sure of int64: then it is
+    vocabulary reaches: int32 read as int64 makes huge numbers, and int64 read as int32 a zero
+    behind every code. Zeros alone tell nothing, and 64 bytes are too few to be sure of int64: then it is
     LVM's int32. (A vocabulary above 2^15 does not tell uint16 from int32 with larger codes.)
     """
     bounds = [2**20] if vocab_size is None or vocab_size > 2**15 else [vocab_size, 2**20]
@@ -100,7 +100,7 @@ def tell_dtype(lines, vocab_size=None):
 
 
 def _fits(data, code, bound):
-    """Whether bytes can be codes of that numpy dtype: a whole number of them, none as large as `bound`."""
+    """Whether bytes can be codes of that numpy dtype: a whole number, all below `bound`."""
     if len(data) % np.dtype(code).itemsize:
         return False
     codes = np.frombuffer(data, code)
@@ -137,7 +137,7 @@ class RowsFiles(Skipping):
     """All readable rows of some rows files: rows[i] → its tokens, (n,) int32.
 
     Opening reads and checks all of them (seconds per gigabyte); a broken one is counted in `skipped`
-    and left out. NAMED of them are said one by one, more in a line that counts them by their faults.
+    and left out. NAMED of them are said one by one, more in a line that counts their faults.
     The files stay mapped into memory, and a row is decoded when it is asked for.
 
     paths, dtypes        the files, and of each that of its codes: a key of DTYPES
@@ -184,7 +184,7 @@ class RowsFiles(Skipping):
 
 
 def dtype_of(path, vocab_size=None, text=None):
-    """The dtype of the codes of a rows file, told by its first thousand rows; said if it is not int32."""
+    """The dtype of a rows file's codes, told by its first thousand rows; said if not int32."""
     if os.path.exists(f"{path}{INFO}"):
         return "int32"  # new_rows wrote it
     text = _mapped(path) if text is None else text
