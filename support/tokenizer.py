@@ -619,18 +619,21 @@ def cutter(pattern, behavior, invert):
     pattern, joined = regex.compile(pattern, FLAGS), JOINS[behavior]
 
     def cut(text):
-        pieces, before, end = [], None, 0
-        for match in itertools.chain(pattern.finditer(text), [None]):
-            start, stop = match.span() if match else (len(text), len(text))
-            for piece, this in ((text[end:start], invert), (text[start:stop], not invert)):
-                if piece and not (this and behavior == "Removed"):
-                    if before is not None and joined(before, this):
-                        pieces[-1] += piece
-                    else:
-                        pieces.append(piece)
-                if piece:
-                    before = this
-            end = stop
+        parts, end = [], 0  # in turn what lies between matches, and a match
+        for match in pattern.finditer(text):
+            parts += (text[end : match.start()], match.group())
+            end = match.end()
+        parts.append(text[end:])
+        if behavior == "Isolated":
+            return list(filter(None, parts))
+        pieces, before = [], None
+        for number, piece in enumerate(parts):
+            this = (number % 2 == 1) != invert
+            if piece and before is not None and joined(before, this):
+                pieces[-1] += piece
+            elif piece and not (this and behavior == "Removed"):
+                pieces.append(piece)
+            before = this if piece else before
         return pieces
 
     return cut
