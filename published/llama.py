@@ -41,7 +41,8 @@ def read(path):
 
 
 def from_hf_names(tensors):
-    return checkpoint.renamed(tensors, [(r"rotary_emb\.inv_freq$", None), (r"^model\.", "")])
+    # a second model. is Lightning's
+    return checkpoint.renamed(tensors, [(r"rotary_emb\.inv_freq$", None), (r"^(model\.)+", "")])
 
 
 def to_hf_names(tensors):
@@ -210,11 +211,16 @@ META_PARTS = {  # Meta's name: ours, and the axis along which its pieces are cut
 }
 
 
+# what others' params.json may ask for: Mistral's, Mixtral's, those of quantised and of tuned models
+META_FIXED = dict.fromkeys(("sliding_window", "moe", "moe_args", "quantization", "quantization_args", "lora_args"))
+
+
 def read_meta(folder):
     """Meta's params.json and consolidated.NN.pth → the same as `read`."""
     file = folder / "params.json"
     names = {field.name: field.name for field in dataclasses.fields(MetaParams)}
-    params = settings.build(MetaParams, settings.published(checkpoint.read_json(file), file, names))
+    params = settings.published(checkpoint.read_json(file), file, names, fixed=META_FIXED)
+    params = settings.build(MetaParams, params)
     pieces = read_pieces(folder)
     tensors = {}
     for name in pieces[0]:
@@ -231,6 +237,8 @@ def read_meta(folder):
 def read_pieces(folder):
     """The tables of tensors in consolidated.00.pth, 01, …: a model cut for tensor parallelism."""
     files = sorted(folder.glob("consolidated.*.pth"))
+    if not files and (folder / "consolidated.safetensors").exists():  # Mistral's
+        return [checkpoint.read_tensors(folder / "consolidated.safetensors")]
     found, expected = [file.name for file in files], [f"consolidated.{i:02d}.pth" for i in range(len(files))]
     if found != expected or not files:
         raise UserError(f"{folder}: expected consolidated.00.pth, 01, …; found {found}")

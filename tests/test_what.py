@@ -175,6 +175,7 @@ def test_a_file_that_is_something_else_is_called_by_its_name(tmp_path, program):
         lambda t: {f"module._orig_mod.{k}": v for k, v in t.items()},
         lambda t: {k.replace("layers.0.", "layers.0._checkpoint_wrapped_module."): v for k, v in t.items()},
         lambda t: {"model": {"state_dict": {f"module.{k}": v for k, v in t.items()}}, "step": 7},
+        lambda t: {"state_dict": {f"model.{k}": v for k, v in t.items()}, "pytorch-lightning_version": "2.4"},
         lambda t: {"module": t, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
         lambda t: {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in t.items()},
         lambda t: {"args": argparse.Namespace(lr=0.1), "state_dict": t},
@@ -197,6 +198,20 @@ def test_a_whole_pickled_module_is_refused_unrun(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.bin")
     with pytest.raises(UserError, match="whole pickled module: save its state_dict"):
         checkpoint.read_tensors(tmp_path / "model.bin")
+
+
+def test_one_consolidated_file_is_meta_s_layout_and_what_it_asks_for_beyond_is_refused(tmp_path):
+    tensors = torch.load(GOLDEN / "llama_meta" / "consolidated.00.pth", weights_only=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "consolidated.safetensors")
+    params = json.loads((GOLDEN / "llama_meta" / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    expected = LLaMA.from_pretrained(GOLDEN / "llama_meta")
+    assert torch.equal(LLaMA.from_pretrained(tmp_path).layers[0].self_attn.q_proj.weight,
+                       expected.layers[0].self_attn.q_proj.weight)  # fmt: skip
+    for key, value in (("sliding_window", 4096), ("moe", {"num_experts": 8})):
+        (tmp_path / "params.json").write_text(json.dumps(params | {key: value}))
+        with pytest.raises(UserError, match=f"params.json: {key}"):
+            LLaMA.from_pretrained(tmp_path)
 
 
 # ---- the hub's cache ---------------------------------------------------------------------------
