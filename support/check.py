@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,7 +98,8 @@ def check_folder(path):
     is_run = "config.toml" in names or "model_index.json" in names  # which may have pictures, too
     if is_run or ("config.json" in names and not has_pictures):
         raise UserError(f"{path}: a model, no data: python sample.py what {path}")
-    if not has_pictures and not endings.isdisjoint((".txt", ".jsonl")):
+    has_photos = not endings.isdisjoint((".heic", ".heif", ".hif", ".jxl", ".cr2", ".nef", ".arw", ".dng"))
+    if not (has_pictures or has_photos) and not endings.isdisjoint((".txt", ".jsonl")):
         return check_texts(path)
     return check_pictures(path)
 

@@ -492,6 +492,7 @@ def test_links_in_a_tar_are_their_targets(tmp_path):
         ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n', 0, "texts, 2 of them, 6 characters"),
         ("a.jsonl", '{"tokens": "AQAAAA=="}\n', 0, "rows of tokens: 1 rows, 1 tokens"),
         ("a.heic", "x", 2, "pip install pillow-heif"),
+        ("phone/a.nef", "x", 2, "no pictures in it, but 1 × raw photo of a camera"),
         ("a.parquet", "PAR1", 2, "Parquet"),
         ("a.safetensors", "x", 2, "python sample.py what"),
         ("model/config.json", "{}", 2, "a model, no data: python sample.py what"),
@@ -500,7 +501,7 @@ def test_links_in_a_tar_are_their_targets(tmp_path):
 )
 def test_check_says_what_anything_is(tmp_path, name, content, code, says, check):
     if content is not None:
-        write(tmp_path, {name: content})
+        write(tmp_path, {name: content, "phone/a.txt": "a caption"})
     found, out = check(tmp_path / name.split("/")[0])
     assert found == code and says in out
 
