@@ -402,6 +402,7 @@ BYTE_OF = _byte_letters()  # in the order of CLIP's first 256 tokens
 LETTER_OF = {byte: letter for letter, byte in BYTE_OF.items()}
 
 
+@functools.lru_cache(2**12)  # words come again and again
 def to_letters(token):
     """Bytes, or a text's, as letters."""
     return (token.encode() if isinstance(token, str) else token).decode("latin-1").translate(LETTER_OF)
