@@ -155,15 +155,7 @@ class CLIPConfig:
     def from_weights(cls, path, activation=None):
         """The config of any published file or folder; `activation`: if the files do not say it."""
         path = checkpoint.weights_folder(path)
-        return cls.from_fields(*published.read(path), path, activation)
-
-    @classmethod
-    def from_fields(cls, fields, tensors, path, activation=None):
-        """The config of what published.read returns: without fields, from the tensors' shapes."""
-        if fields is None and activation is None:
-            way_out = 'config=CLIPConfig.from_weights(path, activation="quick_gelu") for OpenAI\'s, "gelu" for LAION\'s'
-            raise UserError(f"{path}: these weights do not say which GELU they were trained with; pass {way_out}")
-        return settings.build(cls, fields or published.from_shapes(tensors, path, activation))
+        return settings.build(cls, published.known(*published.read(path), path, activation))
 
 
 def _vision(width, layers, heads, patch_size, image_size=224, hidden_dim=0):
@@ -425,17 +417,20 @@ class CLIP(nn.Module):
 
     def text_encoder(self):
         """The text tower as a CLIP of its own that shares the weights: latent diffusion's part."""
-        with torch.device("meta"):  # no weights of its own
-            alone = CLIP(dataclasses.replace(self.config, vision=None, embed_dim=0, logit_bias=False))
+        alone = self.without("vision")
         alone.text_model, alone.tokenizer = self.text_model, self.tokenizer
         return alone
 
     def vision_encoder(self):
         """The vision tower as a CLIP of its own that shares the weights: DreamLLM's part."""
-        with torch.device("meta"):
-            alone = CLIP(dataclasses.replace(self.config, text=None, embed_dim=0, logit_bias=False))
+        alone = self.without("text")
         alone.vision_model = self.vision_model
         return alone
+
+    def without(self, tower):
+        """A CLIP of the other tower, which has no weights yet."""
+        with torch.device("meta"):
+            return CLIP(dataclasses.replace(self.config, embed_dim=0, logit_bias=False, **{tower: None}))
 
     def normalize(self, images):
         """images (B, 3, S, S) in [0, 1] → as this model was trained to see them."""
@@ -450,17 +445,17 @@ class CLIP(nn.Module):
     # -- published files --
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device="cpu", config=None):
+    def from_pretrained(cls, path, dtype=None, device="cpu", config=None, activation=None):
         """A CLIP, or one tower of it, from a run of ours or a published file or folder.
 
         Reads Hugging Face folders (CLIPModel, CLIPTextModel and CLIPVisionModel, with or without
         projection), OpenAI's .pt archives, and state dicts with OpenAI's names, which open_clip
-        shares. `dtype` None: as stored, or float32 where a file mixes several. `config` is asked
-        for where a file leaves it open.
+        shares. `dtype` None: as stored, or float32 where a file mixes several. `activation`, or a
+        whole `config`, is asked for where a file leaves it open.
         """
         path = checkpoint.weights_folder(path)
         fields, tensors = published.read(path)
-        config = config or CLIPConfig.from_fields(fields, tensors, path)
+        config = config or settings.build(CLIPConfig, published.known(fields, tensors, path, activation))
         return cls.from_tensors(tensors, path, dtype, device, config)
 
     @classmethod
@@ -470,8 +465,8 @@ class CLIP(nn.Module):
         Its tokenizer is looked for at `path`, and so is its config if none is given.
         """
         if config is None:
-            folder = path if path.is_dir() else path.parent
-            config = CLIPConfig.from_fields(published.read_hf_config(folder, tensors), tensors, path)
+            fields = published.read_hf_config(path if path.is_dir() else path.parent, tensors)
+            config = settings.build(CLIPConfig, published.known(fields, tensors, path))
         if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
             dtype = torch.float32  # OpenAI's archives: matrices in float16, the rest in float32
         model = checkpoint.load(cls, config, tensors, path, dtype, device)
@@ -490,12 +485,7 @@ class CLIP(nn.Module):
 
     def save_config(self, path):
         """Writes config.json, and preprocessor_config.json if there is a vision tower."""
-        saved = published.config_to_hf(self.config, self.tokenizer)
-        saved["torch_dtype"] = checkpoint.dtype_name(next(self.parameters()))
-        checkpoint.write_json(Path(path) / "config.json", saved)
-        if self.config.vision:
-            vision = published.preprocessor_to_hf(self.config.vision)
-            checkpoint.write_json(Path(path) / "preprocessor_config.json", vision)
+        published.write_config(path, self.config, self.tokenizer, checkpoint.dtype_name(next(self.parameters())))
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -558,29 +548,19 @@ def preprocess(images, side=224, mean=MEAN, std=STD):
 # ---- the text towers of Stable Diffusion -----------------------------------------------------
 
 
-def text_encoders(path, tokenizer=None, dtype=None, device="cpu"):
+def text_encoders(path, tokenizer=None, dtype=None, device="cpu", variant=None):
     """The text towers of a Stable Diffusion: a list of one (SD 1, SD 2) or two CLIPs (SDXL).
 
     `path`: a folder with text_encoder/ (and text_encoder_2/), or a single-file checkpoint, which
     brings no vocabulary: `tokenizer` names its file or folder, unless it lies beside the
-    checkpoint.
+    checkpoint. `variant`: of a folder's files, as "fp16".
     """
-    path, encoders = checkpoint.weights_folder(path), []
-    if path.is_dir():
-        folders = [path / name for name in ("text_encoder", "text_encoder_2")]
-        encoders = [CLIP.from_pretrained(folder, dtype, device) for folder in folders if folder.is_dir()]
-        pads = [None] * len(encoders)  # as the tokenizer's own files say
-    else:
-        towers = published.text_towers(path)
-        for fields, tensors, _ in towers:
-            config = settings.build(CLIPConfig, fields)
-            encoders.append(CLIP.from_tensors(tensors, path, dtype, device, config))
-        pads = [pad for _, _, pad in towers]
-    if not encoders:
-        raise UserError(f"{path}: holds no CLIP text tower (looked for text_encoder/ or SD's own names)")
-    for encoder, pad in zip(encoders, pads, strict=True):
+    encoders = []
+    for fields, tensors, place, pad in published.text_towers(checkpoint.weights_folder(path), variant):
+        encoder = CLIP.from_tensors(tensors, place, dtype, device, settings.build(CLIPConfig, fields))
         if tokenizer:
             encoder.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
         if encoder.tokenizer and pad:
             encoder.tokenizer.pad = encoder.tokenizer.vocabulary[pad]
+        encoders.append(encoder)
     return encoders

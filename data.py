@@ -44,10 +44,11 @@ import numpy as np
 
 from support import settings
 from support.chance import permutation, rng, shuffled
+from support.formats import pick
 from support.pictures import jitter, random_motion
 from support.settings import UserError
 from support.sources import around, first_readable, open_source, warn
-from support.token_rows import RowsFiles, rows_files
+from support.token_rows import DTYPES, RowsFiles, rows_files
 
 # ---- what an item gives to a sentence ------------------------------------------------------------
 # A function for each kind of sentence: (item, N, modalities, shared, own) → [Frame, …]. The random
@@ -378,6 +379,7 @@ class DataSettings:
     rows: tuple[str, ...] = ()  # rows files of tokenized sentences to train on, or patterns of them
     weights: tuple[float, ...] = ()  # how they are mixed; empty: all rows shuffled together (LVM)
     held_out: tuple[str, ...] = ()  # JSONL files for the held-out loss
+    row_dtype: str = "auto"  # of the codes in both: int32 (LVM), int64 or uint16; auto: as their bytes tell
     workers: int = 2  # threads that prepare pictures
 
     def __post_init__(self):
@@ -388,6 +390,7 @@ class DataSettings:
         if self.sources and not any(source.weight for source in self.sources):
             raise ValueError("every source has weight 0: no picture could be drawn")
         check_weights(self.weights, self.rows)
+        settings.one_of(self, ("auto", *DTYPES), "row_dtype")
 
 
 def check_weights(weights, rows):
@@ -474,10 +477,10 @@ class CaptionRows:
     def __init__(self, data, batch_size, seed, split="train"):
         self.seed, self.batch_size = seed, batch_size
         opened = open_sources(data, split)
-        self.pairs = []  # (Item with a caption, whether to move its picture)
+        self.pairs = []  # (Item with captions, whether to move its picture)
         for s in data.sources:
             moves = s.move and split == "train"
-            self.pairs += [(item, moves) for item in opened[s.path] if item.caption]
+            self.pairs += [(item, moves) for item in opened[s.path].captioned()]
         if not self.pairs:
             raise UserError('no captions: [[data.sources]] must name pictures with NAME.txt beside them, or "emoji"')
 
@@ -503,7 +506,7 @@ class CaptionRows:
                 image = item.image
                 if moves:
                     image = jitter(image, rng("jitter", self.seed, position))
-                return image, item.caption
+                return image, pick(item.captions, rng("one of the captions", self.seed, position))
         raise UserError(f"not one of the {len(self)} captioned pictures can be read")
 
 
@@ -527,7 +530,7 @@ class TokenRows:
     tokens    in all rows together
     """
 
-    def __init__(self, paths, context, batch_size, seed, weights=(), vocab_size=None, shuffle=True):
+    def __init__(self, paths, context, batch_size, seed, weights=(), vocab_size=None, shuffle=True, dtype="auto"):
         if not paths:
             raise UserError("no rows to read: set data.rows (python prepare.py tokenize writes them)")
         try:
@@ -535,7 +538,7 @@ class TokenRows:
         except ValueError as error:
             raise UserError(f"[data] {error}") from None
         self.context, self.batch_size, self.seed, self.shuffle = context, batch_size, seed, shuffle
-        self.rows = RowsFiles(itertools.chain.from_iterable(map(rows_files, paths)), vocab_size)
+        self.rows = RowsFiles(itertools.chain.from_iterable(map(rows_files, paths)), vocab_size, dtype)
         self.skipped, self.tokens = self.rows.skipped, self.rows.tokens
         self.weighted = bool(weights)
         self.pools = [(np.arange(len(self.rows)), len(self.rows))]

@@ -30,7 +30,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -95,9 +94,7 @@ class UNetConfig:
     @classmethod
     def named(cls, name):
         """The published shape of that name: sd15, sd21 or sdxl."""
-        if name not in UNETS:
-            raise UserError(f'no U-Net "{name}"; there are {", ".join(UNETS)}')
-        return cls(**UNETS[name])
+        return cls(**published.size(published.UNETS, name))
 
 
 def check_levels(config):
@@ -111,18 +108,6 @@ def check_levels(config):
             raise ValueError(
                 f"norm_num_groups {config.norm_num_groups} must divide width {width}, an entry of block_out_channels"
             )
-
-
-# fmt: off
-UNETS = {
-    "sd15": {},
-    "sd21": {"sample_size": 96, "heads": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
-             "upcast_attention": True},
-    "sdxl": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "depth": (0, 2, 10), "mid_depth": 10,
-             "heads": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
-             "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -153,12 +138,7 @@ class AutoencoderKLConfig:
     @classmethod
     def named(cls, name):
         """The published shape of that name: sd (1 and 2) or sdxl."""
-        if name not in VAES:
-            raise UserError(f'no autoencoder "{name}"; there are {", ".join(VAES)}')
-        return cls(**VAES[name])
-
-
-VAES = {"sd": {}, "sdxl": {"sample_size": 1024, "scaling_factor": 0.13025}}
+        return cls(**published.size(published.VAES, name))
 
 
 # ---- blocks both networks are made of --------------------------------------------------------
@@ -445,30 +425,12 @@ class UNet(nn.Module):
         dtype None: as stored. config: a UNetConfig for a single file, which says nothing of its
         heads; not needed for the published sizes.
         """
-        path = published.subfolder(path, "unet", published.UNET, published.PIPELINE)
-        tensors = checkpoint.read_tensors(path)
-        if path.is_dir():
-            config = read_config(UNetConfig, path)
-        else:
-            tensors = published.strip_prefix(tensors, published.UNET_PREFIX, path)
-            config = config or UNetConfig.named(published_unet(tensors, path))
-            tensors = published.rename_unet(tensors, config)
-        return checkpoint.load(cls, config, tensors, path, dtype, device)
+        path, fields, tensors = published.read_unet(path, config)
+        return checkpoint.load(cls, config or settings.build(UNetConfig, fields), tensors, path, dtype, device)
 
     def save_pretrained(self, path):
         """Writes a folder that diffusers' UNet2DConditionModel opens: config.json and weights."""
-        checkpoint.write_json(Path(path) / "config.json", published.unet_json(self.config))
-        checkpoint.write_tensors(Path(path) / "diffusion_pytorch_model.safetensors", self.state_dict())
-
-
-def published_unet(tensors, path):
-    """The name of the published U-Net that these tensors, under their single-file names, are."""
-    width, context = published.unet_shape(tensors, path)
-    for name in UNETS:
-        config = UNetConfig.named(name)
-        if (config.block_out_channels[0], config.cross_attention_dim) == (width, context):
-            return name
-    raise UserError(f"{path}: no published U-Net has width {width} and context {context}: it needs config=")
+        published.write_part(path, published.unet_json(self.config), self.state_dict())
 
 
 # ---- the autoencoder -------------------------------------------------------------------------
@@ -576,19 +538,12 @@ class AutoencoderKL(nn.Module):
         dtype None: as stored. config: an AutoencoderKLConfig for a single file, which says nothing
         of its scaling factor; without one it is taken to be SD 1's and 2's.
         """
-        path = published.subfolder(path, "vae", published.VAE, published.PIPELINE)
-        tensors = checkpoint.read_tensors(path)
-        if path.is_dir():
-            config = read_config(AutoencoderKLConfig, path)
-        else:
-            tensors = published.strip_prefix(tensors, published.VAE_PREFIX, path)
-            config = config or AutoencoderKLConfig.named("sd")
-        return checkpoint.load(cls, config, published.rename_vae(tensors, config), path, dtype, device)
+        path, fields, tensors = published.read_vae(path, config)
+        return checkpoint.load(cls, config or settings.build(AutoencoderKLConfig, fields), tensors, path, dtype, device)
 
     def save_pretrained(self, path):
         """Writes a folder that diffusers' AutoencoderKL opens: config.json and weights."""
-        checkpoint.write_json(Path(path) / "config.json", published.vae_json(self.config))
-        checkpoint.write_tensors(Path(path) / "diffusion_pytorch_model.safetensors", self.state_dict())
+        published.write_part(path, published.vae_json(self.config), self.state_dict())
 
 
 def reparameterize(mean, logvar, noise):
@@ -724,15 +679,6 @@ class NoiseSchedule:
                 "with rescale_betas_zero_snr or large betas: use v_prediction or sample"
             )
         object.__setattr__(self, "alphas_cumprod", alphas_cumprod)
-
-    @classmethod
-    def from_config(cls, saved, path="scheduler_config.json"):
-        """A diffusers scheduler_config.json (a dict) as a schedule, for any of our samplers."""
-        return settings.build(cls, published.schedule_fields(saved, path))
-
-    def to_config(self):
-        """What scheduler_config.json says of this schedule."""
-        return published.schedule_json(self)
 
     # -- training --
 
@@ -1185,86 +1131,23 @@ class LatentDiffusion(nn.Module):
         config, for single files: the YAML or JSON its code base keeps of it (a path, or its content
         as a dict), needed if the shapes don't decide.
         """
-        path = checkpoint.weights_folder(path)
-        if path.is_file():
-            return cls.from_single_file(path, text_encoder, dtype, device, config)
-        checkpoint.expect(path, published.PIPELINE)
-        for name in ("unet", "vae", "scheduler"):
-            if not (path / name).is_dir():
-                raise UserError(f"{path}: has no folder {name}/, so it is no diffusers pipeline")
-        unet = UNet.from_pretrained(path / "unet", dtype, device)
-        vae = AutoencoderKL.from_pretrained(path / "vae", dtype, device)
-        return cls(unet, vae, read_config(NoiseSchedule, path / "scheduler"), text_encoder)
-
-    @classmethod
-    def from_single_file(cls, path, text_encoder=None, dtype=None, device="cpu", config=None):
-        """See from_pretrained. A config of the same name beside the file is found."""
-        unet_config, vae_config, schedule = single_file_configs(path, config)
-        unet = UNet.from_pretrained(path, dtype, device, unet_config)
-        vae = AutoencoderKL.from_pretrained(path, dtype, device, vae_config)
-        return cls(unet, vae, schedule, text_encoder)
+        pipeline = published.read_pipeline(path, config)
+        unet = UNet.from_pretrained(path, dtype, device, settings.build(UNetConfig, pipeline.unet))
+        vae = AutoencoderKL.from_pretrained(path, dtype, device, settings.build(AutoencoderKLConfig, pipeline.vae))
+        return cls(unet, vae, settings.build(NoiseSchedule, pipeline.schedule), text_encoder)
 
     @classmethod
     def from_tensors(cls, tensors, path, dtype=None, device="cpu"):
         """The same, without a text encoder, from tensors named unet.… and vae.….
 
-        path: a folder of their configurations, as save_configs writes it.
+        path: a folder of their configurations, as published.write_configs writes it.
         """
-        path, rest = Path(path), dict(tensors)
-        unet_config, vae_config = read_config(UNetConfig, path / "unet"), read_config(AutoencoderKLConfig, path / "vae")
-        unet, vae = checkpoint.pop_prefix(rest, "unet."), checkpoint.pop_prefix(rest, "vae.")
-        if rest:
-            raise UserError(f"{path}: {next(iter(rest))} belongs to no part of a latent diffusion model")
-        unet = checkpoint.load(UNet, unet_config, unet, path, dtype, device)
-        vae = published.rename_vae(vae, vae_config)
+        pipeline, (unet, vae) = published.read_pipeline(path), published.split_parts(tensors, path)
+        unet = checkpoint.load(UNet, settings.build(UNetConfig, pipeline.unet), unet, path, dtype, device)
+        vae_config = settings.build(AutoencoderKLConfig, pipeline.vae)
         vae = checkpoint.load(AutoencoderKL, vae_config, vae, path, dtype, device)
-        return cls(unet, vae, read_config(NoiseSchedule, path / "scheduler"))
-
-    def save_configs(self, path):
-        """Writes the configurations of a pipeline folder without its weights, for from_tensors."""
-        checkpoint.write_json(Path(path) / "unet" / "config.json", published.unet_json(self.unet.config))
-        checkpoint.write_json(Path(path) / "vae" / "config.json", published.vae_json(self.vae.config))
-        checkpoint.write_json(Path(path) / "scheduler" / "scheduler_config.json", self.schedule.to_config())
+        return cls(unet, vae, settings.build(NoiseSchedule, pipeline.schedule))
 
     def save_pretrained(self, path):
         """Writes a diffusers pipeline folder; one that has model_index.json is complete."""
-        path, folders = Path(path), ["unet", "vae", "scheduler"]
-        xl = bool(self.unet.config.addition_time_embed_dim)
-        self.save_configs(path)
-        self.unet.save_pretrained(path / "unet")
-        self.vae.save_pretrained(path / "vae")
-        for encoder, number in zip(self.text_encoders, ("", "_2") if xl else ("",), strict=False):
-            encoder.save_pretrained(path / f"text_encoder{number}")
-            folders.append(f"text_encoder{number}")
-            if encoder.tokenizer:
-                encoder.tokenizer.save_pretrained(path / f"tokenizer{number}", encoder.config.text.context_length)
-                folders.append(f"tokenizer{number}")
-        checkpoint.write_json(path / "model_index.json", published.pipeline_json(folders, xl))
-
-
-def read_config(cls, folder):
-    """The configuration of the class `cls` from its JSON file in `folder`."""
-    name, to_fields = {
-        UNetConfig: ("config.json", published.unet_fields),
-        AutoencoderKLConfig: ("config.json", published.vae_fields),
-        NoiseSchedule: ("scheduler_config.json", published.schedule_fields),
-    }[cls]
-    return settings.build(cls, to_fields(checkpoint.read_json(folder / name), folder / name))
-
-
-def original_config(source):
-    """A single file's YAML or JSON → (UNetConfig, AutoencoderKLConfig, NoiseSchedule)."""
-    classes, fields = (UNetConfig, AutoencoderKLConfig, NoiseSchedule), published.original_fields(source)
-    return tuple(settings.build(cls, own) for cls, own in zip(classes, fields, strict=True))
-
-
-def single_file_configs(path, config=None):
-    """The same three, from `config`, a file beside `path`, or the shapes of its weights."""
-    tensors = published.read_single_file(path)
-    if config := config or published.config_beside(path):
-        return original_config(config)
-    name = published_unet(published.strip_prefix(tensors, published.UNET_PREFIX, path), path)
-    if name == "sd21":
-        raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
-    vae, spacing = ("sdxl", "leading") if name == "sdxl" else ("sd", "")
-    return UNetConfig.named(name), AutoencoderKLConfig.named(vae), NoiseSchedule(timestep_spacing=spacing)
+        published.write_pipeline(path, self)

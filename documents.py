@@ -52,24 +52,22 @@ import numpy as np
 from PIL import Image
 
 from support.chance import rng, shuffled
-from support.pictures import jitter, square
-from support.rows import (
+from support.chat import TEMPLATES
+from support.formats import (
     DREAM,
     IMAGE,
     Conversation,
     Document,
-    EmojiTexts,
-    FilePairs,
-    JsonRows,
     Pair,
     Picture,
     check_count,
     frame_messages,
     is_placeholder,
 )
+from support.pictures import jitter, square
+from support.rows import EmojiTexts, FilePairs, JsonRows, names_rows
 from support.settings import UserError, fraction, one_of, within
 from support.sources import Skipping, open_source
-from support.tokenizer import TEMPLATES
 
 IGNORED = -100  # the label of a token that is not to be predicted
 DREAM_TOKENS = "[PAD]", "<im_start>", "<im_patch>", "<im_end>", "<dream_start>", "<dream_end>"
@@ -388,7 +386,7 @@ class DocumentSettings:
 
     sources: tuple[DocumentSource, ...] = ()
     text_tokenizer: str = ""  # "bytes", or a folder; empty: that of the language model or of init
-    template: str = "vicuna"  # how questions and answers are framed: a key of tokenizer.TEMPLATES
+    template: str = "vicuna"  # how questions and answers are framed: a key of chat.TEMPLATES
     system: str | None = None  # the text before the first question; absent: the template's own
     held_out_fraction: float = 0.02  # by hash of a picture's name; emoji have a split of their own
     workers: int = 2  # threads that prepare batches
@@ -457,7 +455,7 @@ class DocumentRows(Skipping):
         kind = KINDS[table.kind]
         if table.path == "emoji":
             return EmojiTexts(opened("emoji"), kind)
-        if table.path.endswith((".jsonl", ".json")):
+        if names_rows(table.path):
             if split not in ("train", "held_out"):
                 raise UserError(f'{table.path}: it has no split "{split}": train or held_out')
             return JsonRows(table.path, kind, table.images, split, held_out_fraction, self.skip)

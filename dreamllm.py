@@ -30,13 +30,15 @@ from einops import rearrange
 from torch import nn
 
 import published.dreamllm
+import published.stable_diffusion
 from clip import CLIP
 from diffusion import LatentDiffusion
 from model import LLaMA, LLaMAConfig, rotary_frequencies, sample_token
 from support import checkpoint, settings
+from support.chat import Special
 from support.pictures import to_pil
 from support.settings import UserError
-from support.tokenizer import ADDED, Special
+from support.tokenizer import ADDED
 
 # ---- projectors: from one model's width to another's -----------------------------------------
 
@@ -428,7 +430,7 @@ class DreamLLM(nn.Module):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self.clip.save_config(path / published.dreamllm.CLIP_PART)
-        self.diffusion.save_configs(path / published.dreamllm.DIFFUSION_PART)
+        published.stable_diffusion.write_configs(path / published.dreamllm.DIFFUSION_PART, self.diffusion)
         self.tokenizer.save_pretrained(path)
         frequencies = rotary_frequencies(self.llama.config, self.dream_queries.device)
         published.dreamllm.write(path, self, frequencies)

@@ -5,26 +5,24 @@
     [[data.sources]] ──▶ read_texts ─▶ train_bpe ───────▶ tokenizer.json vocabulary
     rows.jsonl ────────▶ VQGAN.decode ──────────────────▶ grid.png       show
     [[data.sources]] ──▶ Sentences ─────────────────────▶ grid.png       show, without rows
-    rows, folder, tar ─▶ every row, every picture ──────▶ what is wrong  check, for DreamLLM's data
+    rows, folder, tar ─▶ every row, every picture ──────▶ what is used, and what not   check
 
     python prepare.py tokenize --config configs/X.toml --out rows.jsonl [--split held_out] [--shard i/n]
     python prepare.py vocabulary --config configs/X.toml --out FOLDER
     python prepare.py show [rows.jsonl] --config configs/X.toml --out grid.png
-    python prepare.py check rows.jsonl --images FOLDER
+    python prepare.py check FOLDER | 'shards/*.tar' | rows.jsonl [--images FOLDER]
 
 Beside rows.jsonl, tokenize writes rows.jsonl.info.json: what the rows were made with
 (support/token_rows.py).
 """
 
 import argparse
-import functools
 import hashlib
 import inspect
 import itertools
 import os
 import re
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,14 +30,14 @@ from tqdm import tqdm
 
 from data import KINDS, DataSettings, open_sentences
 from support import settings
+from support.check import print_findings
 from support.checkpoint import out_file, out_folder
 from support.options import positive_int
 from support.pictures import SUFFIXES, save_grid, to_float, to_uint8
-from support.rows import FilePairs, json_rows, open_picture, read_row
 from support.settings import UserError
-from support.sources import SPLITS, open_source, read_texts
+from support.sources import SPLITS, read_texts
 from support.threads import prefetch
-from support.token_rows import INFO, RowsInfo, decode_row, encode_row, new_rows
+from support.token_rows import INFO, RowsInfo, decode_row, dtype_of, encode_row, new_rows
 from support.tokenizer import Tokenizer, train_bpe, write_merges
 from vqgan import VQGAN
 
@@ -51,13 +49,13 @@ def tokenize(args):
     for path in (args.out, f"{args.out}{INFO}"):
         out_file(path, inputs=[args.config])
     data, seed = read_config(args)
-    if any(source.kind == "text" for source in data.sources):
+    if "text" in kinds(data):
         return tokenize_texts(args, data)
     sentences = open_sentences(data, seed, args.split)
     path = args.tokenizer or data.tokenizer
     model, device = load_tokenizer(path, args.device)
     shard, shards = args.shard
-    numbers = range(shard, sum(s.count for s in sentences), shards)
+    numbers = range(shard, count(sentences), shards)
     if not numbers:
         raise UserError(f"--shard {shard}/{shards}: no sentence is left for it; make fewer shards")
     cache = CodeCache(model, device, args.batch, data.side)
@@ -77,6 +75,11 @@ def tokenize(args):
     sources = {s.source for s in sentences}
     skipped = sum(source.skipped for source in sources)
     print(f"{args.out}: {len(numbers)} rows, {tokens} tokens, {rate:.1f} pictures/s, {skipped} skipped")
+
+
+def count(sentences):
+    """How many sentences all sources have together."""
+    return sum(some.count for some in sentences)
 
 
 def sentence(sentences, number):
@@ -135,7 +138,7 @@ class CodeCache:
 
 def tokenize_texts(args, data):
     """Texts as rows of ids: the id that begins a text (if there is one), the text, the end's."""
-    if any(source.kind != "text" for source in data.sources):
+    if kinds(data) != {"text"}:
         raise UserError("[[data.sources]] mixes text and pictures: make a rows file of each, in runs of their own")
     path = args.tokenizer or data.text_tokenizer
     if not path:
@@ -152,6 +155,10 @@ def tokenize_texts(args, data):
         if not rows:
             raise UserError(f"none of the texts falls into the {args.split} split: change data.held_out_fraction")
     print(f"{args.out}: {rows} rows, {tokens} tokens")
+
+
+def kinds(data):
+    return {source.kind for source in data.sources}
 
 
 def all_texts(data, split):
@@ -171,7 +178,7 @@ def vocabulary(args):
     if "vocab_size" not in model:
         raise UserError("how many tokens? set model.vocab_size")
     size = settings.convert(int, model["vocab_size"], "model.vocab_size")
-    if any(source.kind != "text" for source in data.sources) or not data.sources:
+    if kinds(data) != {"text"}:
         raise UserError("a vocabulary is made of texts: set the kind of all [[data.sources]] to text")
     if size < 258:
         raise UserError(f"model.vocab_size {size}: 256 bytes, what begins and what ends a text need 258")
@@ -204,7 +211,7 @@ def show(args):
         sheet, total = decoded_rows(args, data)
     elif data:
         sentences = open_sentences(data, seed)
-        total = sum(s.count for s in sentences)
+        total = count(sentences)
         sheet = [sentence(sentences, number) for number in evenly(total, args.rows)]
     else:
         raise UserError("nothing to show: name a rows file, or a --config with [[data.sources]]")
@@ -226,10 +233,12 @@ def decoded_rows(args, data):
     model, device = load_tokenizer(path, args.device)
     side = args.side or (info and info.side) or (data and data.side) or model.config.resolution
     lines, total = some_lines(args.rows_file, args.rows)
+    dtype = data.row_dtype if data else "auto"
+    dtype = dtype_of(args.rows_file, model.config.num_embeddings) if dtype == "auto" else dtype
     sheet = []
     for number, line in lines.items():
         try:
-            sheet.append(decode_pictures(line, model, device, side))
+            sheet.append(decode_pictures(line, model, device, side, dtype))
         except ValueError as error:
             raise UserError(f"{args.rows_file}:{number + 1}: {error}") from None
     return sheet, total
@@ -251,10 +260,10 @@ def some_lines(path, count):
 
 
 @torch.inference_mode()
-def decode_pictures(line, model, device, side):
+def decode_pictures(line, model, device, side, dtype):
     """A line of a rows file → (pictures, side, side, 3) uint8; ValueError if they are none."""
     height, width = model.grid(side)
-    codes = decode_row(line, model.config.num_embeddings)
+    codes = decode_row(line, model.config.num_embeddings, dtype)
     if len(codes) % (height * width):
         raise ValueError(f"{len(codes)} codes do not make pictures of {height}×{width}; set --side")
     grids = torch.from_numpy(codes).long().view(-1, height, width)
@@ -265,65 +274,11 @@ def decode_pictures(line, model, device, side):
 
 
 def check(args):
-    """Name all that training DreamLLM would skip of captioned pictures or of rows in JSON.
+    """Say what training would use of a folder, a tar or a file, what it would leave out, and why.
 
     Every row is read, every picture opened. Exit code 2 if any is bad.
     """
-    wrong = []
-    if os.path.isdir(args.file) or args.file.endswith(".tar"):
-        counts = check_pictures(args.file, wrong.append)
-    else:
-        counts = check_rows(args.file, Path(args.images or Path(args.file).parent), wrong.append)
-    for line in wrong[:20]:
-        print(line)
-    if len(wrong) > 20:
-        print(f"… and {len(wrong) - 20} more")
-    if wrong:
-        raise UserError(f"{counts}, {len(wrong)} bad")
-    print(f"{counts}, 0 bad")
-
-
-def check_rows(path, folder, report):
-    """Reads every row of a JSON file, opens every picture that it names; → a line of counts."""
-    problems = {}  # picture → what is wrong with it, or None
-    formats, rows = [], 0
-    for line, _, raw in json_rows(path):
-        rows += 1
-        try:
-            form, row = read_row(raw)
-            formats = formats or [form]
-            if form != formats[0]:
-                raise ValueError(f"a row of {form} among those of {formats[0]}")
-            for name in row.pictures:
-                if name not in problems:
-                    problems[name] = problem(functools.partial(open_picture, folder, name))
-                if problems[name]:
-                    raise ValueError(problems[name])
-        except ValueError as error:
-            report(f"{path}:{line}: {error}")
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    good = sum(not reason for reason in problems.values())
-    return f"{path}: {formats[0] if formats else 'unknown format'}, {rows} rows, {good} pictures"
-
-
-def check_pictures(path, report):
-    """Opens every captioned picture of a folder or a .tar; → a line of counts."""
-    pairs = FilePairs(open_source(path, None, "train", 0, lambda line: report(line.removeprefix("skipped "))))
-    for index in range(len(pairs)):
-        if reason := problem(lambda index=index: pairs.open(pairs.read(index, None).picture)):
-            report(reason if reason.startswith(pairs.path) else f"{pairs.where(index)}: {reason}")
-    form = "folder" if os.path.isdir(path) else "WebDataset"
-    return f"{path}: {form}, {len(pairs)} captioned pictures"
-
-
-def problem(open_it):
-    """Why a picture cannot be opened, or None."""
-    try:
-        open_it()
-    except (UserError, ValueError) as error:
-        return str(error)
-    return None
+    print_findings(args.file, args.images)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -398,11 +353,11 @@ COMMANDS = {  # name → (function, whose docstring is its --help; a summary; an
     ),
     "check": (
         check,
-        "name every row of a DreamLLM's data that cannot be used",
+        "what training would use of any data, what it would leave out, and why",
         "llava.json --images coco",
         {
-            "file": dict(metavar="FILE", help="rows in .jsonl or .json, a .tar, or a folder"),
-            "--images": dict(help="the folder of the pictures that rows name (default: the file's own)"),
+            "file": dict(metavar="PATH", help="a folder, a .tar or a pattern of them, texts, rows in .jsonl or .json"),
+            "--images": dict(default="", help="the folder of the pictures that rows name (default: the file's own)"),
         },
     ),
 }

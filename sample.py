@@ -9,6 +9,7 @@
     python sample.py document --run DREAMLLM --prompt "food & drink:" --out page
     python sample.py reconstruct --run VQGAN --images a.png b.png --out grid.png
     python sample.py perplexity --run LVM --input pairs.jsonl
+    python sample.py what PATH
 
 An LVM is prompted with pictures only: frames that it continues, or pairs x1, y1, … and a query x
 that it answers with a y (lvm.py). A DreamLLM's prompt has pictures and texts in one sequence; the
@@ -42,19 +43,21 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from clip import text_encoders
-from diffusion import SAMPLERS, LatentDiffusion
+from clip import CLIP, text_encoders
+from diffusion import SAMPLERS, AutoencoderKL, LatentDiffusion, UNet
 from documents import chat_parts
 from dreamllm import END, DreamLLM
 from lvm import LVM, run_data
 from model import LLaMA
-from support import checkpoint, settings
+from published.llama import in_context
+from support import checkpoint, settings, what
+from support.chat import TEMPLATES, own_template
 from support.options import fraction, natural, non_negative, picture_size, positive_int, seed_number
 from support.pages import PAGE_FILE, picture_name, plain, save_page
 from support.pictures import SUFFIXES, load_picture, psnr, resized, save_animation, save_grid, to_float, to_uint8
 from support.settings import UserError
 from support.sources import warn
-from support.tokenizer import FILES, TEMPLATES, Tokenizer
+from support.tokenizer import FILES, Tokenizer
 from vqgan import VQGAN
 
 # ---- text: sampled, printed, scored ----------------------------------------------------------
@@ -78,9 +81,7 @@ def load_text(run, tokenizer="", device="cpu", dtype=None):
         tokenizer = folder if complete else data.get("text_tokenizer") or folder
     tokenizer = Tokenizer.from_pretrained(tokenizer)
     llama = LLaMA.from_pretrained(run, dtype=dtype, device=device)
-    if tokenizer.vocab_size > llama.config.vocab_size:
-        known, embedded = tokenizer.vocab_size, llama.config.vocab_size
-        raise UserError(f"the tokenizer knows {known} tokens, the LLaMA only {embedded}: they do not fit")
+    tokenizer.rows = llama.config.vocab_size  # padding is often added to a tokenizer alone
     return llama, tokenizer
 
 
@@ -89,7 +90,8 @@ def stream_text(llama, tokenizer, ids, max_new_tokens, **sampling):
     device = llama.embed_tokens.weight.device
     prompt = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
     count = min(max_new_tokens, llama.config.max_seq_len - len(ids))
-    allowed = list(tokenizer.bytes_of)  # a model's vocabulary may be padded beyond its tokenizer's
+    rows = range(llama.config.vocab_size)
+    allowed = list(filter(tokenizer.bytes_of.__contains__, rows))  # either may be padded beyond the other
 
     def new_ids():
         for new in llama.stream(prompt, count, allowed=allowed, **sampling):  # (1, 1)
@@ -180,6 +182,27 @@ def load_with(args, loader):
     return loader(args.run, args.tokenizer, *device_and_dtype(args))
 
 
+def load_in_context(args):
+    """The LLaMA of --run and its Tokenizer, in the context that --context asks for."""
+    llama, tokenizer = load_with(args, load_text)
+    if args.context:
+        llama.config = in_context(llama.config, max_seq_len=args.context)
+    return llama, tokenizer
+
+
+def framing(template, system, folder):
+    """--chat or --template, and --system → (a key of TEMPLATES, the system message or None).
+
+    "auto" is the chat template in the tokenizer's `folder`, with the system message that this one begins with.
+    """
+    if template != "auto":
+        return template, system
+    if folder is None:
+        raise UserError('the tokenizer "bytes" has no chat template: name one')
+    template, own_system = own_template(folder)
+    return template, own_system if system is None else system
+
+
 def load_dream(args):
     """The DreamLLM at --run."""
     device, dtype = device_and_dtype(args)
@@ -234,6 +257,7 @@ def chat_prompt(args, pictures):
     content = args.prompt if "<image>" in args.prompt else "<image>\n" * len(pictures) + args.prompt
     system = data.get("system") if args.system is None else args.system
     template = args.template or data.get("template", "vicuna")
+    template, system = framing(template, system, checkpoint.weights_folder(args.run))
     try:
         return chat_parts([{"role": "user", "content": content}], pictures, template, system)
     except ValueError as error:
@@ -356,10 +380,11 @@ def continue_text(args):
 
     It ends at an end token, after --max-new tokens, or where the model's context is full.
     """
-    llama, tokenizer = load_with(args, load_text)
+    llama, tokenizer = load_in_context(args)
     if args.chat:
-        system = [] if args.system is None else [{"role": "system", "content": args.system}]
-        ids = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}], args.chat)
+        template, system = framing(args.chat, args.system, tokenizer.file and tokenizer.file.parent)
+        system = [] if system is None else [{"role": "system", "content": system}]
+        ids = tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}], template)
     elif args.system is not None:
         raise UserError("--system needs --chat: only a chat template has a place for it")
     else:
@@ -483,6 +508,8 @@ def perplexity(args):
     A text: the perplexity of a token, and bits per byte, which tokenizers have in common.
     """
     if Path(args.input).suffix == ".jsonl":
+        if args.context:
+            raise UserError("--context is for a text: a row of pictures is read whole")
         picture_perplexity(args)
     else:
         text_perplexity(args)
@@ -509,7 +536,7 @@ def picture_perplexity(args):
 def text_perplexity(args):
     """The perplexity of a token of --input, and its bits per byte, printed."""
     text = settings.read_text(args.input)
-    llama, tokenizer = load_with(args, load_text)
+    llama, tokenizer = load_in_context(args)
     tokens = torch.tensor(tokenizer.encode(text, bos=True), device=llama.embed_tokens.weight.device)
     if len(tokens) < 2:
         raise UserError(f"{args.input}: too short: it has no token that follows another")
@@ -524,6 +551,64 @@ def text_perplexity(args):
 
 
 # ---- the command line ------------------------------------------------------------------------
+def open_pipeline(path, device):
+    """The whole latent diffusion at `path`, its text encoders included."""
+    model = LatentDiffusion.from_pretrained(path, device=device)
+    text = text_encoders(path, device=device)
+    return LatentDiffusion(model.unet, model.vae, model.schedule, text if len(text) > 1 else text[0])
+
+
+OPENERS = {  # what it is: (what opens it, the command to use it with)
+    "a LLaMA": (LLaMA.from_pretrained, 'sample.py text --run {} --prompt "The sky is"'),
+    "a DreamLLM": (DreamLLM.from_pretrained, 'sample.py chat --run {} --image x.png --prompt "What is this?"'),
+    "a VQGAN": (VQGAN.from_pretrained, "sample.py reconstruct --run {} --images a.png"),
+    "a CLIP": (CLIP.from_pretrained, "train.py --config configs/clip.toml model.init={}"),
+    "a CLIP text tower": (CLIP.from_pretrained, "train.py --config configs/unet.toml data.clip={}"),
+    "a CLIP vision tower": (CLIP.from_pretrained, "train.py --config configs/dreamllm_understand.toml model.clip={}"),
+    "an autoencoder of latent diffusion": (
+        AutoencoderKL.from_pretrained,
+        "train.py --config configs/vae.toml model.init={}",
+    ),
+    "a U-Net of latent diffusion": (UNet.from_pretrained, "train.py --config configs/unet.toml model.init={}"),
+    "a latent diffusion pipeline": (open_pipeline, 'sample.py image --run {} --prompt "a taco"'),
+    what.TOKENIZER: (None, 'sample.py text --run LLAMA --tokenizer {} --prompt "The sky is"'),
+}
+
+
+def say_what(args):
+    """Says what a run, a folder or a file is: its size, its tokenizer, and the command to use it with.
+
+    It is opened as every other command does, but without its weights: names, shapes and dtypes are
+    compared, no number is read. What does not open is called by its name, and the exit code is 2.
+    """
+    path = Path(args.path)
+    kind = what.kind_of(path)
+    opener, command = OPENERS[kind]
+    rows = {"what": kind, "run": what.origin(path)}
+    print_rows(rows)
+    rows = {"tokenizer": what.tokenizer_of(checkpoint.weights_folder(path))}
+    if opener:
+        with torch.device("meta"):
+            model = opener(path, device="meta")
+        size, dtype = what.size(model)
+        rows = {"size": size, "dtype": dtype, "context": what.reach(getattr(model, "config", None))} | rows
+    data = run_data(path) if kind == "a LLaMA" else {}
+    if data.get("tokenizer"):
+        command = "sample.py continue --run {} --prompt a.png b.png"
+    elif kind == "a LLaMA" and not rows["tokenizer"]:
+        rows["tokenizer"] = data.get("text_tokenizer")
+        if not rows["tokenizer"]:
+            rows["tokenizer"] = "none beside it: name an LVM's VQGAN, or the folder of a text's"
+            command = "sample.py continue --run {} --tokenizer VQGAN --prompt a.png b.png"
+    print_rows(rows | {"use": f"python {command.format(path)}"})
+
+
+def print_rows(rows):
+    for label, text in rows.items():
+        if text:
+            print(f"{label:10} {text}", flush=True)
+
+
 
 
 def option(flag, **properties):
@@ -542,6 +627,7 @@ MODEL = (
 )
 FLOAT_MODEL = (*MODEL, option("--dtype", choices=FLOATS, help=DTYPE))
 LLAMA = (*MODEL, option("--dtype", choices=(*FLOATS, "int8"), help=DTYPE))
+CONTEXT = option("--context", type=positive_int, metavar="N", help="tokens that the model may see; default: its own")
 SEED = option("--seed", type=seed_number, help="makes the result repeatable")
 SAMPLING = (
     option("--temperature", type=non_negative, default=1.0, help="0: always the most likely token (1)"),
@@ -615,7 +701,8 @@ COMMANDS = {  # name: (function, example, options …)
         '--run out/tiny_text --prompt "woman "',
         *LLAMA,
         option("--prompt", default="", help="a text to continue, or the question (empty)"),
-        option("--chat", choices=TEMPLATES, help=FRAMING),
+        option("--chat", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's own"),
+        CONTEXT,
         option("--system", help="the chat's system message (the template's own)"),
         option("--max-new", type=positive_int, default=256, help="most tokens to write (256, or the context's end)"),
         option("--tokenizer", default="", help="the tokenizer's folder; default: the run's own"),
@@ -640,7 +727,7 @@ COMMANDS = {  # name: (function, example, options …)
         '--run out/emoji/dream/instruct --image x.png --prompt "What is this?"',
         *INTERLEAVED,
         option("--prompt", default="", help="the question; <image> in it: where a picture stands (before it)"),
-        option("--template", choices=TEMPLATES, help=f"{FRAMING} (the run's own, else vicuna)"),
+        option("--template", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's own (the run's)"),
         option("--out", default="chat.png", help="the answer's pictures, numbered (chat.png)"),
     ),
     "document": (
@@ -656,6 +743,7 @@ COMMANDS = {  # name: (function, example, options …)
         "--run out/demo/lvm --input pairs.jsonl",
         *LLAMA,
         option("--input", required=True, metavar="FILE", help="a text; or a .jsonl of pictures"),
+        CONTEXT,
         option("--tokenizer", default="", help="of the pictures or the text; default: the run's own"),
         option(
             "--window", type=positive_int, default=4096, help="tokens of a text read at once (4096, or the context)"
@@ -663,6 +751,11 @@ COMMANDS = {  # name: (function, example, options …)
     ),
 }
 
+    "what": (
+        say_what,
+        "out/demo/lvm",
+        option("path", metavar="PATH", help="a run's folder, a published one, or a file of weights"),
+    ),
 
 def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)

@@ -52,8 +52,10 @@ from documents import DocumentRows, DocumentSettings, Writer, draw_view
 from dreamllm import DreamLLM, DreamLLMConfig
 from model import INITIAL_STD, SIZES, LLaMA, LLaMAConfig
 from model import Block as LLaMABlock
+from published.llama import CONTEXT, in_context
 from support import checkpoint, parallel, settings
 from support.chance import rng, shuffled
+from support.formats import pick
 from support.pictures import psnr, to_float, to_uint8
 from support.settings import MeshSettings, UserError, run_class
 from support.token_rows import RowsInfo, check_rows
@@ -137,17 +139,18 @@ def part_of(config_class, section):
     return config_class(**{name: getattr(section, name) for name in names})
 
 
-def start_model(cls, config_class, section, explicit_keys, resume, sharded=False):
+def start_model(cls, config_class, section, explicit_keys, resume, sharded=False, **options):
     """A float32 model from `resume` (a step's folder), else section.init, else fresh.
 
     A key of [model] that was written down must agree with what is loaded. sharded: it is to be cut into shares, which
-    are read from the file then, and are float32: until then the weights stay mapped, as they are stored.
+    are float32; until then the weights stay mapped to the file, as they are stored. options: of from_pretrained.
     """
     config, folder = part_of(config_class, section), resume or section.init
     if not folder:
         return fresh_model(cls, config)
-    model = cls.from_pretrained(folder, dtype=None if sharded else torch.float32).train()
-    settings.must_agree(explicit_keys & vars(config).keys(), section, model.config, folder)
+    model = cls.from_pretrained(folder, dtype=None if sharded else torch.float32, **options).train()
+    written = {key for key in explicit_keys if key.partition(".")[0] in vars(config)}
+    settings.must_agree(written, section, model.config, folder)
     return model
 
 
@@ -388,8 +391,12 @@ class LLaMATask(Task):
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
         self.from_scratch = not (resume or config.model.init)
+        own_context = set() if resume else CONTEXT & explicit_keys
         with torch.device("meta") if self.from_scratch and ranks.sharded else contextlib.nullcontext():
-            self.model = start_model(LLaMA, LLaMAConfig, config.model, explicit_keys, resume, ranks.sharded)
+            start = (config.model, explicit_keys - own_context, resume, ranks.sharded)
+            self.model = start_model(LLaMA, LLaMAConfig, *start)
+        changes = {name: getattr(config.model, name) for name in own_context}
+        self.model.config = in_context(self.model.config, **changes)
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": self.model}
         self.items_per_row = self.model.config.max_seq_len
@@ -419,7 +426,7 @@ class LLaMATask(Task):
 
     def open_rows(self, paths, **options):
         train, model = self.config.train, self.model.config
-        options |= {"vocab_size": model.vocab_size}
+        options |= {"vocab_size": model.vocab_size, "dtype": self.config.data.row_dtype}
         return TokenRows(paths, model.max_seq_len, train.batch_size, train.seed, **options)
 
     def open_sample(self):
@@ -489,7 +496,9 @@ class CLIPTask(Task):
 
     def __init__(self, config, explicit_keys, ranks, resume):
         super().__init__(config, ranks)
-        self.model = start_model(CLIP, CLIPConfig, config.model, explicit_keys, resume)
+        # for published weights that do not say it
+        activation = config.model.vision.activation if "vision.activation" in explicit_keys else None
+        self.model = start_model(CLIP, CLIPConfig, config.model, explicit_keys, resume, activation=activation)
         vision, text, data = self.model.config.vision, self.model.config.text, config.data
         if not (vision and text):
             raise UserError("to train a CLIP takes both [model.vision] and [model.text]")
@@ -629,7 +638,7 @@ class UNetTask(Task):
     # -- pictures: encoded once, and kept for the next start --
 
     def open_pairs(self, split):
-        """→ ([caption, …], latents (N, 2, z, h, w): mean and log-variance of each one's picture)."""
+        """→ ([captions of a picture, …], latents (N, 2, z, h, w): mean and log-variance of each one's picture)."""
         rows = CaptionRows(self.config.data, self.config.train.batch_size, self.config.train.seed, split)
         items = rows.items()
         if not items:
@@ -641,7 +650,7 @@ class UNetTask(Task):
             latents = self.encode([item.image for item in items], split)
             if self.ranks.is_main:
                 checkpoint.write_tensors(file, {"latents": latents})
-        return [item.caption for item in items], latents
+        return [item.captions for item in items], latents
 
     def fingerprint(self, items):
         """Of all that the latents depend on: the pictures' names, their side, the autoencoder's weights."""
@@ -684,8 +693,8 @@ class UNetTask(Task):
             noises.append(random.standard_normal((2, *shape), np.float32))
             offsets.append(random.standard_normal((shape[0], 1, 1), np.float32))
             drops = random.random() < config.loss.drop and split == "train"
-            captions.append("" if drops else all_captions[i])
             times.append(random.integers(config.schedule.num_train_timesteps))
+            captions.append("" if drops else pick(all_captions[i], random))
         return captions, all_latents[order], np.stack(noises, axis=1), np.stack(offsets), np.array(times)
 
     def loss(self, phase, module, batch, step, microstep):
@@ -709,7 +718,7 @@ class UNetTask(Task):
         rows = [true]
         for seed in (0, 8):
             options = {"steps": 25, "sampler": fitting_sampler(self.config.schedule), "size": self.config.data.side}
-            rows.append(self.model.generate(captions, guidance=3, seed=seed, **options))
+            rows.append(self.model.generate(list(map(pick, captions)), guidance=3, seed=seed, **options))
         return [list(to_uint8(images)) for images in rows]
 
 

@@ -438,8 +438,9 @@ def model_config(s, explicit_keys, resume):
         checkpoint.expect(start, "a LLaMA")
         folder = checkpoint.weights_folder(start)
         saved = settings.build(LLaMAConfig, llama.read(folder)[0])
-        settings.must_agree(explicit_keys & set(names), c, saved, folder)
-        c = saved
+        own_context = set() if resume else llama.CONTEXT & explicit_keys
+        settings.must_agree(explicit_keys & set(names) - own_context, c, saved, folder)
+        c = llama.in_context(saved, **{name: getattr(c, name) for name in own_context})
     for field in dataclasses.fields(LLaMAConfig):
         value = getattr(c, field.name)
         if field.name not in IMPLEMENTED and value != field.default:
@@ -453,9 +454,10 @@ def open_data(s, c):
         raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
     shared = (c.max_seq_len, s.train.batch_size, s.train.seed)
     check_rows(s.data, c.vocab_size)
-    rows, held_out, tokenizer = TokenRows(s.data.rows, *shared, s.data.weights, c.vocab_size), None, None
+    options = {"vocab_size": c.vocab_size, "dtype": s.data.row_dtype}
+    rows, held_out, tokenizer = TokenRows(s.data.rows, *shared, s.data.weights, **options), None, None
     if s.data.held_out:
-        held_out = TokenRows(s.data.held_out, *shared, vocab_size=c.vocab_size)
+        held_out = TokenRows(s.data.held_out, *shared, **options)
     elif s.train.eval_every and jax.process_index() == 0:
         print("no held-out metrics: data.held_out is empty", file=sys.stderr)
     if s.data.text_tokenizer:

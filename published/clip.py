@@ -3,7 +3,7 @@
     Hugging Face    config.json, preprocessor_config.json, model.safetensors   ┐
     OpenAI          ViT-B-32.pt, …: TorchScript archives                       ├─ read ─▶ (fields,
     open_clip       open_clip_config.json, open_clip_model.safetensors         ┘           tensors)
-    SD's files      v1-5-pruned.safetensors, …                  ─ text_towers ─▶ [(fields, tensors, pad)]
+    SD's files      v1-5-pruned.safetensors, …                  ─ text_towers ─▶ [(fields, tensors, place, pad)]
 
     CLIPConfig ─ config_to_hf, preprocessor_to_hf ─▶ config.json, preprocessor_config.json
 
@@ -11,12 +11,15 @@ Tensors come out under Hugging Face's names, which are the names of clip.py's mo
 configuration says is used, or refused where clip.py does something else; left unread are entries
 that change no result of a trained model (dropout, initializers, ids of special tokens). A file
 without a configuration has shapes: they say everything but the number of heads, which is 64 wide
-in all published towers but LAION's two largest, and the kind of GELU.
+in all published towers but LAION's two largest, and the kind of GELU, which params.txt of
+open_clip's training run says.
 """
 
+import ast
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from support import checkpoint, settings
@@ -32,16 +35,15 @@ def read(path):
     The fields are None where no configuration lies beside the weights: from_shapes can tell most
     of them.
     """
-    if path.is_file() and checkpoint.is_torchscript(path):
-        return read_openai(path)
     folder, file = path.parent, path
     if path.is_dir():
         checkpoint.expect(path, *CLIPS)
-        folder, file = path, weight_file(path)
-    # "module." is what training programs wrap around the weights
-    tensors = checkpoint.renamed(checkpoint.read_tensors(file), [(r"^module\.", "")])
+        folder, file = path, newest_epoch(path) or path
+    elif checkpoint.is_torchscript(path):
+        return read_openai(path)
+    tensors = checkpoint.renamed(checkpoint.read_tensors(file), [(r"^(model|clip)\.", "")])  # as Lightning wraps it
     if any(name.startswith(("visual.", "transformer.resblocks.")) for name in tensors):
-        return read_open_clip(tensors, folder)
+        return read_open_clip(tensors, file if file.is_file() else folder)
     tensors = from_hf_names(tensors)
     if not any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
         reason = "no weights of a vision or text tower (text_encoders reads Stable Diffusion's files)"
@@ -49,12 +51,17 @@ def read(path):
     return read_hf_config(folder, tensors), tensors
 
 
-def weight_file(folder):
-    """What read_tensors opens: an open_clip file if there is no config.json, else the folder."""
-    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
-        if (folder / name).exists() and not (folder / "config.json").exists():
-            return folder / name
-    return folder
+def known(fields, tensors, path, activation=None):
+    """The fields that `read` returned; where they are None, those that shapes and `activation` say.
+
+    activation: "quick_gelu" or "gelu"; None is a UserError.
+    """
+    if fields is None and activation is None:
+        ways = "set model.vision.activation and model.text.activation for train.py"
+        ways += ', or pass activation="quick_gelu" if they are OpenAI\'s, "gelu" if LAION\'s'
+        beside = "open_clip's params.txt or open_clip_config.json beside them would"
+        raise UserError(f"{path}: these weights do not say which GELU they were trained with ({beside}): {ways}")
+    return fields or from_shapes(tensors, path, activation)
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------
@@ -160,6 +167,14 @@ def colours_from_hf(saved, path, side):
     return fields
 
 
+def write_config(path, config, tokenizer, dtype):
+    """Writes config.json, and preprocessor_config.json if there is a vision tower; dtype: its name."""
+    path = Path(path)
+    checkpoint.write_json(path / "config.json", config_to_hf(config, tokenizer) | {"torch_dtype": dtype})
+    if config.vision:
+        checkpoint.write_json(path / "preprocessor_config.json", preprocessor_to_hf(config.vision))
+
+
 def config_to_hf(config, tokenizer=None):
     """The other way: the dict that is written as config.json."""
     c, towers = config, {}
@@ -224,6 +239,7 @@ def from_openai_names(tensors):
     """OpenAI's and open_clip's names → Hugging Face's; splits q, k, v, transposes projections."""
     unpacked = {}
     for name, tensor in tensors.items():
+        name = name.removeprefix("text.")  # open_clip's custom_text
         if ".in_proj_" in name and tensor.ndim and len(tensor) % 3 == 0:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):  # (3·D, …) → three times (D, …)
                 unpacked[name.replace("in_proj_", f"{letter}_proj.")] = part
@@ -240,33 +256,71 @@ def read_openai(path):
     return from_shapes(tensors, path, "quick_gelu"), tensors
 
 
-def read_open_clip(tensors, folder):
-    """A state dict under the names that open_clip shares with OpenAI."""
-    tensors, file = from_openai_names(tensors), folder / "open_clip_config.json"
+def read_open_clip(tensors, path):
+    """A state dict under the names that open_clip shares with OpenAI, read from the file or folder `path`."""
+    tensors, folder = from_openai_names(tensors), path if path.is_dir() else path.parent
+    file = folder / "open_clip_config.json"
     if not file.exists():
-        return None, tensors
+        activation, colours = run_parameters(folder)
+        fields = activation and from_shapes(tensors, path, activation)
+        if fields and fields["vision"] is not None:
+            fields["vision"].add(colours)
+        return fields, tensors
     fields = config_from_open_clip(checkpoint.read_json(file), file)
-    fields["logit_bias"] = "logit_bias" in tensors
+    fields["logit_bias"] = fields["logit_bias"] or "logit_bias" in tensors
     return fields, tensors
 
 
-VISION_FIXED = {  # what open_clip's towers might do otherwise, with the same weights
-    "pool_type": "tok",
-    "final_ln_after_pool": False,
-    "no_ln_pre": False,
-    "attentional_pool": False,
-    "act_kwargs": {},
-    "norm_kwargs": {},
-}
-TEXT_FIXED = {
-    "pool_type": "argmax",
-    "final_ln_after_pool": False,
-    "no_causal_mask": False,
-    "embed_cls": False,
-    "act_kwargs": {},
-    "norm_kwargs": {},
-}
+def newest_epoch(folder):
+    """The newest of the checkpoints/epoch_N.pt in the folder of a training run of open_clip; None: it is none."""
+    files = sorted(folder.glob("checkpoints/epoch_*.pt"), key=lambda file: (len(file.name), file.name))
+    return files[-1] if files and (folder / "params.txt").exists() else None
+
+
+def run_parameters(folder):
+    """params.txt of open_clip's training run around `folder` → (the GELU, Fields of mean and std); (None, None).
+
+    A run that began with OpenAI's weights does not say it: that depends on open_clip's version.
+    """
+    file = next((place / "params.txt" for place in (folder, folder.parent) if (place / "params.txt").exists()), None)
+    if file is None:
+        return None, None
+    saved = {}
+    for line in settings.read_text(file).splitlines():
+        name, _, value = line.partition(": ")
+        try:
+            saved[name] = ast.literal_eval(value)  # a list, a number, None; no code is run
+        except (ValueError, SyntaxError):
+            saved[name] = value
+    colours = settings.published(saved, file, {"mean": "image_mean", "std": "image_std"}, fixed=RUN_FIXED)
+    if saved.get("force_quick_gelu") is True or str(saved.get("model")).endswith("-quickgelu"):
+        return "quick_gelu", colours
+    unknown = "model" not in saved or saved.get("pretrained") == "openai"
+    return (None, None) if unknown else ("gelu", colours)
+
+
+# What open_clip might do otherwise, with the same weights or with more of them
+RUN_FIXED = {"image_interpolation": "bicubic", "image_resize_mode": "shortest"}
+BLOCK_FIXED = {
+    "ls_init_value": None, "final_ln_after_pool": False, "act_kwargs": {}, "norm_kwargs": {}, "block_type": "default",
+    "qk_norm": False, "scaled_cosine_attn": False, "scale_heads": False, "scale_attn_inner": False,
+    "scale_attn": False, "scale_fc": False,
+}  # fmt: skip
+MODEL_FIXED = {"multimodal_cfg": None, "nonscalar_logit_scale": False}
+VISION_FIXED = BLOCK_FIXED | {
+    "timm_model_name": None, "pool_type": "tok", "no_ln_pre": False, "attentional_pool": False,
+    "pos_embed_type": "learnable",
+}  # fmt: skip
+TEXT_FIXED = BLOCK_FIXED | {
+    "hf_model_name": None, "hf_tokenizer_name": None, "tokenizer_mode": None, "tokenizer_kwargs": {},
+    "pool_type": "argmax", "no_causal_mask": False, "embed_cls": False, "proj_bias": False, "proj_type": "linear",
+}  # fmt: skip
 PREPROCESS_FIXED = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+# What changes nothing: how training goes, or how a tower works that the keys above exclude
+MODEL_UNREAD = ("custom_text", "init_logit_scale", "cast_dtype", "output_dict")  # custom_text: other names
+VISION_UNREAD = ("patch_dropout", "output_tokens", "attn_pooler_queries", "attn_pooler_heads")
+VISION_UNREAD += ("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path")
+TEXT_UNREAD = ("pad_id", "eos_id", "output_tokens", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type")
 
 
 @dataclass(frozen=True)
@@ -284,17 +338,23 @@ class OpenCLIPShape:
 
 def config_from_open_clip(saved, path="open_clip_config.json"):
     """An open_clip_config.json (a dict) of two transformers → Fields of a CLIPConfig."""
+    if isinstance(saved, dict) and "vision_cfg" in saved:  # one of open_clip's own model_configs
+        saved = {"model_cfg": saved}
     names = {"model": "model_cfg", "preprocess": "preprocess_cfg"}
     parts = settings.published(saved, path, names, required=("model",))
     where = f"{path}: model_cfg"
     names = {"embed_dim": "embed_dim", "vision": "vision_cfg", "text": "text_cfg", "quick_gelu": "quick_gelu"}
+    names |= {"logit_bias": "init_logit_bias"}
+    fields = settings.published(parts["model"], where, names, fixed=MODEL_FIXED)
+    refuse_unknown(parts["model"], where, (*names.values(), *MODEL_FIXED, *MODEL_UNREAD))
     fields = settings.published(parts["model"], where, names, required=("embed_dim", "vision", "text"))
+    fields["logit_bias"] = "logit_bias" in fields  # SigLIP's loss; its value is among the weights
 
     vision = {"width": "width", "layers": "layers", "patch_size": "patch_size", "image_size": "image_size"}
-    vision = open_clip_tower(fields["vision"], f"{where}: vision_cfg", vision, vision, VISION_FIXED)
+    vision = open_clip_tower(fields["vision"], f"{where}: vision_cfg", vision, vision, VISION_FIXED, VISION_UNREAD)
     required = {"width": "width", "layers": "layers", "heads": "heads"}
     names = required | {"vocab_size": "vocab_size", "context_length": "context_length"}
-    text = open_clip_tower(fields["text"], f"{where}: text_cfg", names, required, TEXT_FIXED)
+    text = open_clip_tower(fields["text"], f"{where}: text_cfg", names, required, TEXT_FIXED, TEXT_UNREAD)
 
     quick_gelu = settings.convert(bool, fields.pop("quick_gelu", False), f"{where}: quick_gelu")
     vision["activation"] = text["activation"] = "quick_gelu" if quick_gelu else "gelu"
@@ -304,15 +364,23 @@ def config_from_open_clip(saved, path="open_clip_config.json"):
     return fields
 
 
-def open_clip_tower(saved, where, names, required, fixed):
+def open_clip_tower(saved, where, names, required, fixed, unread):
     """vision_cfg or text_cfg (a dict) → Fields of a VisionConfig or TextConfig."""
     fields = settings.published(saved, where, names, fixed=fixed, required=required)
     theirs = {"width": "width", "head_width": "head_width", "mlp_ratio": "mlp_ratio"}
+    refuse_unknown(saved, where, (*names.values(), *theirs, *fixed, *unread))
     shape = settings.build(OpenCLIPShape, settings.published(saved, where, theirs))
     fields["hidden_dim"] = int(shape.width * shape.mlp_ratio)
     fields.setdefault("heads", shape.width // shape.head_width)  # which a text tower says itself
     fields.names |= {"hidden_dim": "mlp_ratio · width =", "heads": fields.names.get("heads", "width / head_width =")}
     return fields
+
+
+def refuse_unknown(saved, where, keys):
+    """Raises a UserError that names a key of the table `saved` that is none of `keys`."""
+    for key, value in saved.items():
+        if key not in keys and value is not None:
+            raise UserError(f"{where}: {key} is not known here: open_clip's CLIPs of two plain transformers open")
 
 
 def colours_from_open_clip(saved, path, side):
@@ -398,8 +466,29 @@ TEXT_TOWERS = (
 )
 
 
-def text_towers(path):
-    """A Stable Diffusion's single file → [(Fields of a CLIPConfig, tensors, padding token), …].
+def text_towers(path, variant=None):
+    """A Stable Diffusion → [(Fields of a CLIPConfig, tensors, where its files lie, padding token), …].
+
+    Of a folder: those of text_encoder/ and text_encoder_2/, whose tokenizers say how to pad: None here.
+    variant: of its files, as "fp16".
+    """
+    if path.is_file():
+        towers = single_file_towers(path)
+    else:
+        folders = [folder for folder in (path / "text_encoder", path / "text_encoder_2") if folder.is_dir()]
+        if variant is not None:
+            folders = [checkpoint.find_weights(folder, variant) or folder for folder in folders]
+        towers = []
+        for place in folders:
+            fields, tensors = read(place)
+            towers.append((known(fields, tensors, place), tensors, place, None))
+    if not towers:
+        raise UserError(f"{path}: holds no CLIP text tower (looked for text_encoder/ or SD's own names)")
+    return towers
+
+
+def single_file_towers(path):
+    """The same of a single file.
 
     SD 2 reads its tower after the last block but one: the last, and the projection, are left out,
     as diffusers does.
@@ -414,5 +503,5 @@ def text_towers(path):
         if tower.drop_last:
             unused = rf"^text_model\.encoder\.layers\.{layers - 1}\.|^text_projection"
             tensors = checkpoint.renamed(tensors, [(unused, None)])
-        towers.append((from_shapes(tensors, path, tower.activation), tensors, tower.pad))
+        towers.append((from_shapes(tensors, path, tower.activation), tensors, path, tower.pad))
     return towers

@@ -16,7 +16,9 @@ LlamaForCausalLM.
 """
 
 import dataclasses
+import math
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +41,8 @@ def read(path):
 
 
 def from_hf_names(tensors):
-    return checkpoint.renamed(tensors, [(r"rotary_emb\.inv_freq$", None), (r"^model\.", "")])
+    # a second model. is Lightning's
+    return checkpoint.renamed(tensors, [(r"rotary_emb\.inv_freq$", None), (r"^(model\.)+", "")])
 
 
 def to_hf_names(tensors):
@@ -86,10 +89,25 @@ def config_from_hf(saved, path="config.json"):
     key = "rope_scaling" if saved.get("rope_parameters") is None else "rope_parameters"
     if saved.get(key) is not None:
         fields |= rope_from_hf(saved[key], f"{path}: {key}")
+    scaling = fields.get("rope_scaling")
+    if scaling and not scaling["original_max_position_embeddings"]:
+        stretch_context(fields, saved, path)
     if saved.get("picturebook") is not None:
         settings.published(saved["picturebook"], f"{path}: picturebook", {})  # is it a table?
         fields |= saved["picturebook"]
     return fields
+
+
+def stretch_context(fields, saved, path):
+    """Linear scaling: max_position_embeddings is the context before it, as transformers and FastChat have it.
+
+    max_sequence_length says the context after it where it is there (in Vicuna-16k's file, and in ours).
+    """
+    context, factor = fields["max_seq_len"], fields["rope_scaling"]["factor"]
+    if saved.get("max_sequence_length") is not None:
+        fields["max_seq_len"], fields.names["max_seq_len"] = saved["max_sequence_length"], "max_sequence_length"
+    elif type(context) is int and type(factor) in (int, float) and 0 < factor < 2**20:  # else LLaMAConfig refuses them
+        fields["max_seq_len"] = int(context * factor)
 
 
 def rope_from_hf(saved, path):
@@ -97,7 +115,8 @@ def rope_from_hf(saved, path):
     fields = settings.published(saved, path, {"rope_theta": "rope_theta"}, fixed={"partial_rotary_factor": 1.0})
     kind = saved.get("rope_type") or saved.get("type") or "default"
     if kind not in list(ROPE_FIELDS):
-        raise UserError(f"{path}: rope type {kind!r} is not supported (default, llama3 and linear are)")
+        within = "; without this entry, the model reads what its context was before it" if kind == "dynamic" else ""
+        raise UserError(f"{path}: rope type {kind!r} is not supported (default, llama3 and linear are){within}")
     if kind == "default":
         # a factor would belong to a kind that is not named, a table to some of the layers only
         if unknown := saved.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
@@ -121,6 +140,8 @@ def config_to_hf(config, tokenizer=None):
         saved["rope_scaling"] = {"rope_type": "llama3"} | dataclasses.asdict(scaling)
     elif scaling:
         saved["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}
+        saved["max_sequence_length"] = config.max_seq_len
+        saved["max_position_embeddings"] = math.ceil(config.max_seq_len / scaling.factor)
     saved |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "initializer_range": 0.02}
     # an LVM has no ends: its rows are pictures
     return saved | {"bos_token_id": tokenizer and tokenizer.bos, "eos_token_id": tokenizer and tokenizer.eos}
@@ -132,6 +153,23 @@ def own_fields(config):
     known = {*HF_NAMES, "rope_scaling"}
     unknown = [field for field in dataclasses.fields(config) if field.name not in known]
     return {field.name: values[field.name] for field in unknown if getattr(config, field.name) != field.default}
+
+
+# No weight depends on these: who starts from a published model may train and sample it in another context.
+CONTEXT = {"max_seq_len", "rope_theta", "rope_scaling"}
+
+
+def in_context(config, **changes):
+    """A LLaMAConfig with these fields of CONTEXT changed; a line says so if the context is longer than the model's.
+
+    Beyond it, a model whose angles are not scaled is lost until it has been trained there.
+    """
+    changed = dataclasses.replace(config, **changes)
+    scaled = (changed.rope_theta, changed.rope_scaling) != (config.rope_theta, config.rope_scaling)
+    if changed.max_seq_len > config.max_seq_len and not scaled:
+        lengths = f"a context of {changed.max_seq_len} tokens; the model was made for {config.max_seq_len}"
+        print(f"note: {lengths}, and its rotary angles are not scaled", file=sys.stderr)
+    return changed
 
 
 # ---- Meta ------------------------------------------------------------------------------------
@@ -173,11 +211,16 @@ META_PARTS = {  # Meta's name: ours, and the axis along which its pieces are cut
 }
 
 
+# what others' params.json may ask for: Mistral's, Mixtral's, those of quantised and of tuned models
+META_FIXED = dict.fromkeys(("sliding_window", "moe", "moe_args", "quantization", "quantization_args", "lora_args"))
+
+
 def read_meta(folder):
     """Meta's params.json and consolidated.NN.pth → the same as `read`."""
     file = folder / "params.json"
     names = {field.name: field.name for field in dataclasses.fields(MetaParams)}
-    params = settings.build(MetaParams, settings.published(checkpoint.read_json(file), file, names))
+    params = settings.published(checkpoint.read_json(file), file, names, fixed=META_FIXED)
+    params = settings.build(MetaParams, params)
     pieces = read_pieces(folder)
     tensors = {}
     for name in pieces[0]:
@@ -194,6 +237,8 @@ def read_meta(folder):
 def read_pieces(folder):
     """The tables of tensors in consolidated.00.pth, 01, …: a model cut for tensor parallelism."""
     files = sorted(folder.glob("consolidated.*.pth"))
+    if not files and (folder / "consolidated.safetensors").exists():  # Mistral's
+        return [checkpoint.read_tensors(folder / "consolidated.safetensors")]
     found, expected = [file.name for file in files], [f"consolidated.{i:02d}.pth" for i in range(len(files))]
     if found != expected or not files:
         raise UserError(f"{folder}: expected consolidated.00.pth, 01, …; found {found}")

@@ -13,14 +13,155 @@ tests/test_diffusion.py lists those, and why.
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from support import checkpoint, settings
-from support.settings import UserError
-
-# ---- diffusers folders -----------------------------------------------------------------------
+from support.settings import Fields, UserError
 
 PIPELINE = "a latent diffusion pipeline"  # as checkpoint.what_is calls them
 UNET, VAE = "a U-Net of latent diffusion", "an autoencoder of latent diffusion"
+CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
+
+# ---- the published sizes ---------------------------------------------------------------------
+
+# fmt: off
+UNETS = {  # fields of a UNetConfig; those that are not here are the defaults
+    "sd15": {},
+    "sd21": {"sample_size": 96, "heads": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True,
+             "upcast_attention": True},
+    "sdxl": {"sample_size": 128, "block_out_channels": (320, 640, 1280), "depth": (0, 2, 10), "mid_depth": 10,
+             "heads": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
+             "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
+}
+# fmt: on
+VAES = {"sd": {}, "sdxl": {"sample_size": 1024, "scaling_factor": 0.13025}}
+SHAPES = {(320, 768): "sd15", (320, 1024): "sd21", (320, 2048): "sdxl"}  # width of the first level, of the context
+
+
+def size(sizes, name):
+    """The fields of a published size, of UNETS or VAES."""
+    if name not in sizes:
+        raise UserError(f'no size "{name}"; there are {", ".join(sizes)}')
+    return sizes[name]
+
+
+# ---- opening -----------------------------------------------------------------------------------
+
+
+class Pipeline(NamedTuple):
+    """The configurations of a whole Stable Diffusion."""
+
+    unet: Fields
+    vae: Fields
+    schedule: Fields
+
+
+def read_pipeline(path, config=None):
+    """A pipeline's folder (its weights may be elsewhere) or a single file → Pipeline.
+
+    config: the YAML or JSON that a single file's code base keeps of it (a path, or its content); where there is
+    none, neither here nor beside the file, the shapes of the weights decide.
+    """
+    path = checkpoint.weights_folder(path)
+    if path.is_file():
+        tensors = read_single_file(path)
+        if config := config or config_beside(path):
+            return original_fields(config)
+        name = published_unet(strip_prefix(tensors, UNET_PREFIX, path), path)
+        if name == "sd21":
+            raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
+        vae, spacing = ("sdxl", "leading") if name == "sdxl" else ("sd", "")
+        sizes = UNETS[name], VAES[vae], {"timestep_spacing": spacing}
+        return Pipeline(*(Fields(fields, path) for fields in sizes))
+    checkpoint.expect(path, PIPELINE)
+    for name in ("unet", "vae", "scheduler"):
+        if not (path / name).is_dir():
+            raise UserError(f"{path}: has no folder {name}/, so it is no diffusers pipeline")
+    files = path / "unet" / CONFIG, path / "vae" / CONFIG, path / "scheduler" / SCHEDULER
+    functions = unet_fields, vae_fields, schedule_fields
+    return Pipeline(*(read(checkpoint.read_json(file), file) for read, file in zip(functions, files, strict=True)))
+
+
+def read_unet(path, config=None):
+    """A U-Net, alone or in a pipeline → (its folder or file, Fields of its configuration, tensors).
+
+    config: its configuration, if it is known; then the Fields are None.
+    """
+    path = subfolder(path, "unet", UNET, PIPELINE)
+    tensors = checkpoint.read_tensors(path)
+    if path.is_dir():
+        return path, config or unet_fields(checkpoint.read_json(path / CONFIG), path / CONFIG), tensors
+    tensors = strip_prefix(tensors, UNET_PREFIX, path)
+    fields = None if config else Fields(UNETS[published_unet(tensors, path)], path)
+    return path, fields, rename_unet(tensors)
+
+
+def read_vae(path, config=None):
+    """The same of an autoencoder; a single file is taken to be SD 1's and 2's if no `config` is given."""
+    path = subfolder(path, "vae", VAE, PIPELINE)
+    tensors = checkpoint.read_tensors(path)
+    if path.is_dir():
+        fields = config or vae_fields(checkpoint.read_json(path / CONFIG), path / CONFIG)
+    else:
+        tensors, fields = strip_prefix(tensors, VAE_PREFIX, path), Fields(VAES["sd"], path)
+    return path, fields, rename_vae(tensors)
+
+
+def subfolder(path, name, *wanted):
+    """A folder or file of weights: `path` itself, or its folder `name` if it is a whole pipeline.
+
+    path: also a run's folder. A folder that holds something other than `wanted` (see
+    checkpoint.what_is) is a UserError.
+    """
+    path = checkpoint.weights_folder(path)
+    if not path.is_dir():
+        return path
+    checkpoint.expect(path, *wanted)
+    return path / name if (path / name).is_dir() else path
+
+
+def split_parts(tensors, path):
+    """Tensors named unet.… and vae.… → those of the U-Net, those of the autoencoder, under our names."""
+    rest = dict(tensors)
+    unet, vae = checkpoint.pop_prefix(rest, "unet."), checkpoint.pop_prefix(rest, "vae.")
+    if rest:
+        raise UserError(f"{path}: {next(iter(rest))} belongs to no part of a latent diffusion model")
+    return unet, rename_vae(vae)
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def write_part(path, config, tensors):
+    """A folder that diffusers opens: config.json and weights."""
+    checkpoint.write_json(Path(path) / CONFIG, config)
+    checkpoint.write_tensors(Path(path) / "diffusion_pytorch_model.safetensors", tensors)
+
+
+def write_configs(path, model):
+    """The configurations of a LatentDiffusion's pipeline folder, without its weights."""
+    checkpoint.write_json(Path(path) / "unet" / CONFIG, unet_json(model.unet.config))
+    checkpoint.write_json(Path(path) / "vae" / CONFIG, vae_json(model.vae.config))
+    checkpoint.write_json(Path(path) / "scheduler" / SCHEDULER, schedule_json(model.schedule))
+
+
+def write_pipeline(path, model):
+    """A LatentDiffusion's whole folder; model_index.json comes last."""
+    path, folders = Path(path), ["unet", "vae", "scheduler"]
+    xl = bool(model.unet.config.addition_time_embed_dim)
+    write_configs(path, model)
+    model.unet.save_pretrained(path / "unet")
+    model.vae.save_pretrained(path / "vae")
+    for encoder, number in zip(model.text_encoders, ("", "_2") if xl else ("",), strict=False):
+        encoder.save_pretrained(path / f"text_encoder{number}")
+        folders.append(f"text_encoder{number}")
+        if encoder.tokenizer:
+            encoder.tokenizer.save_pretrained(path / f"tokenizer{number}", encoder.config.text.context_length)
+            folders.append(f"tokenizer{number}")
+    checkpoint.write_json(path / "model_index.json", pipeline_json(folders, xl))
+
+
+# ---- diffusers folders -----------------------------------------------------------------------
 
 
 def same(*names):
@@ -81,19 +222,6 @@ SCHEDULER_KINDS = (  # ours may follow the schedule of each
     "LMSDiscreteScheduler",
     "PNDMScheduler",
 )
-
-
-def subfolder(path, name, *wanted):
-    """A folder or file of weights: `path` itself, or its folder `name` if it is a whole pipeline.
-
-    path: also a run's folder. A folder that holds something other than `wanted` (see
-    checkpoint.what_is) is a UserError.
-    """
-    path = checkpoint.weights_folder(path)
-    if not path.is_dir():
-        return path
-    checkpoint.expect(path, *wanted)
-    return path / name if (path / name).is_dir() else path
 
 
 def unet_fields(saved, path="config.json"):
@@ -252,28 +380,25 @@ def strip_prefix(tensors, prefix, path):
     return own
 
 
-def unet_shape(tensors, path):
-    """(width of the first level, width of the context) of a single file's U-Net."""
+def published_unet(tensors, path):
+    """The name of the published U-Net that these tensors, under their single-file names, are."""
     shapes = []
     for name in ("input_blocks.0.0.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"):
         if name not in tensors or tensors[name].ndim < 2:
             raise UserError(f"{path}: {name} is missing, so it is no U-Net of Stable Diffusion")
         shapes.append(tensors[name].shape)
-    return shapes[0][0], shapes[1][1]
+    width, context = shapes[0][0], shapes[1][1]
+    if (width, context) not in SHAPES:
+        raise UserError(f"{path}: no published U-Net has width {width} and context {context}: it needs config=")
+    return SHAPES[width, context]
 
 
-def rename_unet(tensors, config):
+def rename_unet(tensors):
     """A U-Net's tensors of a single file, under our names."""
-    return checkpoint.renamed(tensors, as_patterns(unet_names(config)))
-
-
-def rename_vae(tensors, config):
-    """An autoencoder's tensors of a single file, or of an old folder, as ours."""
-    tensors = checkpoint.renamed(tensors, as_patterns(vae_names(config)))
-    for name, tensor in tensors.items():
-        if ".attentions." in name and tensor.ndim == 4:  # as 1×1 convolutions: (D, D, 1, 1) → (D, D)
-            tensors[name] = tensor.flatten(1)
-    return tensors
+    blocks = {match[1] for name in tensors if (match := re.match(r"input_blocks\.(\d+)\.", name))}
+    levels = 1 + sum(name.endswith(".0.op.weight") for name in tensors)
+    # an input block for each residual block and each way down, and one that comes before
+    return checkpoint.renamed(tensors, as_patterns(unet_names(levels, len(blocks) // levels - 1)))
 
 
 def as_patterns(names):
@@ -282,7 +407,7 @@ def as_patterns(names):
     return [(rf"^{re.escape(theirs)}\.", f"{ours}.") for theirs, ours in longest_first]
 
 
-def unet_names(config):
+def unet_names(levels, layers):
     """{beginning of a name in single files: ours}. They number the blocks in the order in which
     they run. SD 1's:
 
@@ -308,20 +433,21 @@ def unet_names(config):
     }
     resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
     block = 1
-    for level in range(len(config.depth)):
-        for k in range(config.layers_per_block):
+    for level in range(levels):
+        for k in range(layers):
             resnets[f"input_blocks.{block}.0"] = f"down_blocks.{level}.resnets.{k}"
             names[f"input_blocks.{block}.1"] = f"down_blocks.{level}.attentions.{k}"
             block += 1
         names[f"input_blocks.{block}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
         block += 1
     block = 0
-    for level, depth in enumerate(reversed(config.depth)):
-        for k in range(config.layers_per_block + 1):
+    for level in range(levels):
+        for k in range(layers + 1):
             resnets[f"output_blocks.{block}.0"] = f"up_blocks.{level}.resnets.{k}"
             names[f"output_blocks.{block}.1"] = f"up_blocks.{level}.attentions.{k}"
             block += 1
-        names[f"output_blocks.{block - 1}.{2 if depth else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+        for place in (1, 2):
+            names[f"output_blocks.{block - 1}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     for theirs, ours in resnets.items():
         names |= {
             f"{theirs}.in_layers.0": f"{ours}.norm1",
@@ -334,32 +460,33 @@ def unet_names(config):
     return names
 
 
-def vae_names(config):
-    """{beginning of a name in single files, or in old diffusers folders: ours}."""
-    names, last = {}, len(config.block_out_channels) - 1
-    attention_names = {
-        **{"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},  # single files
-        **{"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"},  # old folders
-    }
-    for side in ("encoder", "decoder"):
-        middle = f"{side}.mid_block"
-        names |= {
-            f"{side}.norm_out": f"{side}.conv_norm_out",
-            f"{side}.mid.block_1": f"{middle}.resnets.0",
-            f"{side}.mid.block_2": f"{middle}.resnets.1",
-        }
-        for theirs, ours in attention_names.items():
-            names[f"{side}.mid.attn_1.{theirs}"] = f"{middle}.attentions.0.{ours}"
-            names[f"{middle}.attentions.0.{theirs}"] = f"{middle}.attentions.0.{ours}"
-    for n in range(last + 1):
-        # their decoder's level 0 is the largest grid, though it runs last; ours runs first
-        pairs = {f"encoder.down.{n}": f"encoder.down_blocks.{n}", f"decoder.up.{n}": f"decoder.up_blocks.{last - n}"}
-        for theirs, ours in pairs.items():
-            for k in range(config.layers_per_block + 1):
-                names[f"{theirs}.block.{k}"] = f"{ours}.resnets.{k}"
-                names[f"{theirs}.block.{k}.nin_shortcut"] = f"{ours}.resnets.{k}.conv_shortcut"
-            names |= {f"{theirs}.downsample": f"{ours}.downsamplers.0", f"{theirs}.upsample": f"{ours}.upsamplers.0"}
-    return names
+VAE_NAMES = [  # of single files, and of old diffusers folders
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
+    (r"\.attentions\.0\.(q|query)\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.(k|key)\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.(v|value)\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.(proj_out|proj_attn)\.", ".attentions.0.to_out.0."),
+    (r"\.block\.(\d+)\.", r".resnets.\1."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."),
+    (r"^encoder\.down\.", "encoder.down_blocks."),
+]
+
+
+def rename_vae(tensors):
+    """An autoencoder's tensors of a single file, or of an old folder, as ours."""
+    levels = {match[1] for name in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", name))}
+    # their decoder's level 0 is the largest grid, though it runs last; ours runs first
+    reverse = [(rf"^decoder\.up\.{n}\.", f"decoder.up_blocks.{len(levels) - 1 - int(n)}.") for n in levels]
+    tensors = checkpoint.renamed(tensors, VAE_NAMES + reverse)
+    for name, tensor in tensors.items():
+        if ".attentions." in name and tensor.ndim == 4:  # as 1×1 convolutions: (D, D, 1, 1) → (D, D)
+            tensors[name] = tensor.flatten(1)
+    return tensors
 
 
 # ---- single files: the YAML or JSON that their code bases keep of them ---------------------------
@@ -400,13 +527,13 @@ def config_beside(path):
 
 
 def original_fields(source):
-    """A YAML or JSON file, or its content → three Fields: U-Net, autoencoder, schedule."""
+    """A YAML or JSON file, or its content → Pipeline."""
     path, content = "config", source
     if not isinstance(source, dict):
         path = Path(source)
         content = checkpoint.read_json(path) if path.suffix == ".json" else checkpoint.read_yaml(path)
     model = section(content, path, "model", "params")
-    return original_unet(model, path), original_vae(model, path), original_schedule(model, path)
+    return Pipeline(original_unet(model, path), original_vae(model, path), original_schedule(model, path))
 
 
 def section(table, path, *names):

@@ -1,7 +1,8 @@
 """Published VQGANs, openMUSE's folders and taming's checkpoints ⇄ our names; the weights of LPIPS.
 
     openMUSE   config.json and pytorch_model.bin: VQGANModel (the tokenizer of LVM), MaskGitVQGAN
-    taming     a Lightning checkpoint NAME.ckpt with the one .yaml file beside it: VQModel
+    taming     a Lightning checkpoint NAME.ckpt with the one .yaml file beside it: VQModel;
+               or the log folder of its training, checkpoints/last.ckpt and configs/*-project.yaml
     ours       openMUSE's two files, and model.safetensors with the same weights
 
 The weights bear our names everywhere. A field that changes what a model computes is read, or it is
@@ -46,14 +47,28 @@ def read(path):
     """
     path = checkpoint.weights_folder(path)
     folder = path if path.is_dir() else path.parent
-    ckpts = [path] if path.suffix == ".ckpt" else sorted(folder.glob("*.ckpt"))
+    ckpts = [path] if path.suffix == ".ckpt" else sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
     if not ckpts:
         return config_from_json(folder / "config.json"), checkpoint.read_tensors(path), path
-    if len(ckpts) > 1:
+    file = ckpts[-1]
+    if len(ckpts) > 1 and file.name != "last.ckpt":  # Lightning's name for the newest, which epoch=….ckpt come before
         raise UserError(f"{folder}: {len(ckpts)} .ckpt files: name one of them")
-    fields = config_from_yaml(folder)
-    tensors = checkpoint.read_tensors(ckpts[0])
-    return fields, checkpoint.renamed(tensors, [(r"^loss\.", None)]), ckpts[0]
+    fields = config_from_yaml(yaml_of(file))
+    tensors = checkpoint.read_tensors(file)
+    return fields, checkpoint.renamed(tensors, [(r"^loss\.", None)]), file
+
+
+def yaml_of(ckpt):
+    """The configuration of taming's NAME.ckpt: the one .yaml beside it, or NAME.yaml; in a log folder the newest."""
+    log = ckpt.parent.parent / "configs"
+    files = sorted([*ckpt.parent.glob("*.yaml"), *ckpt.parent.glob("*.yml")])
+    if not files and ckpt.parent.name in ("checkpoints", "ckpts"):
+        files = sorted(log.glob("*-project.yaml"))[-1:] or sorted(log.glob("*.yaml"))  # their names begin with the time
+    if len(files) > 1 and ckpt.with_suffix(".yaml") in files:
+        files = [ckpt.with_suffix(".yaml")]
+    if len(files) != 1:
+        raise UserError(f"{ckpt.parent}: one .yaml file is expected beside the .ckpt, not {len(files)}")
+    return files[0]
 
 
 def write(path, config, tensors):
@@ -94,12 +109,8 @@ def config_to_json(config):
     return {"_class_name": name, "_version": "0.0.1"} | fields | dropout_and_resampling
 
 
-def config_from_yaml(folder):
-    """taming's configuration, the one .yaml file of `folder` → Fields."""
-    files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    if len(files) != 1:
-        raise UserError(f"{folder}: one .yaml file is expected beside the .ckpt, not {len(files)}")
-    file = files[0]
+def config_from_yaml(file):
+    """taming's configuration → Fields."""
     model = _section(checkpoint.read_yaml(file), "model", file)
     params = _section(model, "params", file)
     shape = _section(params, "ddconfig", file)

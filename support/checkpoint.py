@@ -17,10 +17,11 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
-from support import settings
+from support import foreign, settings
 from support.settings import UserError
 
 UMASK = os.umask(0)  # which new files are kept from whom; asking for it sets it
@@ -281,49 +282,157 @@ def read_yaml(path):
 
 # ---- weights ---------------------------------------------------------------------------------
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
-WEIGHT_FILES += tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin", "fp16.safetensors"))
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+WEIGHT_FILES = tuple(f"{stem}.{ending}" for stem in STEMS for ending in ("safetensors", "bin"))
+VARIANT = r"(?!\S*-\d+-of-)[\w-]+"  # fp16, non_ema, …
 
 
-def read_tensors(path):
+def weight_files(folder):
+    """The weight files of a folder, or indices of shards, {file: variant}: what is read if nobody chooses comes first.
+
+    Files of no variant ("") come before others, all but non_ema before that, safetensors before .bin.
+    """
+    name = re.compile(
+        rf"({'|'.join(STEMS)})(?:\.({VARIANT}))?\.(safetensors|bin)(?:\.index(?:\.({VARIANT}))?\.json)?"
+    )
+    found = []
+    for file in folder.iterdir():
+        if match := name.fullmatch(file.name):
+            stem, before, ending, after = match.groups()
+            variant = before or after or ""
+            order = bool(variant), variant == "non_ema", variant, ending == "bin", STEMS.index(stem), file.name
+            found.append((order, file, variant))
+    return {file: variant for _, file, variant in sorted(found)}
+
+
+def find_weights(folder, variant=None):
+    """The weight file of a folder, or the index of its shards, under a name that libraries write; None: there is none.
+
+    variant: one that diffusers
+    knows files by ("fp16", "non_ema"; "": none); if there is no such file, but others, that is a UserError.
+    """
+    files = weight_files(folder)
+    if variant is not None and files:
+        if variant not in files.values():
+            there = ", ".join(map(str, files))
+            raise UserError(f"{folder}: has no weights of the variant {variant!r}, but {there}")
+        return next(file for file, own in files.items() if own == variant)
+    if files:
+        return next(iter(files))
+    return None
+
+
+def read_tensors(path, variant=None):
     """All tensors of a weight file, or of a folder that holds one, whole or in shards: {name: tensor}.
 
     They stay mapped to the file, using no memory of their own, wherever the format allows (not in pickles
-    from before torch 1.6). A UserError names a file that is absent, cut short, or holds more than data.
+    from before torch 1.6). Within torch.device("meta") they have names, shapes and dtypes only.
+    What training programs wrap around a model is taken off. A UserError names a file that is absent, cut
+    short, or holds something else (support/foreign.py).
     """
+    path = Path(path)
+    if path.is_dir():
+        file = find_weights(path, variant)
+        if file is None:
+            raise UserError(f"{path}: no weights in this folder, {_reason(path)}")
+        if variant is None and len(set((others := weight_files(path)).values())) > 1:
+            left = ", ".join(other.name for other in others if other != file)
+            print(f"{path}: {file.name} is read; {left}: not", file=sys.stderr)
+        path = file
+    if not path.exists() and (index := path.with_name(f"{path.name}.index.json")).exists():
+        path = index
+    if re.search(r"\.index(\.\S+)?\.json$", path.name):
+        return _read_shards(path)
+    try:
+        foreign.refuse(path, foreign.of_file(path))
+    except OSError as error:
+        raise UserError(f"{path}: {'no such file' if not path.exists() else error.strerror}") from None
+    tensors = _unwrapped(_read_file(path), path)
+    foreign.refuse(path, foreign.of_names(tensors))
+    return {name: tensor.to("meta") for name, tensor in tensors.items()} if _headers_only() else tensors
+
+
+def _headers_only():
+    """Whether this runs within torch.device("meta")."""
+    import torch
+
+    return torch.get_default_device().type == "meta"
+
+
+def _reason(folder):
+    """Why no weights were found in a folder."""
+    found = foreign.of_folder(folder, has_weights=False)
+    return f"which is {found[0]}; {found[1]}" if found else f"which holds none of {', '.join(WEIGHT_FILES)}"
+
+
+def _read_file(path):
+    """What a safetensors file, a pickle of torch or a TorchScript archive holds."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path)
-    if path.is_dir():
-        for name in WEIGHT_FILES:
-            if (path / name).exists():
-                return read_tensors(path / name)
-            if (path / f"{name}.index.json").exists():
-                return _read_shards(path / f"{name}.index.json")
-        raise UserError(f"{path}: no weights in this folder (looked for {', '.join(WEIGHT_FILES)})")
-    if not path.exists() and (index := path.with_name(f"{path.name}.index.json")).exists():
-        return _read_shards(index)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if is_torchscript(path):
             return _read_torchscript(path)
-        with _inert_classes(path) if path.suffix == ".ckpt" else contextlib.nullcontext():
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:  # which safetensors also says of a file that may not be read
-        raise UserError(f"{path}: {'may not be read' if path.exists() else 'no such file'}") from None
-    except PermissionError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        is_zip = zipfile.is_zipfile(path)
+        with _inert_classes(path) if is_zip else contextlib.nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
     except Exception as error:  # torch.load raises many kinds, and some span pages
         raise UserError(f"{path}: not a plain file of tensors ({_first_line(error)})") from None
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]  # a training library's checkpoint: the weights are one entry of it
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise UserError(f"{path}: holds a {type(tensors).__name__}, not a table of tensors")
+
+
+AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "params_ema")
+WRAPPERS = (*AVERAGED, "state_dict", "model_state_dict", "model", "module", "params", "net")  # the first one is read
+PREFIXES = {"module", "ema_model"}  # of all names: DistributedDataParallel's, AveragedModel's, ema_pytorch's
+MARKS = r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."  # torch.compile's …
+COUNTERS = ("n_averaged", "initted", "step")  # beside averaged weights
+
+
+def _unwrapped(saved, path):
+    """The table of tensors that training programs keep within other tables, and under longer names."""
+    import torch
+
+    foreign.refuse(path, foreign.of_names(saved) if isinstance(saved, dict) else None)
+    while wrappers := [name for name in WRAPPERS if _holds_tensors(saved, name)]:
+        raw = [name for name in wrappers if name not in AVERAGED]
+        if wrappers[0] in AVERAGED and raw:
+            print(f"{path}: {wrappers[0]!r} is read, the averaged weights; {raw[0]!r} is not", file=sys.stderr)
+        saved = saved[wrappers[0]]
+    if isinstance(saved, _Inert) or not isinstance(saved, dict):
+        kind = "whole pickled module: save its state_dict()" if isinstance(saved, _Inert) else type(saved).__name__
+        raise UserError(f"{path}: holds a {kind}, not a table of tensors")
+    for name, value in saved.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            kind = type(value).__name__.strip("_").lower()
+            raise UserError(f"{path}: holds a dict, not a table of tensors: {name!r:.60} is of type {kind}")
+    tensors = {re.sub(MARKS, "", name): tensor for name, tensor in saved.items()}
+    if len(tensors) < len(saved):
+        raise UserError(f"{path}: holds a tensor twice, with and without a mark of torch.compile or FSDP")
+    return _without_prefixes(tensors, path)
+
+
+def _holds_tensors(saved, name):
+    """Whether saved[name] is a table that has tensors in it, or tables with some."""
+    import torch
+
+    table = saved.get(name) if isinstance(saved, dict) else None
+    if not isinstance(table, dict):
+        return False
+    return torch.Tensor in map(type, table.values()) or any(_holds_tensors(table, inner) for inner in WRAPPERS)
+
+
+def _without_prefixes(tensors, path):
+    """The same without the prefixes that all names share, and without what counts steps beside them."""
+    first = {name.partition(".")[0] for name in tensors} - {*COUNTERS}
+    if first == {"ema_model", "online_model"}:
+        print(f"{path}: 'ema_model' is read, the averaged weights; 'online_model' is not", file=sys.stderr)
+        first = {"ema_model"}
+    if first <= PREFIXES and len(first) == 1:
+        return _without_prefixes(pop_prefix(tensors, f"{first.pop()}."), path)
     return tensors
 
 
@@ -349,7 +458,7 @@ class _Inert(dict):
 def _inert_classes(path):
     """Inside this context, torch.load puts an empty object where `path` names a class it does not know.
 
-    A Lightning `.ckpt` keeps callbacks and settings beside the weights. None of their code is imported or
+    Training programs keep callbacks and settings beside the weights. None of their code is imported or
     run; what torch blocks outright (os.system and the like) stays refused.
     """
     import torch
@@ -395,7 +504,9 @@ def _read_torchscript(path):
             return strided if (module, name) == ("torch._utils", "_rebuild_tensor_v2") else _Inert
 
         def persistent_load(self, key):
-            _, dtype, number, *_ = key  # ("storage", type, name in the archive, device, elements)
+            _, dtype, number, _, count = key  # ("storage", type, name in the archive, device, elements)
+            if _headers_only():
+                return torch.empty(count, dtype=dtype)
             return torch.frombuffer(bytearray(archive.read(f"{root}/data/{number}")), dtype=dtype)
 
     with zipfile.ZipFile(path) as archive:
@@ -442,7 +553,7 @@ def check_tensors(tensors, model, path):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"{path}: {name} is stored as {tensor.dtype}, expected floating-point of 16 to 64 bits")
         # least and greatest tell of NaN (it is either) and infinity, and need no memory, as isfinite would
-        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        if not tensor.is_meta and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise UserError(f"{path}: {name} holds NaN or infinity")
 
 
@@ -497,13 +608,31 @@ def load_into(model, tensors, path, dtype=None, device="cpu"):
     """Puts `tensors` into `model` (built on the meta device), every one of them, or says which is wrong.
 
     dtype None keeps each weight as it is stored and, on the CPU, where it is stored: memory-mapped, copy-on-write,
-    so that training does not alter the file. With a dtype, each gets memory of its own.
+    so that training does not alter the file. With a dtype, each gets memory of its own; so it is, with one dtype for
+    all, if they are stored in several (a merged QLoRA's).
     """
     check_tensors(tensors, model, path)
+    if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
+        dtype = common_dtype(tensors, path)
     alone = _alone_in_storage(tensors)  # pickled tensors may share storage: training one would change the other
     placed = {k: t.to(device, dtype, copy=dtype is not None or not alone[k]) for k, t in tensors.items()}
     model.load_state_dict(placed, assign=True)
     return model
+
+
+def common_dtype(tensors, path):
+    """The dtype for weights that are stored in several: what config.json beside them names, else the commonest."""
+    import torch
+
+    counts = collections.Counter()
+    for tensor in tensors.values():
+        counts[dtype_name(tensor)] += tensor.numel()
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    saved = read_json(config) if config.exists() else None
+    named = (saved.get("dtype") or saved.get("torch_dtype")) if isinstance(saved, dict) else None
+    name = named if named in ("float32", "bfloat16", "float16") else counts.most_common(1)[0][0]
+    print(f"{path}: weights in {' and '.join(sorted(counts))}: all are read as {name}", file=sys.stderr)
+    return getattr(torch, name)
 
 
 def renamed(tensors, table):
@@ -540,14 +669,36 @@ def _alone_in_storage(tensors):
 
 
 def weights_folder(path):
-    """The folder of weights that `path` means: of a run, its newest step's, averaged where they are kept."""
+    """The folder of weights that `path` means: of a run, its newest step's, averaged where they are kept.
+
+    Of the hub's cache it is the snapshot.
+    """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: {'a link to what is not there' if path.is_symlink() else 'no such file or folder'}")
+    path = _snapshot(path)
     newest = latest_step_folder(path)
     if newest is None:
         return path
     return newest / "ema" if (newest / "ema").is_dir() else newest
+
+
+def _snapshot(path):
+    """`path`, or what the hub's cache there holds: models--OWNER--NAME/snapshots/COMMIT, as refs/main names it."""
+    if (path / "snapshots").is_dir():
+        main = path / "refs" / "main"
+        found = [path / "snapshots" / settings.read_text(main).strip()] if main.exists() else []
+        if not found or not found[0].is_dir():
+            found = sorted((path / "snapshots").iterdir())
+        inside = "snapshots"
+    else:
+        found, inside = sorted(path.glob("models--*--*")), "models"
+        if not found:
+            return path
+    if len(found) == 1:
+        return _snapshot(found[0])
+    what = f"{len(found)} {inside}: name one of them, {', '.join(map(str, found[:5]))}" if found else f"no {inside} yet"
+    raise UserError(f"{path}: the hub's cache, which holds {what}")
 
 
 def step_folders(run):
@@ -575,20 +726,60 @@ KINDS = {  # what a config.json says of the model whose weights lie beside it: (
 }
 
 
+SIGNS = (  # the same of weights without a config.json: a regex that some tensor's name fits, the first one counts
+    (r"^model\.diffusion_model\.", "a latent diffusion pipeline"),
+    (r"^quantize\.embedding", "a VQGAN"),
+    (r"^(visual\.(conv1|transformer)|vision_model|text_model|transformer\.resblocks)\.", "a CLIP"),
+    (r"\blayers\.0\.(self_attn\.q_proj|attention\.wq)\.", "a LLaMA"),
+)
+
+
 def what_is(path):
-    """What the run, folder or file at `path` holds, in words ("a VQGAN"), as its small files say; None: unknown."""
-    folder = weights_folder(path)
-    folder = folder if folder.is_dir() else folder.parent
+    """What the run, folder or file at `path` holds, in words ("a VQGAN"); None: unknown.
+
+    Its small files say it, and where there are none, the names of its tensors. A UserError names what
+    opens nowhere here.
+    """
+    path = weights_folder(path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_file():
+        foreign.refuse(path, foreign.of_file(path))
+    else:
+        foreign.refuse(path, foreign.of_folder(folder))
     if (folder / "model_index.json").exists() or (folder / "unet").is_dir():
+        foreign.refuse(path, foreign.of_pipeline(folder / "model_index.json"))
         return "a latent diffusion pipeline"
     if (folder / "config.json").exists():
         saved = read_json(folder / "config.json")
         saved = saved if isinstance(saved, dict) else {}
+        foreign.refuse(folder, foreign.of_config(saved, KINDS))
         for (key, value), name in KINDS.items():
             if saved.get(key) == value:
                 return name
     if (folder / "params.json").exists():
         return "a LLaMA"
+    file = path if path.is_file() else _only_weights(folder)
+    return file and _sign(file)
+
+
+def _only_weights(folder):
+    """The weights of a folder without config.json, taming's log folders among them; a UserError if it has none."""
+    ckpts = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
+    file = find_weights(folder) or next(reversed(ckpts), None)  # last.ckpt comes after epoch=….ckpt
+    if file is None and not (folder / "config.json").exists():
+        foreign.refuse(folder, foreign.of_folder(folder, has_weights=False))
+    return file
+
+
+def _sign(file):
+    """The name that SIGNS has for a file of weights, or None."""
+    import torch
+
+    with torch.device("meta"):
+        names = read_tensors(file)
+    for sign, kind in SIGNS:
+        if any(re.search(sign, name) for name in names):
+            return kind
     return None
 
 

@@ -9,9 +9,12 @@ An array is always RGB, with white where the file is transparent. torch is impor
 only, so that the data code and the JAX trainer do without.
 """
 
+import contextlib
 import io
 import math
 import os
+import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,9 +24,32 @@ from support.settings import UserError
 
 # ---- files -----------------------------------------------------------------------------------
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".tif", ".tiff", ".ppm")  # to write
 
-ANIMATED = (".gif", ".webp", ".apng")  # only these are opened to see whether they hold a clip
+with contextlib.suppress(ImportError):  # without this package, HEIC files are named and left out
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+# What is opened, whatever the file is called. Not all that Pillow can: it would start Ghostscript for
+# an .eps, and its .h5, .fits and .mpg are data and films.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "TGA")
+FORMATS += ("PCX", "QOI", "ICO", "SGI", "DDS")
+ENDINGS = {ending for ending, form in Image.registered_extensions().items() if form in FORMATS}
+FORMATS = [form for form in FORMATS if form in Image.OPEN]
+
+warnings.filterwarnings("ignore", module="PIL")  # of what is refused, an error says it; the rest is read
+
+INSTEAD = {  # how files begin that are called pictures and are none
+    b"version https://git-lfs": "a Git LFS pointer, not the file: git lfs pull",
+    b"<!doctype html": "a page in HTML, which came instead of the picture",
+    b"<html": "a page in HTML, which came instead of the picture",
+    b"<?xml": "XML, maybe an SVG drawing: export it as .png",
+    b"<svg": "an SVG drawing: export it as .png",
+    b"8bps": "a Photoshop file: export it as .png",
+    b"%pdf": "a PDF: export its pages as .png",
+    b"%!ps": "PostScript: export it as .png",
+}
 
 
 def load_picture(source, side=None, resize="crop", name=None, frame=0):
@@ -35,27 +61,65 @@ def load_picture(source, side=None, resize="crop", name=None, frame=0):
     """
     name = name or (source if isinstance(source, str | os.PathLike) else "picture")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if frame:
                 image.seek(frame)
-            image = fit_square(on_white(ImageOps.exif_transpose(image)), side, resize)
-            return np.array(image)  # (H, W, 3)
+            image.load()  # what is broken must raise here, not below
+            with contextlib.suppress(Exception):  # Exif that Pillow cannot read costs the rotation only
+                ImageOps.exif_transpose(image, in_place=True)
+            return np.array(fit_square(on_white(image), side, resize))  # (H, W, 3)
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"{name}: not a picture") from None
+        raise UserError(f"{name}: {not_a_picture(data)}") from None
     except Exception as error:  # Pillow's decoders raise nearly everything on broken bytes
         raise UserError(f"{name}: {error}") from None
 
 
+def not_a_picture(data):
+    """What the bytes of a file are that Pillow does not open."""
+    if not data:
+        return "an empty file"
+    if data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif"):
+        return "not a picture that is read here, but HEIC: pip install pillow-heif"
+    start = data[:100].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return next((what for sign, what in INSTEAD.items() if start.startswith(sign)), "not a picture")
+
+
+def may_be_animated(start):
+    """Whether a file that starts with these bytes (16 KB are enough) can hold more than one frame."""
+    webp = start[8:16] == b"WEBPVP8X" and len(start) > 20 and start[20] & 2
+    return bool(start[:4] == b"GIF8" or webp or start[4:12] == b"ftypavis" or b"acTL" in start)
+
+
 def on_white(image):
-    """A Pillow image of any mode as RGB; what is transparent becomes white."""
-    if image.mode.startswith("I"):  # 16-bit depth maps: convert() would clip them to white
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    """A Pillow image of any mode as RGB; what is transparent becomes white.
+
+    16 bits (PNG, TIFF, PGM): 0 is black, 65535 white. 32 bits and floats have no white of their own:
+    0 (or the least value, if it is negative) is black, and the picture's greatest value white.
+    """
+    if image.mode.startswith("I;") or (image.mode == "I" and image.format == "PPM"):
+        values = np.asarray(image)  # (H, W)
+        if 0 < values.max() < 257:  # labels, or 8 bits in the wrong file: they would all be black
+            raise ValueError(f"16 bits, but no value above {values.max()} of 65535: save it with 8 bits")
+        return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(stretch(np.asarray(image, np.float64))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def stretch(values):
+    """Numbers (H, W) → (H, W) uint8: 0 or a negative least one becomes 0, the greatest 255; NaN 0."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("not one of its values is a finite number")
+    low, high = min(0, finite.min()), finite.max()
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return ((values - low) * (255 / max(high - low, 1e-300))).round().astype(np.uint8)
 
 
 # ---- squares: two ways to cut the middle out ---------------------------------------------------

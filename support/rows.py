@@ -2,14 +2,8 @@
 
     emoji ──▶ EmojiTexts ──▶ any row
     folder | .tar ──▶ FileSource ──▶ FilePairs ──▶ Picture | Pair
-    .jsonl | .json ──▶ json_rows ──▶ read_row ──▶ Pair | Document | Conversation
+    .jsonl | .json ──▶ json_rows ──▶ formats.read_row ──▶ Captioned | Document | Conversation
                          └─ JsonRows: an index of the rows; each is read again when it is used
-
-    format     keys of a row                        becomes
-    captions   image, caption                       Pair
-    MMC4       text_list, image_info, instruction   Document (Zhu et al. 2023, arXiv 2304.06939)
-    OBELICS    images, texts                        Document (Laurençon et al. 2023, 2306.16527)
-    LLaVA      conversations, image                 Conversation (Liu et al. 2023, 2304.08485)
 
 A row names its pictures; they are opened later, and only those that a sample keeps. documents.py
 reads from a *source of rows*: it has a `path`, a length, `read(index, rng)` → row, `open(picture)`
@@ -18,99 +12,21 @@ here: EmojiTexts, FilePairs, JsonRows. Nothing here needs torch.
 """
 
 import array
+import base64
+import binascii
 import collections
 import glob
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from support.formats import IMAGE, Captioned, Conversation, Document, Pair, Picture, read_row
 from support.pictures import load_picture
 from support.settings import UserError
-from support.sources import hash_to_unit
-from support.tokenizer import Special, render_chat
-
-# ---- the types of rows ---------------------------------------------------------------------------
-# A picture is whatever its source can open: a file's name, an Item of support/sources.py.
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture alone."""
-
-    picture: object
-
-    @property
-    def pictures(self):
-        return [self.picture]
-
-
-@dataclass(frozen=True)
-class Pair(Picture):
-    """A picture and its caption."""
-
-    caption: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """Texts with pictures between them."""
-
-    pieces: list  # [(text, the picture after it or None), …] in reading order
-    prompt: str | None = None  # the instruction that it answers
-
-    @property
-    def pictures(self):
-        return [picture for _, picture in self.pieces if picture is not None]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Questions and answers about pictures."""
-
-    messages: list  # as in Tokenizer.encode_chat, "<image>" or "<dream>" where a picture stands
-    pictures: list  # one for each of these, in reading order
-
-
-# ---- conversations: where their pictures stand ---------------------------------------------------
-
-# Placeholders in raw texts; they never become tokens of a sequence.
-IMAGE, DREAM = Special("<image>"), Special("<dream>")
-
-
-def frame_messages(messages, template, system):
-    """Messages → [text or Special, …] as the template writes them, IMAGE and DREAM among them.
-
-    system: the system message, if `messages` has none; None: what the template says by itself.
-    """
-    if system is not None and messages[:1] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    parts = []
-    for part in render_chat(messages, template):
-        if isinstance(part, Special):
-            parts.append(part)
-            continue
-        for text in re.split(f"({IMAGE}|{DREAM})", part):
-            if text:
-                parts.append(Special(text) if text in (IMAGE, DREAM) else text)
-    return parts
-
-
-def is_placeholder(part):
-    """Whether a part of `frame_messages` stands for a picture."""
-    return isinstance(part, Special) and part in (IMAGE, DREAM)
-
-
-def check_count(parts, pictures):
-    """Raises a ValueError unless there is one picture for each placeholder."""
-    if (count := sum(map(is_placeholder, parts))) != len(pictures):
-        raise ValueError(f"{count} × <image> or <dream> in its texts, but {len(pictures)} pictures")
-
+from support.sources import hash_to_unit, in_words, tally, warn
 
 # ---- rows of emoji: what their names and categories say ------------------------------------------
 
@@ -228,199 +144,138 @@ class FilePairs:
         item = self.files[index]
         if not self.captions:
             return Picture(item)
-        caption = item.caption
-        if not caption.strip():
-            raise ValueError("it has no caption")
-        return Pair(item, caption)
-
-
-# ---- one JSON row --------------------------------------------------------------------------------
-
-TYPES = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
-ROLES = {"human": "user", "gpt": "assistant"}
-ROLES |= {"user": "user", "assistant": "assistant", "system": "system"}
-
-
-def require_type(wanted, value, where):
-    """`value`, if it is of the type `wanted` (a key of TYPES); else a ValueError about `where`."""
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        raise ValueError(f"{where} is {json.dumps(value)[:40]}, not {TYPES[wanted]}")
-    if isinstance(value, str):
-        value.encode()  # half a surrogate pair is a ValueError too
-    return value
-
-
-def require_list(wanted, row, key):
-    """row[key], if it is a list whose items are all of the type `wanted`."""
-    items = require_type(list, row[key], key)
-    for i, item in enumerate(items):
-        require_type(wanted, item, f"{key}[{i}]")
-    return items
-
-
-def parse_captions(row):
-    """{"image": name, "caption": text} → Pair."""
-    caption = require_type(str, row["caption"], "caption")
-    return Pair(require_type(str, row["image"], "image"), caption)
-
-
-def parse_mmc4(row):
-    """{"text_list": [text, …], "image_info": [{"image_name", "matched_text_index"}, …]} → Document.
-
-    Each picture stands behind the text that it matches. "instruction", if there is one, is what the
-    document answers.
-    """
-    texts = require_list(str, row, "text_list")
-    names_after = [[] for _ in texts]  # of each text: the pictures behind it
-    for i, info in enumerate(require_list(dict, row, "image_info")):
-        where = f"image_info[{i}]"
-        name = require_type(str, info.get("image_name"), f"{where}.image_name")
-        index = require_type(int, info.get("matched_text_index"), f"{where}.matched_text_index")
-        if not 0 <= index < len(texts):
-            wrong = f"{index} is not the index of one of the {len(texts)} texts"
-            raise ValueError(f"{where}.matched_text_index {wrong}")
-        names_after[index].append(name)
-    pieces = []
-    for text, names in zip(texts, names_after, strict=True):
-        pieces.append((text, names[0] if names else None))
-        pieces += [("", name) for name in names[1:]]
-    prompt = row.get("instruction")
-    return Document(pieces, None if prompt is None else require_type(str, prompt, "instruction"))
-
-
-def parse_obelics(row):
-    """{"images": […], "texts": […]}, two lists in reading order → Document.
-
-    At each index one of them has a picture's name or a text, and the other null.
-    """
-    images = require_type(list, row["images"], "images")
-    texts = require_type(list, row["texts"], "texts")
-    if len(images) != len(texts):
-        counts = f"{len(images)} images but {len(texts)} texts"
-        raise ValueError(f"{counts}: one of each pair must be null")
-    pieces = []
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        if image is not None and text is not None:
-            both = f"images[{i}] and texts[{i}] are both set"
-            raise ValueError(f"{both}: one of each pair must be null")
-        if image is not None:
-            pieces.append(("", require_type(str, image, f"images[{i}]")))
-        elif text is not None:
-            pieces.append((require_type(str, text, f"texts[{i}]"), None))
-    return Document(pieces)
-
-
-def parse_llava(row):
-    """{"conversations": [{"from", "value"}, …], "image": a name or a list of names} → Conversation.
-
-    "from" is a key of ROLES, "value" a text; "image" may be absent.
-    """
-    messages = []
-    for i, turn in enumerate(require_list(dict, row, "conversations")):
-        where = f"conversations[{i}]"
-        speaker = require_type(str, turn.get("from"), f"{where}.from")
-        if speaker not in ROLES:
-            raise ValueError(f'{where}.from is "{speaker}": one of {", ".join(ROLES)}')
-        text = require_type(str, turn.get("value"), f"{where}.value")
-        messages.append({"role": ROLES[speaker], "content": text})
-    names = row.get("image")
-    if names is None:
-        names = []
-    elif not isinstance(names, list):
-        names = [names]
-    for name in names:
-        require_type(str, name, "image")
-    try:
-        check_count(frame_messages(messages, "plain", None), names)
-    except UserError as error:  # user and assistant do not take turns
-        raise ValueError(str(error)) from None
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("it has no answer")
-    return Conversation(messages, names)
-
-
-class Format(NamedTuple):
-    keys: tuple[str, ...]  # a row with all of these keys is of this format
-    parse: Callable  # its table → Pair | Document | Conversation
-
-
-FORMATS = {
-    "MMC4": Format(("text_list", "image_info"), parse_mmc4),
-    "OBELICS": Format(("images", "texts"), parse_obelics),
-    "LLaVA": Format(("conversations",), parse_llava),
-    "captions": Format(("image", "caption"), parse_captions),
-}
-
-
-def read_row(raw):
-    """The bytes of a row → (a key of FORMATS, Pair | Document | Conversation).
-
-    A ValueError says what is wrong with it.
-    """
-    try:
-        row = json.loads(raw)
-    except RecursionError:
-        raise ValueError("not JSON (nested too deeply)") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not a table {{…}}")
-    for name, format in FORMATS.items():
-        if all(key in row for key in format.keys):
-            return name, format.parse(row)
-    known = "; ".join(f"{', '.join(format.keys)} ({name})" for name, format in FORMATS.items())
-    raise ValueError(f"its keys {', '.join(row) or '(none)'} are of no known row: {known}")
+        return Captioned(item, item.captions).pair(rng)
 
 
 # ---- files of JSON rows --------------------------------------------------------------------------
-# Each row is found with its line, for messages, and its offset, so that it can be read alone later.
+# Each row is found with its place, for messages, and its offset, so that it can be read alone.
+
+BOM = b"\xef\xbb\xbf"  # of UTF-8: Notepad and PowerShell write it
+UTF_16 = "is in UTF-16: write it as UTF-8 (iconv -f UTF-16 -t UTF-8)"
+TO_JSON = 'write it as JSON Lines (pandas: {}(…).to_json(…, orient="records", lines=True))'
+NO_JSON = {  # how files begin that hold no JSON as it is: what they are, and the way out
+    b"\x1f\x8b": "is compressed: gunzip it",
+    b"\x28\xb5\x2f\xfd": "is compressed: zstd -d it",
+    b"BZh": "is compressed: bunzip2 it",
+    b"\xfd7zXZ": "is compressed: xz -d it",
+    b"PK\x03\x04": "is a zip file: unzip it",
+    b"PAR1": f"is Parquet: {TO_JSON.format('read_parquet')}",
+    b"ARROW1": f"is Arrow: {TO_JSON.format('read_feather')}",
+    b"\xff\xff\xff\xff": "is Arrow: write it as JSON Lines (datasets: Dataset.from_file(…).to_json(…))",
+    b"\xff\xfe": UTF_16,
+    b"\xfe\xff": UTF_16,
+    b"version https://git-lfs": "is a Git LFS pointer, not the file: git lfs pull",
+    b"<": "is a page of the web, not the file: download it again",
+}
+
+
+def names_rows(path):
+    """Whether a path is that of a file of rows by its ending; the file may be compressed."""
+    return bool(re.search(r"\.(jsonl?|ndjson|parquet|arrow|csv|tsv)(\.\w+)?$", path, re.IGNORECASE))
+
+
+def no_json(path, start):
+    """What a file is that begins with the bytes `start` and holds no JSON as it is; or ""."""
+    if str(path).lower().endswith((".csv", ".tsv")):
+        return f"is CSV: {TO_JSON.format('read_csv')}"
+    if b"\0" in start[:2]:
+        return UTF_16
+    return next((what for sign, what in NO_JSON.items() if start.startswith(sign)), "")
 
 
 def json_rows(path):
-    """Yields (line, offset in bytes, bytes) of each row of a file: JSON Lines, or one JSON list."""
+    """Yields (place, offset in bytes, bytes) of each row of a file: JSON Lines, or one JSON list.
+
+    Objects that are printed over many lines, one after the other, are rows too. The place is the
+    line, or minus the row's number where a row begins in the same line as the one before it.
+    """
     try:
         with open(path, "rb") as file:
-            is_list = file.read(4096).lstrip()[:1] == b"["
+            start = file.read(4096)
+            if what := no_json(path, start):
+                raise UserError(f"{path}: {what}")
+            first, _, more = start.removeprefix(BOM).lstrip().partition(b"\n")
             file.seek(0)
-            if is_list:
-                yield from list_rows(file.read())
+            if first[:1] == b"[" or (more and first.rstrip().endswith((b"{", b","))):
+                yield from json_values(file.read())
             else:
                 yield from jsonl_rows(file)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
+def row_name(file, place):
+    """What messages call the row at a place that json_rows gives."""
+    return f"{file}:{place}" if place > 0 else f"{file} (row {-place})"
+
+
 def jsonl_rows(file):
     """The rows of a JSONL file, open in binary: a row a line; empty lines are passed over."""
     offset = 0
     for line, raw in enumerate(file, 1):
-        if raw.strip():
+        if raw.removeprefix(BOM).strip():
             yield line, offset, raw
         offset += len(raw)
 
 
-def list_rows(data):
-    """The same of a file's bytes that are one JSON list.
+def json_values(data):
+    """The same of a file's bytes that are JSON lists, or objects one after the other.
 
-    A list cannot be cut at line breaks, as a row may span many: json finds where each row ends.
+    They cannot be cut at line breaks, as a row may span many: json finds where each row ends.
     latin-1 maps each byte to one character, so that json's positions are offsets in bytes; what it
-    decodes is thrown away.
+    decodes is thrown away. Behind a broken row the next one is where a row begins as the first did.
     """
     text = data.decode("latin-1")
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    end = text.index("[") + 1
+    position, in_list = len(BOM) * data.startswith(BOM), False
     line, counted = 1, 0  # `line` is that of the character text[counted]
+    number, previous, opening = 0, 0, ""  # of the row; line of the one before it; {"key" of the first
     while True:
-        start = gap.match(text, end).end()
+        start = gap.match(text, position).end()
         line, counted = line + text.count("\n", counted, start), start
-        if text[start : start + 1] == "]":
+        bracket = text[start : start + 1]
+        if bracket == "" and not in_list:
             return
+        if bracket == "]" if in_list else bracket == "[":
+            position, in_list = start + 1, not in_list
+            continue
+        number += 1
+        place, previous = (-number if line == previous else line), line
+        opening = opening or text[start : text.find('"', text.find('"', start) + 1) + 1]
         try:
-            end = decoder.raw_decode(text, start)[1]
-        except (ValueError, RecursionError):  # broken here; where the next row starts is unknown
-            yield line, start, data[start:]
-            return
-        yield line, start, data[start:end]
+            position = decoder.raw_decode(text, start)[1]
+        except (ValueError, RecursionError):
+            position = text.find(opening, start + 1) if opening else -1
+            if position < 0:
+                yield place, start, data[start:]
+                return
+        yield place, start, data[start:position]
+
+
+def fault_kind(reason):
+    """What is wrong with a row, without numbers and names: equal faults can be counted."""
+    return re.sub(r'"[^"]*"|\S*/\S*[^\s:]|\S+\.(jpe?g|png|webp|gif)\b|[0-9]+', "…", reason)
+
+
+def read_rows(path):
+    """Yields of each row: itself or None, what is wrong or "", its name, its format or "".
+
+    path: a file, or a shell pattern of files. What only one kind of sample needs is not looked at,
+    but for a caption; nor is whether the pictures can be opened.
+    """
+    for file in sorted(glob.glob(path)) or [path]:
+        for place, _, raw in json_rows(file):
+            name = row_name(file, place)
+            try:
+                form, row = read_row(raw)
+                if isinstance(row, Captioned):
+                    row = row.pair(None)
+                yield row, "", name, form
+            except ValueError as error:
+                yield None, str(error), name, ""
+
+
+NAMED = 10  # rows that cannot be used: as many are said one by one
 
 
 class JsonRows:
@@ -431,10 +286,11 @@ class JsonRows:
     images   the folder of the pictures; "": that of the first file
     split    "train" or "held_out". A row is held out by a hash of its first picture's name (of its
              own bytes, if it has no picture): rows that begin with one picture are on the same side
-    skip     is called with a line about each row that cannot be used
+    skip     is called with a line about each row that cannot be used, and whether to say it
 
     Opening reads and checks every row, and keeps only where it is: `index` (rows, 4) int64 holds
-    its file, offset, length in bytes, and line.
+    its file, offset, length in bytes, and place. Ten rows that cannot be used are said one by one,
+    more of them in a line that counts them by their faults; so is what is left out of other rows.
     """
 
     def __init__(self, path, kind, images, split, held_out_fraction, skip):
@@ -442,17 +298,26 @@ class JsonRows:
         self.files = sorted(glob.glob(path)) or [path]
         self.folder = Path(images) if images else Path(self.files[0]).parent
         index, usable = array.array("q"), 0  # compact: there may be millions of rows
+        unusable, left_out = [], []  # (fault, row), (what is left out of it, row)
         for number, file in enumerate(self.files):
-            for line, offset, raw in json_rows(file):
+            for place, offset, raw in json_rows(file):
+                name = row_name(file, place)
                 try:
-                    names = self.parse_row(raw).pictures
-                    key = hash_to_unit(names[0] if names else raw.decode())
+                    row = self.parse_row(raw)
+                    key = hash_to_unit(row.pictures[0] if row.pictures else raw.decode())
                 except ValueError as error:
-                    skip(f"{file}:{line}: {error}")
+                    unusable.append((fault_kind(str(error)), name))
+                    skip(f"{name}: {error}", len(unusable) <= NAMED)
                     continue
                 usable += 1
+                if getattr(row, "left_out", ""):
+                    left_out.append((row.left_out, name))
                 if (key < held_out_fraction) == (split == "held_out"):
-                    index.extend((number, offset, len(raw), line))
+                    index.extend((number, offset, len(raw), place))
+        if len(unusable) > NAMED:
+            warn(f"{path}: skipped {in_words(tally(unusable))}")
+        if left_out:
+            warn(f"{path}: left out of rows: {in_words(tally(left_out))}")
         if not usable:
             raise UserError(f'{path}: no row in it can be used for kind "{kind.name}"')
         if not index:
@@ -460,9 +325,11 @@ class JsonRows:
             raise UserError(f"{empty}: change data.held_out_fraction")
         self.index = np.array(index).reshape(-1, 4)  # (rows, 4)
 
-    def parse_row(self, raw):
+    def parse_row(self, raw, rng=None):
         """The bytes of a row → Picture | Pair | Document | Conversation, as the kind wants it."""
         form, row = read_row(raw)
+        if isinstance(row, Captioned) and self.kind.row is Pair:
+            row = row.pair(rng)
         if not isinstance(row, self.kind.row):
             no = f"a row of {form} is no {self.kind.name}"
             raise ValueError(f"{no}: set another kind in [[data.sources]]")
@@ -472,8 +339,8 @@ class JsonRows:
         return len(self.index)
 
     def where(self, index):
-        file, _, _, line = self.index[index].tolist()
-        return f"{self.files[file]}:{line}"
+        file, _, _, place = self.index[index].tolist()
+        return row_name(self.files[file], place)
 
     def open(self, name):
         return open_picture(self.folder, name)
@@ -482,17 +349,45 @@ class JsonRows:
         file, offset, length, _ = self.index[index].tolist()
         with open(self.files[file], "rb") as opened:
             opened.seek(offset)
-            return self.parse_row(opened.read(length))
+            return self.parse_row(opened.read(length), rng)
 
 
 def open_picture(folder, name):
-    """The picture `name` in `folder` as a Pillow image; UserError or ValueError if it is unusable."""
-    if name.startswith(("http://", "https://")):
+    """The picture `name` in `folder` as a Pillow image; UserError or ValueError if it is unusable.
+
+    The name may be a data: address, which holds the picture itself.
+    """
+    if name.startswith(("http://", "https://", "s3://", "gs://")):
         address = f"{name[:80]} is an address, not a file"
         raise ValueError(f"{address}: download the pictures, and write their names")
-    picture = load_picture(folder / name)  # (H, W, 3)
+    if name.startswith("data:"):
+        path, source = "the picture in the row", picture_bytes(name)
+    else:
+        path = source = find_picture(folder, name)
+    picture = load_picture(source, name=path)  # (H, W, 3)
     height, width, _ = picture.shape
     if max(height, width) > 100 * min(height, width):
         size = f"of its {width}×{height} pixels one side is over 100 times the other"
-        raise ValueError(f"{folder / name}: {size}")
+        raise ValueError(f"{path}: {size}")
     return Image.fromarray(picture)
+
+
+def picture_bytes(address):
+    """The bytes in "data:image/png;base64,…"."""
+    kind, _, data = address.partition(",")
+    try:
+        if not kind.endswith(";base64"):
+            raise ValueError("it is not in base64")
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"the picture in the row, {address[:40]}, cannot be read ({error})") from None
+
+
+def find_picture(folder, name):
+    """The path of a picture that a row names; a ValueError names one of another machine."""
+    path = folder / name.removeprefix("file://")
+    if "\\" in name and not path.exists():  # as Windows writes names
+        path = folder / name.replace("\\", "/")
+    if Path(name).is_absolute() and not path.exists():
+        raise ValueError(f"{name}: no such file on this machine: write names inside the folder `images`")
+    return path

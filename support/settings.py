@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import tomllib
@@ -50,14 +51,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main):
-    """Run a program's `main`, turning a UserError into one line on stderr and exit code 2."""
+    """Run a program's `main`, turning a UserError into one line on stderr and exit code 2.
+
+    If whoever reads its output leaves (`| head`), it ends quietly.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
-        main()
-    except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        try:
+            main()
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        for output in (1, 2):  # what Python still holds back for them goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        sys.exit(141)  # as the shell has it for any program that a closed pipe ends
 
 
 # ---- the sections both trainers share --------------------------------------------------------
@@ -163,7 +175,7 @@ def run_class(model, data, **others):
 
 
 def read_run(path, overrides, runs, sizes):
-    """The configuration at `path` → (settings, the keys of [model] that are written down in it).
+    """The configuration at `path` → (settings, the keys of [model] that are written down in it, dotted ones too).
 
     runs: {model.kind: its run_class}; sizes: {model.kind: {model.size: the keys that this size stands for}}.
     """
@@ -179,24 +191,45 @@ def read_run(path, overrides, runs, sizes):
         if size not in named:
             raise UserError(f'{path}: model.size "{size}" is not one of {", ".join(named) or "any, for this kind"}')
         values["model"] = named[size] | model
-    return build_from(path, runs[kind], values), set(values["model"])
+    keys = set(values["model"])
+    for name, section in values["model"].items():
+        keys |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else set()
+    return build_from(path, runs[kind], values), keys
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # so begins what git leaves in a large file's place
+
+
 def read_bytes(path):
     """A file's content, or a UserError."""
     try:
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file itself; fetch that: git lfs pull")
+    return content
+
+
+BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def decode(data):
+    """The text in a file's bytes: UTF-8, or what its byte order mark says, without that mark.
+
+    Its lines end in \\n, however they end in the file. What is no text is a UnicodeDecodeError.
+    """
+    encoding = next((encoding for mark, encoding in BOMS.items() if data.startswith(mark)), "utf-8")
+    return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(path):
-    """The same as text in UTF-8, whose lines end in \\n, however they end in the file."""
+    """The text of a file (see `decode`), or a UserError."""
     try:
-        return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n")
+        return decode(read_bytes(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -211,7 +244,7 @@ class Override(str):
 def read(path, overrides=()):
     """The TOML file at `path` as a nested dict, with `section.key=value` texts written over it."""
     try:
-        values = tomllib.loads(Path(path).read_text())
+        values = tomllib.loads(decode(Path(path).read_bytes()))
     except FileNotFoundError:
         folder = Path(path).parent
         near = _nearest(Path(path).name, [p.name for p in folder.glob("*.toml")])
@@ -376,12 +409,18 @@ def _parse(hint, text):
 
 
 def must_agree(written, asked, found, folder):
-    """Raises a UserError unless each of the keys `written` in [model] has in `folder`'s model the value asked for."""
-    for name in sorted(written):
-        if getattr(asked, name) != getattr(found, name):
-            raise UserError(
-                f"model.{name} is {getattr(asked, name)} in the configuration but {getattr(found, name)} in {folder}"
-            )
+    """Raises a UserError unless each of the keys `written` in [model] has in `folder`'s model the value asked for.
+
+    A dotted key is compared alone; its section is not, but for whether it is there.
+    """
+    sections = {key.partition(".")[0] for key in written if "." in key}
+    for key in sorted(written):
+        name, _, inner = key.partition(".")
+        ours, theirs = getattr(asked, name), getattr(found, name)
+        if inner and ours is not None and theirs is not None:
+            ours, theirs = getattr(ours, inner, None), getattr(theirs, inner, None)
+        if ours != theirs and not (key in sections and ours is not None and theirs is not None):
+            raise UserError(f"model.{key} is {ours} in the configuration but {theirs} in {folder}")
 
 
 # ---- what may stand in a field: for __post_init__, whose ValueErrors `build` turns into one line --

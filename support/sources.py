@@ -11,13 +11,12 @@ counted, and left out.
 
 import collections
 import functools
-import glob
 import io
 import json
 import os
+import posixpath
 import re
 import sys
-import tarfile
 import unicodedata
 import zlib
 from dataclasses import dataclass
@@ -27,13 +26,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from support import captions, files
 from support.pictures import (
-    ANIMATED,
     CLIP_FRAMES,
     COMPUTED,
-    SUFFIXES,
+    ENDINGS,
     fit_square,
     load_picture,
+    may_be_animated,
     motion_frame,
     on_white,
 )
@@ -50,19 +50,34 @@ def warn(text):
 class Skipping:
     """Base of what reads many files or rows, some of them broken: each fault is named once.
 
-    skipped   how many faults have been found so far
+    skipped   how many faults have been found so far; reasons: a line for each
     report    is called with one line for each, "skipped FILE: REASON"
     """
 
     def __init__(self, report=warn):
-        self.report, self.skipped = report, 0
-        self._reasons = set()
+        self.report, self.skipped, self.reasons = report, 0, {}
 
-    def skip(self, reason):
-        if reason not in self._reasons:
-            self._reasons.add(reason)
+    def skip(self, reason, say=True):
+        if reason not in self.reasons:
+            self.reasons[reason] = True
             self.skipped += 1
-            self.report(f"skipped {reason}")
+            if say:
+                self.report(f"skipped {reason}")
+
+
+def tally(pairs):
+    """[(reason, name), …] → {reason: (how many, the first one's name)}, the commonest first."""
+    counts = {}
+    for reason, name in pairs:
+        count, first = counts.get(reason, (0, name))
+        counts[reason] = count + 1, first
+    return dict(sorted(counts.items(), key=lambda entry: -entry[1][0]))
+
+
+def in_words(tallied, before=""):
+    """A tally in a line: "2 × film: … (a.mp4); 1 × sound (b.wav)", after `before`; "" if it is empty."""
+    found = [f"{count} × {reason} ({first})" for reason, (count, first) in tallied.items()]
+    return before + "; ".join(found) if found else ""
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -88,8 +103,13 @@ class Item:
 
     @property
     def caption(self):
-        """A text, or "" where there is none."""
-        return self.source.caption(self)
+        """A text, the first if there are several, or "" where there is none."""
+        return next(iter(self.captions), "")
+
+    @property
+    def captions(self):
+        """All of its captions: a tuple of texts, most often of one."""
+        return self.source.captions_of(self)
 
     @property
     def modalities(self):
@@ -112,16 +132,17 @@ class PictureSource(Skipping):
     """Base of the two sources of pictures: a list of Items, and how their pictures are opened.
 
     path, side    where it was opened; the pixels of a picture's side (None: as large as it is)
+    left_out      {what else lies there, and why it is not used: (count, name of the first)}
     items         all Items of one split; source[i] is one of them, len(source) their number
     offers        modalities that all items have; "category", "frames", "views" if any item has them
 
-    A subclass has caption(item) → str and picture(item, modality, frame, motion) → (side, side, 3)
+    A subclass has captions_of(item) → (text, …) and picture(item, modality, frame, motion) → (side, side, 3)
     uint8, which raises a UserError where the file is broken.
     """
 
     def __init__(self, path, side, report=warn):
         super().__init__(report)
-        self.path, self.side = path, side
+        self.path, self.side, self.left_out = path, side, {}
 
     def _set_items(self, items):
         self.items = items
@@ -138,6 +159,17 @@ class PictureSource(Skipping):
 
     def __getitem__(self, index):
         return self.items[index]
+
+    def caption_files(self, item):
+        """Yields (where it stands, captions) of each place that has captions of an item, the first one first."""
+        yield "its name", self.captions_of(item)
+
+    def captioned(self):
+        """The Items that have a caption, in order; of the others, it is said how many they are."""
+        items = [item for item in self.items if item.caption]
+        if 0 < len(items) < len(self):
+            self.report(f"{self.path}: {len(self) - len(items)} of {len(self)} pictures are left out: no caption")
+        return items
 
     def readable(self, item, frames=(("image", None),)):
         """Whether these pictures of an item, [(modality, frame), …], can be made; else `skip`s."""
@@ -167,13 +199,11 @@ def open_source(path, side, split="train", held_out_fraction=0.02, report=warn):
     if split in ("new", "combo"):
         raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
     if os.path.isdir(path):
-        return FileSource(path, folder_files(path), side, split, held_out_fraction, report)
-    tars = sorted(glob.glob(path))
-    if not tars and os.path.exists(path):  # a name with brackets in it is no pattern
-        tars = [path]
-    if not tars:
+        return FileSource(path, files.folder_files(path), side, split, held_out_fraction, report)
+    tars = files.matches(path)
+    if not any(map(os.path.exists, tars)):
         raise UserError(f'{path}: no such folder or .tar file (pictures that need no file: path = "emoji")')
-    return FileSource(path, _tar_files(tars, report), side, split, held_out_fraction, report)
+    return FileSource(path, files.tar_files(tars, report), side, split, held_out_fraction, report)
 
 
 def around(items, start):
@@ -259,10 +289,10 @@ class EmojiSource(PictureSource):
         splits = emoji_splits(file.stem for file in self.folder.glob("*.png"))
         wanted = ("new", "combo") if split == "held_out" else (split,)
         numbered = []
-        self.captions = {}
+        self.names = {}
         for code in splits:
             if splits[code] in wanted:
-                order, category, self.captions[code] = self._describe(code)
+                order, category, self.names[code] = self._describe(code)
                 parts = {"image": (code,), "mask": (code,)}
                 numbered.append((order, code, Item(self, code, parts, category, frames=CLIP_FRAMES)))
         numbered.sort(key=lambda row: row[:2])
@@ -290,8 +320,8 @@ class EmojiSource(PictureSource):
             return self.known[part].name
         return unicodedata.name(chr(int(part, 16)), part)
 
-    def caption(self, item):
-        return self.captions[item.name]
+    def captions_of(self, item):
+        return (self.names[item.name],)
 
     def picture(self, item, modality, frame=None, motion=None):
         """(side, side, 3) uint8; with a `motion` (see `random_motion`), that frame of the clip."""
@@ -314,42 +344,6 @@ class EmojiSource(PictureSource):
 # ---- folders and tars ----------------------------------------------------------------------------
 
 
-def folder_files(folder):
-    """{path inside the folder: path} of all files in it, however deep."""
-    files = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            path = os.path.join(parent, name)
-            files[os.path.relpath(path, folder).replace(os.sep, "/")] = path
-    return files
-
-
-def _tar_files(tars, report):
-    """{shard/member: (tar, offset, size)}: headers are read now, the bytes when they are wanted."""
-    files = {}
-    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in tars])
-    for path in tars:
-        shard, size, broken = os.path.relpath(os.path.abspath(path), top), os.path.getsize(path), None
-        try:
-            with tarfile.open(path, "r:") as archive:  # uncompressed: members have offsets
-                try:
-                    for member in archive:
-                        if not member.isfile():
-                            continue
-                        if member.offset_data + member.size > size:
-                            broken = f"{member.name} is cut off"
-                            break
-                        name = f"{shard}/{member.name.removeprefix('./')}"
-                        files[name] = (path, member.offset_data, member.size)
-                except tarfile.TarError as error:
-                    broken = error
-        except (OSError, tarfile.TarError) as error:
-            raise UserError(f"{path}: {error} (shards must be plain, uncompressed .tar files)") from None
-        if broken or size % 512:  # tarfile ends in silence where a header is cut short
-            report(f"{path}: truncated ({broken or 'its end is missing'}); what comes before the break is used")
-    return files
-
-
 def _stem(name):
     return os.path.splitext(name)[0]
 
@@ -359,37 +353,51 @@ def _natural(name):
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
+CAPTION_FILES = {".txt": captions.of_text, ".caption": captions.of_text, ".json": captions.of_json}
+
+
 class FileSource(PictureSource):
     """Pictures of a folder, or of WebDataset tars: both are just names and bytes.
 
-    a/b.jpg             an item of category "a"
-    a/b.txt, a/b.json   its caption (text, or {"caption": …})
-    captions.jsonl      captions of pictures beside it, a line each: {"file": …, "caption": …}
-    a/b.depth.png       its annotation "depth"; every item must have it for the source to offer it
+    a/b.jpg             an item of category "a" (or of what a/b.cls says)
+    a/b.txt, …          its caption: a/b.txt, a/b.caption, a/b.json, a/b.jpg.txt …, or captions.LISTS
+    a/b.depth.png       its annotation "depth", unless that has a caption of its own; every item must
+                        have it for the source to offer it
     a/c.gif, a/d.frames/00.png …      clips
     a/e.views/00.png, 00.mask.png …   an object from many sides
 
     files: {name: path, or (tar, offset, size)}. A broken file is found when it is first read.
     """
 
-    def __init__(self, path, files, side, split, held_out_fraction, report=warn):
+    def __init__(self, path, names, side, split, held_out_fraction, report=warn):
         super().__init__(str(path), side, report)
-        self.files = files
+        self.files = {name: place for name, place in names.items() if not files.is_hidden(name)}
+        self.beside = collections.defaultdict(dict)  # {stem: {ending: file}} of all that is no picture
+        for name in self.files:
+            stem, ending = os.path.splitext(name)
+            if ending.lower() not in ENDINGS:
+                self.beside[stem][ending.lower()] = name
+        unused = [(files.SYSTEMS, name) for name in names if name not in self.files]
+        self.listed = self._read_lists(unused)
         items = self._group()
+        self.left_out = tally(unused + [(self._why_unused(name), name) for name in self._unused(items)])
         if not items:
-            raise UserError(f"{path}: no pictures in it ({', '.join(SUFFIXES)})")
+            raise UserError(f"{path}: no pictures in it" + in_words(self.left_out, ", but "))
         chosen = [i for i in items if (hash_to_unit(i.name) < held_out_fraction) == (split == "held_out")]
         if not chosen:
             empty = f"{path}: none of its {len(items)} pictures falls into the {split} split"
             raise UserError(f"{empty}: change data.held_out_fraction")
+        if self.left_out and split != "held_out":
+            report(f"{path}: not read: {in_words(self.left_out)}")
         self._set_items(chosen)
-        self.captions = self._read_captions()
         # a sentence asks for the same ones repeatedly; photos at full size are too large to keep
         self.pixels = functools.lru_cache(256 if side else 0)(self._decode)
 
+    # -- what belongs together --
+
     def _group(self):
         """All Items: files that belong together are one."""
-        pictures = [n for n in self.files if n.lower().endswith(SUFFIXES) and os.path.basename(n)[0] != "."]
+        pictures = [name for name in self.files if os.path.splitext(name)[1].lower() in ENDINGS]
         pictures.sort(key=_natural)
         stems = set(map(_stem, pictures))
         sidecars = collections.defaultdict(dict)  # stem of a picture → {modality: file}
@@ -397,78 +405,115 @@ class FileSource(PictureSource):
         for name in pictures:
             base, _, modality = _stem(name).rpartition(".")
             parent = os.path.dirname(name)
-            if modality.isidentifier() and base in stems:
+            if modality.isidentifier() and base in stems and not self._has_own_caption(name):
                 sidecars[base][modality] = name
             elif parent.endswith((".frames", ".views")):
                 groups[parent].append(name)
             else:
                 groups[name].append(name)
-        return [self._make_item(name, files, sidecars) for name, files in groups.items()]
+        return [self._make_item(name, of_it, sidecars) for name, of_it in groups.items()]
 
-    def _make_item(self, name, files, sidecars):
-        beside = [sidecars.get(_stem(file), {}) for file in files]
-        parts = {"image": tuple(files)}
+    def _has_own_caption(self, name):
+        return name in self.listed or not CAPTION_FILES.keys().isdisjoint(self.beside.get(_stem(name), ()))
+
+    def _make_item(self, name, of_it, sidecars):
+        beside = [sidecars.get(_stem(file), {}) for file in of_it]
+        parts = {"image": tuple(of_it)}
         for modality in sorted(set.intersection(*map(set, beside))):  # what every frame has
             parts[modality] = tuple(annotations[modality] for annotations in beside)
         category = os.path.basename(os.path.dirname(name))
         if category.endswith(".tar"):
             category = ""
+        if number := self.beside.get(_stem(name), {}).get(".cls"):
+            category = self._read(number).decode(errors="replace").strip()
         if name.endswith(".views"):
-            return Item(self, name, parts, category, views=len(files))
-        frames = self._count_frames(name) if name.lower().endswith(ANIMATED) else len(files)
-        return Item(self, name, parts, category, frames)
+            return Item(self, name, parts, category, views=len(of_it))
+        return Item(self, name, parts, category, len(of_it) if name.endswith(".frames") else self._count_frames(name))
 
-    def _read(self, name):
-        """The bytes of one file."""
+    def _unused(self, items):
+        """The files that are part of no item."""
+        used, names = set(), set()
+        for item in items:
+            used.update(*item.parts.values())
+            names.update((item.name, _stem(item.name)))
+        for name in self.files:
+            stem, ending = os.path.splitext(name)
+            of_an_item = stem in names and ending.lower() in (".cls", *CAPTION_FILES)
+            if name not in used and not of_an_item and os.path.basename(name) not in captions.LISTS:
+                yield name
+
+    def _why_unused(self, name):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in ENDINGS:
+            return "annotation that not all frames of its clip have"
+        if ending in CAPTION_FILES:
+            return f"{ending} without a picture"
+        return files.what_is(name)
+
+    # -- what they hold --
+
+    def _read(self, name, start=None):
+        """The bytes of one file, or the first of them."""
         try:
-            if isinstance(self.files[name], str):
-                return Path(self.files[name]).read_bytes()
-            path, offset, size = self.files[name]
-            with open(path, "rb") as file:
-                file.seek(offset)
-                return file.read(size)
+            return files.read(self.files, name, start)
         except OSError as error:
             raise UserError(f"{self.path}/{name}: {error.strerror}") from None
 
     def _count_frames(self, name):
         try:
+            if not may_be_animated(self._read(name, 2**14)):
+                return 1
             with Image.open(io.BytesIO(self._read(name))) as image:
                 return getattr(image, "n_frames", 1)
         except Exception:  # broken: named when the picture is used
             return 1
 
-    def _read_captions(self):
-        """{picture: caption} from the captions.jsonl files, if any."""
-        captions = {}
+    def _read_lists(self, unused):
+        """{picture: its captions} of the files captions.LISTS; `unused` takes (why, picture) of rows without use."""
+        known = {*self.files, *map(posixpath.dirname, self.files)}
+        found = {}
         for name in self.files:
-            if os.path.basename(name) != "captions.jsonl":
-                continue
-            for number, line in enumerate(self._read(name).splitlines(), 1):
+            if os.path.basename(name) in captions.LISTS:
                 try:
-                    row = json.loads(line)
-                    captions[os.path.join(os.path.dirname(name), row["file"])] = row["caption"]
-                except (ValueError, KeyError, TypeError):
-                    self.skip(f'{self.path}/{name}:{number}: not a row {{"file": …, "caption": …}}')
-        return captions
+                    skip = functools.partial(self._skip_row, name)
+                    for picture, texts in captions.listed(name, self._read(name), known, skip, unused):
+                        found[picture] = found.get(picture, ()) + texts
+                except ValueError as error:
+                    self.skip(f"{self.path}/{name}: {error}")
+                except UserError as error:
+                    self.skip(str(error))
+        return found
 
-    def caption(self, item):
-        """The text of NAME.txt, else of NAME.json, else of captions.jsonl, else ""."""
-        stem = _stem(item.name)
-        try:
-            if f"{stem}.txt" in self.files:
-                return self._read(f"{stem}.txt").decode().strip()
-            if f"{stem}.json" in self.files:
-                return str(json.loads(self._read(f"{stem}.json")).get("caption", ""))
-        except (ValueError, AttributeError) as error:
-            self.skip(f"{self.path}/{item.name}: its caption cannot be read ({error})")
-        return self.captions.get(item.name, "")
+    def _skip_row(self, name, number, reason):
+        self.skip(f"{self.path}/{name}:{number}: {reason}")
+
+    def caption_files(self, item):
+        """Yields (file, captions) of each file that has some of an item, in the order in which they are taken."""
+        for ending, parse in CAPTION_FILES.items():
+            for stem in (_stem(item.name), item.name):  # a.txt, a.jpg.txt
+                if name := self.beside.get(stem, {}).get(ending):
+                    try:
+                        texts = parse(self._read(name))
+                    except ValueError as error:
+                        self.skip(f"{self.path}/{name}: {error}")
+                        continue
+                    except UserError as error:
+                        self.skip(str(error))
+                        continue
+                    if texts:
+                        yield name, texts
+        if texts := self.listed.get(item.name):
+            yield "a list", texts
+
+    def captions_of(self, item):
+        return next((texts for _, texts in self.caption_files(item)), ())
 
     def picture(self, item, modality, frame=None, motion=None):
         """(side, side, 3) uint8; `motion` is ignored: a filmed clip has its own."""
-        files, frame = item.parts[modality], frame or 0
-        if len(files) > 1:
-            return self.pixels(files[frame], 0).copy()
-        return self.pixels(files[0], frame).copy()  # of an animation, or a still
+        of_it, frame = item.parts[modality], frame or 0
+        if len(of_it) > 1:
+            return self.pixels(of_it[frame], 0).copy()
+        return self.pixels(of_it[0], frame).copy()  # of an animation, or a still
 
     def _decode(self, name, frame):
         return load_picture(self._read(name), self.side, name=f"{self.path}/{name}", frame=frame)
@@ -489,32 +534,62 @@ def read_texts(path, split="train", held_out_fraction=0.02):
             yield item.caption
             yield f"{item.category.lower()}: {item.caption}"
         return
-    if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or folder of texts")
-    files = [path] if os.path.isfile(path) else sorted(folder_files(path).values())
-    files = [file for file in files if file.endswith((".txt", ".jsonl"))]
-    if not files:
-        raise UserError(f"{path}: no .txt or .jsonl file there")
+    texts = TextFiles(path)
     if split in ("new", "combo"):
         raise UserError(f'{path}: only emoji have a split "{split}"; use train or held_out')
-    for file in files:
-        for text in _texts(file):
-            if (hash_to_unit(text) < held_out_fraction) == (split == "held_out"):
-                yield text
+    for text in texts:
+        if (hash_to_unit(text) < held_out_fraction) == (split == "held_out"):
+            yield text
 
 
-def _texts(file):
-    try:
-        with open(file, encoding="utf-8") as opened:
-            if file.endswith(".txt"):
-                yield opened.read()
-                return
-            for number, line in enumerate(opened, 1):
-                try:
-                    text = json.loads(line)["text"]
-                    text.encode()  # neither null, nor half of a surrogate pair
-                    yield text
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    warn(f'skipped {file}:{number}: not a row {{"text": "…"}}')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: {error}") from None
+class TextFiles(Skipping):
+    """All texts of a file, a folder, or a pattern of them: TextFiles(path) is iterated.
+
+    files      those that are read
+    left_out   {what else lies there: (count, name of the first)}
+    """
+
+    def __init__(self, path, report=warn):
+        super().__init__(report)
+        self.files, others = [], []
+        for place in files.matches(path):
+            inside = files.folder_files(place) if os.path.isdir(place) else {"named": place}
+            for name, file in inside.items():
+                if files.is_hidden(name):
+                    others.append((files.SYSTEMS, file))
+                elif file.lower().endswith((".txt", ".jsonl")):
+                    self.files.append(file)
+                elif os.path.exists(file):
+                    others.append((files.what_is(file, "neither .txt nor .jsonl, but"), file))
+        self.left_out = tally(others)
+        if not self.files:
+            none = "no .txt or .jsonl file there" if others else "no such file or folder of texts"
+            raise UserError(f"{path}: {none}" + in_words(self.left_out, ", but "))
+        if others:
+            report(f"{path}: not read: {in_words(self.left_out)}")
+
+    def __iter__(self):
+        for file in sorted(self.files):
+            try:
+                if file.lower().endswith(".txt"):
+                    yield from self._text(file, files.text_of(Path(file).read_bytes()))
+                    continue
+                for number, line in files.lines_of(file):
+                    yield from self._row(f"{file}:{number}", line)
+            except (OSError, ValueError) as error:
+                self.skip(f"{file}: {getattr(error, 'strerror', None) or error}")
+
+    def _row(self, where, line):
+        try:
+            text = json.loads(files.text_of(line))["text"]
+            text.encode()  # neither null, nor half of a surrogate pair
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self.skip(f'{where}: not a row {{"text": "…"}}')
+            return
+        yield from self._text(where, text)
+
+    def _text(self, where, text):
+        if text.strip():
+            yield text
+        else:
+            self.skip(f"{where}: an empty text")

@@ -3,6 +3,7 @@
     rows.jsonl             a visual sentence or a text a line, {"tokens": base64 of little-endian int32}
     rows.jsonl.info.json   what they were made with: RowsInfo. LVM's own rows have no such file
 
+Others write int64 or uint16 (numpy's habits), which their bytes tell, or plain lists of numbers.
 prepare.py writes both, data.TokenRows reads the rows, and a run compares the rest with its
 configuration before it starts (check_rows).
 """
@@ -23,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from support import checkpoint, settings
+from support.rows import NAMED, fault_kind, no_json
 from support.settings import UserError
-from support.sources import Skipping
+from support.sources import Skipping, in_words, tally, warn
 
 # ---- one row -----------------------------------------------------------------------------------
 
@@ -35,23 +37,74 @@ def encode_row(codes):
     return json.dumps({"tokens": text}) + "\n"
 
 
-def decode_row(line, vocab_size=None):
-    """A line of a rows file → codes (n,) int32 in [0, vocab_size); ValueError: what is wrong."""
+DTYPES = {"int64": "<i8", "int32": "<i4", "uint16": "<u2"}  # of the codes in base64, the widest first
+
+
+def decode_row(line, vocab_size=None, dtype="int32"):
+    """A line of a rows file → codes (n,) int32 in [0, vocab_size); ValueError: what is wrong.
+
+    dtype: a key of DTYPES.
+    """
+    codes = row_data(line)
+    if isinstance(codes, bytes):
+        if not codes or len(codes) % np.dtype(DTYPES[dtype]).itemsize:
+            raise ValueError(f"{len(codes)} bytes are no whole number of {dtype} codes")
+        codes = np.frombuffer(codes, DTYPES[dtype])
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= (vocab_size or 2**31):
+        raise ValueError(f"code {low if low < 0 else high} lies outside the vocabulary of {vocab_size}")
+    return codes.astype(np.int32)
+
+
+def row_data(line):
+    """What a line of a rows file holds: the bytes of its base64, or a plain list as an array."""
     try:
-        text = json.loads(line)["tokens"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError('not a JSON row {"tokens": "…"}') from None
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or "tokens" not in row:
+        keys = f": its keys are {', '.join(row)[:80]}" if isinstance(row, dict) and row else ""
+        raise ValueError(f'not a JSON row {{"tokens": "…"}}{keys}')
+    if isinstance(row["tokens"], list):
+        codes = np.array(row["tokens"]) if set(map(type, row["tokens"])) == {int} else None
+        if codes is None or codes.dtype.kind not in "iu":  # beyond 64 bits they are objects
+            raise ValueError("its tokens are no list of whole numbers")
+        return codes
     try:
-        data = base64.b64decode(text, validate=True)
+        return base64.b64decode(row["tokens"], validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise ValueError(f"bad base64 ({error})") from None
-    if not data or len(data) % 4:
-        raise ValueError(f"{len(data)} bytes are no whole number of int32 codes")
-    codes = np.frombuffer(data, "<i4").astype(np.int32)
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or (vocab_size and high >= vocab_size):
-        raise ValueError(f"code {low if low < 0 else high} lies outside the vocabulary of {vocab_size}")
-    return codes
+
+
+def tell_dtype(lines, vocab_size=None):
+    """The dtype that most of these rows are in, by their bytes: a key of DTYPES.
+
+    It is the widest in which all codes of a row lie in the vocabulary, else below 2^20, which no
+    vocabulary reaches: int32 read as int64 makes huge numbers, and int64 read as int32 a zero
+    behind every code. Zeros alone tell nothing, and 64 bytes are too few to be sure of int64: then it is
+    LVM's int32. (A vocabulary above 2^15 does not tell uint16 from int32 with larger codes.)
+    """
+    bounds = [2**20] if vocab_size is None or vocab_size > 2**15 else [vocab_size, 2**20]
+    told = dict.fromkeys(DTYPES, 0)  # bytes
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            data = row_data(line)
+            if not isinstance(data, bytes) or not any(data):
+                continue
+            for bound, dtype in itertools.product(bounds, DTYPES):
+                if _fits(data, DTYPES[dtype], bound):
+                    told[dtype] += len(data)
+                    break
+    dtype = max(told, key=told.get)
+    return dtype if told[dtype] > (64 if dtype == "int64" else 0) else "int32"
+
+
+def _fits(data, code, bound):
+    """Whether bytes can be codes of that numpy dtype: a whole number, all below `bound`."""
+    if len(data) % np.dtype(code).itemsize:
+        return False
+    codes = np.frombuffer(data, code)
+    return codes.min() > -bound and codes.max() < bound
 
 
 # ---- rows files ---------------------------------------------------------------------------------
@@ -83,53 +136,91 @@ def new_rows(path, info):
 class RowsFiles(Skipping):
     """All readable rows of some rows files: rows[i] → its tokens, (n,) int32.
 
-    Opening reads and checks all of them (seconds per gigabyte); a broken one is named, counted in
-    `skipped` and left out. The files stay mapped into memory, and a row is decoded when it is asked
-    for.
+    Opening reads and checks all of them (seconds per gigabyte); a broken one is counted in `skipped`
+    and left out. NAMED of them are said one by one, more in a line that counts their faults.
+    The files stay mapped into memory, and a row is decoded when it is asked for.
 
-    paths                the files
+    paths, dtypes        the files, and of each that of its codes: a key of DTYPES
     file, start, end     (rows,) in which file a row's line is, and which of its bytes
     length               (rows,) tokens in a row; tokens: in all of them
+
+    dtype: of all the files; "auto" tells it file by file, and says so where it is not LVM's int32.
     """
 
-    def __init__(self, paths, vocab_size=None):
+    def __init__(self, paths, vocab_size=None, dtype="auto"):
         super().__init__()
-        self.paths = list(paths)
+        self.paths, self.dtypes = list(paths), []
         self._maps = [_mapped(path) for path in self.paths]
-        lines = [self._index(path, text, vocab_size) for path, text in zip(self.paths, self._maps, strict=True)]
+        for path, text in zip(self.paths, self._maps, strict=True):
+            self.dtypes.append(dtype_of(path, vocab_size, text) if dtype == "auto" else dtype)
+        files = zip(self.paths, self._maps, self.dtypes, strict=True)
+        lines = [self._index(path, text, vocab_size, of_file) for path, text, of_file in files]
         counts = list(map(len, lines))
         self.file = np.repeat(np.arange(len(counts)), counts)
         self.start, self.end, self.length = np.concatenate(lines).T
         self.tokens = int(self.length.sum())
+        if self.skipped > NAMED:
+            faults = [reason.partition(": ") for reason in self.reasons]
+            warn(f"rows: skipped {in_words(tally((fault_kind(fault), name) for name, _, fault in faults))}")
         if not len(self):
             raise UserError(f"{', '.join(self.paths)}: no readable rows in it")
 
-    def _index(self, path, text, vocab_size):
+    def _index(self, path, text, vocab_size, dtype):
         """(rows, 3) int64: start and end of each readable line, and the tokens in it."""
-        rows, start, number = [], 0, 0
-        while start < len(text):
-            end = text.find(b"\n", start)
-            end = len(text) if end < 0 else end
-            number += 1
+        rows = []
+        for number, (start, end) in enumerate(_lines(text), 1):
             try:
-                rows.append((start, end, len(decode_row(text[start:end], vocab_size))))
+                rows.append((start, end, len(decode_row(text[start:end], vocab_size, dtype))))
             except ValueError as error:
-                self.skip(f"{path}:{number}: {error}")
-            start = end + 1
+                self.skip(f"{path}:{number}: {error}", self.skipped < NAMED)
         return np.array(rows, np.int64).reshape(-1, 3)
 
     def __len__(self):
         return len(self.length)
 
     def __getitem__(self, i):
-        return decode_row(self._maps[self.file[i]][self.start[i] : self.end[i]])
+        file = self.file[i]
+        return decode_row(self._maps[file][self.start[i] : self.end[i]], dtype=self.dtypes[file])
+
+
+def dtype_of(path, vocab_size=None, text=None):
+    """The dtype of a rows file's codes, told by its first thousand rows; said if not int32."""
+    if os.path.exists(f"{path}{INFO}"):
+        return "int32"  # new_rows wrote it
+    text = _mapped(path) if text is None else text
+    dtype = tell_dtype((text[start:end] for start, end in itertools.islice(_lines(text), 1000)), vocab_size)
+    if dtype != "int32":
+        warn(f"{path}: its codes are read as {dtype}, by their bytes (data.row_dtype would say otherwise)")
+    return dtype
+
+
+def _lines(text):
+    """Yields start and end of each line of a file's bytes."""
+    start = 0
+    while start < len(text):
+        end = text.find(b"\n", start)
+        end = len(text) if end < 0 else end
+        yield start, end
+        start = end + 1
+
+
+NO_ROWS = {  # what holds codes in another way, by its ending or how it begins
+    ".npy": "is an array of numpy",
+    ".npz": "holds arrays of numpy",
+    ".bin": "is a stream of codes without rows (nanoGPT, Megatron)",
+    ".idx": "is the index of a .bin of Megatron",
+}
 
 
 def _mapped(path):
-    """The bytes of a file, mapped into memory."""
+    """The bytes of a file, mapped into memory; a UserError if they are no lines of JSON."""
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            start, size = file.read(64), os.fstat(file.fileno()).st_size
+            if what := NO_ROWS.get(Path(path).suffix.lower()):
+                raise UserError(f'{path}: {what}: write a line {{"tokens": [1, 2, …]}} for each of its rows')
+            if what := no_json(path, start):
+                raise UserError(f"{path}: {what}")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except (OSError, ValueError) as error:  # ValueError: a name with NUL in it
         raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None

@@ -22,11 +22,15 @@ begin another speaker's.
 
 The files in a folder decide which tokenizer it is:
 
-    tokenizer.json      byte-level BPE: Llama 3, SmolLM2, GPT-2 …        with the package tiktoken
+    tokenizer.json      byte-level BPE: Llama 3, SmolLM2, GPT-2 …
+                        BPE of characters with byte_fallback: Llama 2's rules, where they come alone
     tokenizer.model     lines "base64 rank": Llama 3 as Meta gives it    with tiktoken
     tokenizer.model     a SentencePiece model: LLaMA, Llama 2, Vicuna    with sentencepiece (optional)
     (the word "bytes")  no file at all: 256 bytes, begin, end            for small runs of our own
-    CLIP_FILES          CLIP's kind of BPE: CLIPTokenizer, at the end    with tiktoken
+    CLIP_FILES          CLIP's kind of BPE: CLIPTokenizer, at the end
+
+Tokens outside the merges (`Added`) are read from all the files that name some: tokenizer.json,
+tokenizer_config.json, added_tokens.json, special_tokens_map.json.
 """
 
 import base64
@@ -35,19 +39,23 @@ import codecs
 import collections
 import functools
 import gzip
+import heapq
 import html
 import itertools
 import json
 import re
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import regex
 import tiktoken
 from tqdm import tqdm
 
 from support import checkpoint, settings
+from support.chat import BOS, EOS, Special, render_chat
 from support.settings import UserError
 
 try:
@@ -56,10 +64,31 @@ except ImportError:
     ftfy = None
 
 FILES = ("tokenizer.json", "tokenizer.model")
-SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+SIBLINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+SIBLINGS += ("chat_template.jinja", "chat_template.json")
 
 # The tokens that DreamLLM adds to its LLaMA's. Their ids differ between its published files.
 ADDED = ("[PAD]", "<image>", "<im_patch>", "<im_start>", "<im_end>", "<dream>", "<dream_start>", "<dream_end>")
+
+
+class Added(NamedTuple):
+    """A token outside the merges, which a text is searched for; its flags as Hugging Face's."""
+
+    id: int
+    special: bool = True  # found only if encode() is told to; left out by decode()
+    lstrip: bool = False  # takes the white space before it along
+    rstrip: bool = False  # and behind it
+    single_word: bool = False  # not found within a word
+    normalized: bool = False  # found in the text after its normalization, not before
+
+
+def as_entries(added):
+    """{name: Added} → {id: entry}, as tokenizer_config.json has them under added_tokens_decoder."""
+    entries = {}
+    for name, token in added.items():
+        entry = {"content": name} | token._asdict()
+        entries[str(entry.pop("id"))] = entry
+    return entries
 
 
 class Tokenizer:
@@ -68,30 +97,37 @@ class Tokenizer:
     bos                   the id that stands before every text; None where there is none (GPT-2, SmolLM2)
     eos                   the id that ends a text
     stops                 all ids that end an answer
-    encode_text           a function: text without special tokens → ids
-    encode_after_special  the same for a text after a special token (only SentencePiece may differ)
-    special               {name: id} of tokens that encode() finds in a text only if it is told to
-    always_parsed         {name: id} of other tokens outside the merges, found in any text: "<repo_name>", say
+    encode_text           a function: normalized text without added tokens → ids
+    encode_after_special  the same for a text that follows another (only SentencePiece may differ)
+    added                 {name: Added}, the tokens outside the merges
     bytes_of              {id: bytes} of every token
     vocab_size            the largest id + 1
+    strips                whether decode() takes away the space that SentencePiece writes before a text
+    rows                  how many tokens the model has; more than that are refused. None: it is not known
     file                  the tokenizer.json or tokenizer.model that it was read from; None: "bytes"
     files                 {name: content} of that file and of those read with it, to be saved again
     added_since           {name: id} of the special tokens that `add` has added
     """
 
     def __init__(
-        self, encode_text, bytes_of, special, always_parsed=(), bos=None, eos=None, stops=(), encode_after_special=None
+        self, encode_text, bytes_of, added, bos=None, eos=None, stops=(), after=None, normalize=str, strips=False
     ):
-        self.encode_text, self.encode_after_special = encode_text, encode_after_special or encode_text
-        self.bytes_of, self.special, self.always_parsed = bytes_of, special, dict(always_parsed)
-        self.bos, self.eos = bos, eos
+        self.encode_text, self.encode_after_special, self.normalize = encode_text, after or encode_text, normalize
+        self.added, self.bytes_of = added, bytes_of | {token.id: name.encode() for name, token in added.items()}
+        self.bos, self.eos, self.strips, self.rows = bos, eos, strips, None
         self.file, self.files, self.added_since = None, {}, {}
-        turns = [special[name] for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in special]
+        turns = [added[name].id for name in ("<|eot_id|>", "<|eom_id|>", "<|im_end|>") if name in added]
         self.stops = {eos, *stops, *turns} - {None}
-        self.vocab_size = max(bytes_of) + 1
-        # SentencePiece writes a space before every text, so that its first word looks like any other
-        first = encode_text("a")[0]
-        self.adds_space = bytes_of[first].startswith(b" ")
+        self.parts = finder(added, normalize)
+
+    @property
+    def special(self):
+        """{name: id} of the special tokens."""
+        return {name: token.id for name, token in self.added.items() if token.special}
+
+    @property
+    def vocab_size(self):
+        return max(self.bytes_of) + 1
 
     @classmethod
     def from_pretrained(cls, path):
@@ -101,7 +137,10 @@ class Tokenizer:
         path = checkpoint.weights_folder(path)
         found = [path] if path.is_file() else [path / name for name in FILES if (path / name).exists()]
         if not found:
-            raise UserError(f"{path}: no tokenizer in this folder (looked for tokenizer.json, tokenizer.model)")
+            reason = "no tokenizer in this folder (looked for tokenizer.json, tokenizer.model)"
+            if (path / "vocab.json").exists():
+                reason += "; vocab.json says not how words are cut: let transformers' AutoTokenizer save it anew"
+            raise UserError(f"{path}: {reason}")
         file = found[0]
         saved = checkpoint.read_json(file) if file.suffix == ".json" else None
         if len(found) == 2 and not is_byte_level(saved):  # Llama 2's .json holds the same rules as its .model
@@ -113,23 +152,15 @@ class Tokenizer:
         files |= {name: file.parent / name for name in SIBLINGS}
         tokenizer.files = {name: settings.read_bytes(place) for name, place in files.items() if place.exists()}
         tokenizer.file = file
-        added = sibling_json(file, "added_tokens.json")
-        tokenizer.add(added, added)
         return tokenizer
 
-    def add(self, names, ids=None):
-        """Makes `names` special tokens: after the last id, or where `ids` {name: id} says.
-
-        Names that are known already keep their ids.
-        """
+    def add(self, names):
+        """Makes `names` special tokens after the last id; those that are known keep their ids."""
         for name in names:
-            if name in self.special or name in self.always_parsed:
-                continue
-            i = ids[name] if ids else self.vocab_size
-            if type(i) is not int or i < 0 or i in self.bytes_of:
-                raise UserError(f"{self.file}: the added token {name} has the id {i!r}, which is taken or no number")
-            self.special[name], self.bytes_of[i], self.added_since[name] = i, name.encode(), i
-            self.vocab_size = max(self.vocab_size, i + 1)
+            if name not in self.added:
+                i = self.added_since[name] = self.vocab_size
+                self.added[name], self.bytes_of[i] = Added(i), name.encode()
+        self.parts = finder(self.added, self.normalize)
 
     def save_pretrained(self, folder):
         """Writes the tokenizer's files into `folder`, with the special tokens that were added.
@@ -144,27 +175,40 @@ class Tokenizer:
         for name, content in self.files.items():
             with checkpoint.atomic_file(folder / name) as file:
                 file.write_bytes(content)
-        checkpoint.write_json(folder / "added_tokens.json", self.added_since)
+        if self.added_since:
+            file = folder / "tokenizer_config.json"
+            config, ids = sibling_json(file, file.name), sibling_json(file, "added_tokens.json")
+            uses = {use: name for use, name in named_tokens(file).items() if use in USES}
+            checkpoint.write_json(file, config | uses | {"added_tokens_decoder": as_entries(self.added)})
+            checkpoint.write_json(folder / "added_tokens.json", ids | self.added_since)
 
     def encode(self, text, bos=False, eos=False, special=False, follows=False):
         """text → [id, …]. With `special`, names of special tokens stand for these tokens.
 
         `follows`: the text comes after a special token of the same conversation.
         """
-        known = self.always_parsed | self.special if special else self.always_parsed
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character: �
         ids = [self.bos] if bos and self.bos is not None else []
-        for part in split_at(text, known):
-            if part in known:
-                ids.append(known[part])
+        for part in self.parts(text, special):
+            if isinstance(part, int):
+                ids.append(part)
             else:
                 ids += self.encode_after_special(part) if follows else self.encode_text(part)
             follows = True
-        return ids + ([self.eos] if eos and self.eos is not None else [])
+        return self.within(ids + ([self.eos] if eos and self.eos is not None else []))
+
+    def within(self, ids):
+        """The ids, if the model has a row for each; otherwise a UserError names the first without."""
+        if self.rows and max(ids, default=0) >= self.rows:
+            i = next(i for i in ids if i >= self.rows)
+            name = self.bytes_of[i].decode(errors="replace")
+            raise UserError(f"the model has no row for the token {name}: its id is {i}, and {self.rows} rows are all")
+        return ids
 
     def decode(self, ids, special=False):
         """[id, …] → text; special tokens are left out, or written by name. No UTF-8: �."""
         text = "".join(self.stream(ids, special))
-        return text[1:] if self.adds_space and text.startswith(" ") else text
+        return text[1:] if self.strips and text.startswith(" ") else text
 
     def decoder(self, special=False):
         """A function for ids as they come: id → the text that it completes, None → what is left.
@@ -194,7 +238,7 @@ class Tokenizer:
     def encode_chat(self, messages, template):
         """[{"role": "system" | "user" | "assistant", "content": text}, …] → ids.
 
-        `template` is a key of TEMPLATES. The system message comes first or not at all, then user
+        `template` is a key of chat.TEMPLATES. The system message comes first or not at all, then user
         and assistant take turns; after a last user message the assistant's answer is what the
         model says next.
         """
@@ -219,18 +263,54 @@ class Tokenizer:
         """A Special → its id in a list; [] for a BOS or EOS that this vocabulary does without."""
         if part in (BOS, EOS):
             i = self.bos if part == BOS else self.eos
-            return [] if i is None else [i]
-        if part not in self.special:
+            return self.within([] if i is None else [i])
+        if part not in self.added:
             raise UserError(f"the chat template needs {part}, which this tokenizer does not have")
-        return [self.special[part]]
+        return self.within([self.added[part].id])
 
 
-def split_at(text, names):
-    """text → its pieces: `names` that occur in it (the longest that fits), and what lies between."""
-    if not names:
-        return [text] if text else []
-    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return list(filter(None, re.split(f"({pattern})", text)))
+def finder(added, normalize):
+    """{name: Added} → a function: text, special → its parts: ids of added tokens, and normalized
+    texts between them. Special tokens are found only where `special` is true.
+    """
+    raw, late = {}, {}
+    for name, token in added.items():
+        (late if token.normalized else raw)[normalize(name) if token.normalized else name] = token
+    find_raw, find_late = search(raw), search(late)
+
+    def parts(text, special):
+        for part in find_raw(text, special):
+            if isinstance(part, int):
+                yield part
+            else:
+                yield from find_late(normalize(part), special)
+
+    return parts
+
+
+SPACES_BEFORE, SPACES, WORD = regex.compile(r"(?r)\s*"), regex.compile(r"\s*"), regex.compile(r"\w")
+
+
+def search(added):
+    """Like `finder`, for tokens that are all sought in the same text. The longest that fits counts."""
+    pattern = re.compile("|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))) or r"(?!)")
+
+    def find(text, special):
+        parts, end = [], 0
+        for match in pattern.finditer(text):
+            token, (start, stop) = added[match.group()], match.span()
+            in_word = WORD.match(text, stop) or WORD.match(text[max(0, start - 1) : start])
+            if (token.special and not special) or (token.single_word and in_word):
+                continue
+            if token.lstrip:
+                start = max(end, SPACES_BEFORE.match(text, 0, start).start())
+            if token.rstrip:
+                stop = SPACES.match(text, stop).end()
+            parts += [text[end:start], token.id]
+            end = stop
+        return list(filter(lambda part: part != "", [*parts, text[end:]]))
+
+    return find
 
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
@@ -238,14 +318,8 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 def byte_tokenizer():
     """The smallest vocabulary: a byte is its own id; 256 begins a text, 257 ends it."""
-    special = {BEGIN: 256, END: 257}
-    bytes_of = {i: bytes([i]) for i in range(256)} | names_as_bytes(special)
-    return Tokenizer(lambda text: list(text.encode(errors="replace")), bytes_of, special, bos=256, eos=257)
-
-
-def names_as_bytes(ids):
-    """{name: id} → {id: bytes of the name}."""
-    return {i: name.encode() for name, i in ids.items()}
+    bytes_of = {i: bytes([i]) for i in range(256)}
+    return Tokenizer(lambda text: list(text.encode()), bytes_of, {BEGIN: Added(256), END: Added(257)}, bos=256, eos=257)
 
 
 # ---- byte-pair encoding ----------------------------------------------------------------------
@@ -258,70 +332,60 @@ LLAMA3 = (
 )
 
 
-def merger(tokens, pattern=""):
-    """tokens {bytes: id} in the order of their merges → (tiktoken's encoder, the id of each rank).
-
-    The 256 bytes come before all merges. tiktoken takes ids for ranks. In published files they
-    may differ (SmolLM2's special tokens come first).
+def merge(symbols, rank):
+    """Joins neighbours in a list of symbols until no two have a rank (a function: pair → number or
+    None): the lowest first, of equal ones the leftmost. "---" becomes "--", "-".
     """
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}), list(tokens.values())
+    symbols, queue = [*symbols, None], []  # None: the end, and what has become part of its left neighbour
+    left, right = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
+
+    def offer(i):
+        if i >= 0 and (found := rank((symbols[i], symbols[right[i]]))) is not None:
+            heapq.heappush(queue, (found, i, symbols[i], symbols[right[i]]))
+
+    for i in range(len(symbols) - 1):
+        offer(i)
+    while queue:
+        _, i, first, second = heapq.heappop(queue)
+        if symbols[i] == first and symbols[right[i]] == second:  # none of them has been joined meanwhile
+            symbols[i], symbols[right[i]] = first + second, None
+            right[i] = right[right[i]]
+            left[right[i]] = i
+            offer(i)
+            offer(left[i])
+    return [symbol for symbol in symbols if symbol is not None]
 
 
-def byte_pair_encoder(tokens, patterns, unknown=None):
-    """tokens as `merger` takes them → a function text → ids.
+def bpe(vocab, merges, unknown=None, fuse=False, whole=False, fallback=False, suffix=""):
+    """Byte-pair encoding, as in a tokenizer.json → a function: word → ids.
 
-    Each of `patterns` splits the pieces that the one before left, into its matches and what lies
-    between them. A byte that is no token becomes `unknown`; without it, it is left out of its word
-    before any merge.
+    vocab      {token: id}; characters are the first symbols of a word
+    merges     [(left, right), …], the first merged first
+    unknown    the token of a character that is none; without it, it is left out
+    fuse       of several unknown characters in a row, one counts
+    whole      a word that is a token is not taken apart
+    fallback   a character that is no token becomes its bytes' tokens: "<0xC3>", "<0xA9>"
+    suffix     what the last symbol of a word ends with
     """
-    patterns = [rf"{pattern}|(?s:(?!{pattern}).)+" for pattern in patterns] or [r"(?s:.)+"]
-    lacking = bytes(byte for byte in range(256) if bytes([byte]) not in tokens)
-    if lacking:
-        words = [regex.compile(pattern) for pattern in patterns]
-        # tiktoken wants all bytes: those that lack get numbers that no merge knows
-        bpe, ids = merger(tokens | {bytes([byte]): unknown for byte in lacking})
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
 
-        def encode_words(text):
-            found = []
-            for word in split_words(text, words):
-                kept = word.encode(errors="replace")
-                kept = kept.translate(None, lacking) if unknown is None else kept
-                found += [ids[rank] for rank in bpe._encode_single_piece(kept)] if kept else []
-            return found
+    def encode(word):
+        if whole and word in vocab:
+            return [vocab[word]]
+        symbols = []
+        for character in word:
+            if character in vocab:
+                symbols.append(character)
+            elif fallback and vocab.keys() >= set(spelled := [f"<0x{byte:02X}>" for byte in character.encode()]):
+                symbols += spelled
+            elif unknown is not None and not (fuse and symbols[-1:] == [unknown]):
+                symbols.append(unknown)
+        if suffix:
+            symbols[-1] += suffix
+        return list(map(vocab.__getitem__, merge(symbols, ranks.get)))
 
-        return encode_words
-    bpe, ids = merger(tokens, patterns.pop())
-    patterns = [regex.compile(pattern) for pattern in patterns]
-
-    def encode(text):
-        pieces = split_words(text, patterns)
-        return [ids[rank] for piece in pieces for rank in bpe.encode_ordinary(piece)]
-
-    return encode
-
-
-def split_words(text, patterns):
-    """text → its pieces, which each of `patterns` cuts smaller."""
-    pieces = chunks(text)
-    for pattern in patterns:
-        pieces = [match.group() for piece in pieces for match in pattern.finditer(piece)]
-    return pieces
-
-
-def chunks(text, size=100_000):
-    """Yields text in pieces: tiktoken's regex panics (no exception) on a million spaces in a row.
-
-    Between a letter and a space every pattern splits, and none looks back across: splitting there
-    changes no id.
-    """
-    start, border = 0, re.compile(r"(?<=[^\W\d_])(?=\s)")
-    while len(text) - start > 4 * size:
-        found = border.search(text, start + size, start + 4 * size)
-        end = found.start() if found else start + 4 * size
-        yield text[start:end]
-        start = end
-    yield text[start:]
+    cached = functools.lru_cache(2**16)(encode)
+    return lambda word: cached(word) if len(word) < 64 else encode(word)
 
 
 def _byte_letters():
@@ -338,8 +402,10 @@ BYTE_OF = _byte_letters()  # in the order of CLIP's first 256 tokens
 LETTER_OF = {byte: letter for letter, byte in BYTE_OF.items()}
 
 
+@functools.lru_cache(2**12)  # words come again and again
 def to_letters(token):
-    return "".join(map(LETTER_OF.__getitem__, token))
+    """Bytes, or a text's, as letters."""
+    return (token.encode() if isinstance(token, str) else token).decode("latin-1").translate(LETTER_OF)
 
 
 def from_letters(text):
@@ -370,17 +436,9 @@ def train_bpe(texts, merges):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         found.append(best)
         for tokens, _ in words:
-            merge(tokens, best)
+            if best in itertools.pairwise(tokens):
+                tokens[:] = merge(tokens, {best: 0}.get)
     return found
-
-
-def merge(tokens, pair):
-    """Joins each `pair` in a list of tokens, from the left: "---" becomes "--", "-"."""
-    i = 0
-    while i < len(tokens) - 1:
-        if (tokens[i], tokens[i + 1]) == pair:
-            tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
-        i += 1
 
 
 # ---- tokenizer.json --------------------------------------------------------------------------
@@ -425,11 +483,20 @@ def write_merges(folder, merges, added=None):
     checkpoint.write_json(Path(folder) / "tokenizer.json", saved)
 
 
+def steps(part):
+    """A part of tokenizer.json (a step, a sequence of them or None) → its steps, a flat list."""
+    for key in ("pretokenizers", "processors", "normalizers", "decoders"):
+        if part and key in part:
+            return list(itertools.chain.from_iterable(map(steps, part[key])))
+    return [part] if part else []
+
+
 def is_byte_level(saved):
     """Whether a tokenizer.json (a dict) holds byte-level BPE."""
     try:
-        return saved["model"]["type"] == "BPE" and flatten(saved["pre_tokenizer"])[-1]["type"] == "ByteLevel"
-    except (KeyError, TypeError, AttributeError):  # such as "pre_tokenizer": null
+        parts = [*steps(saved.get("normalizer")), *steps(saved.get("pre_tokenizer"))]
+        return saved["model"]["type"] == "BPE" and "ByteLevel" in [step["type"] for step in parts]
+    except (KeyError, TypeError, AttributeError):
         return False
 
 
@@ -438,106 +505,173 @@ USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where no file says which to
 
 def from_json(file, saved):
     """A tokenizer.json (its content: `saved`) and the small files next to it → Tokenizer."""
-    if not is_byte_level(saved):
-        raise UserError(f"{file}: holds no byte-level BPE; put the original tokenizer.model next to it")
-    config = sibling_json(file, "tokenizer_config.json")
+    byte_level, config = is_byte_level(saved), sibling_json(file, "tokenizer_config.json")
     try:
-        tokens, without_merge = merged_tokens(saved)
-        unknown = saved["model"].get("unk_token")
-        if unknown is not None and unknown not in saved["model"]["vocab"]:
-            raise ValueError(f"its unk_token {unknown} is not in its vocabulary")
-        encode_text = byte_pair_encoder(tokens, split_patterns(saved), saved["model"]["vocab"].get(unknown))
-        special, always_parsed = {}, {}
-        for entry in saved["added_tokens"]:
-            (special if entry["special"] else always_parsed)[entry["content"]] = entry["id"]
-        names = always_parsed | special
-        bytes_of = {i: token for token, i in (tokens | without_merge).items()} | names_as_bytes(names)
-        for i in bytes_of:
-            if type(i) is not int or i < 0:
-                raise ValueError(f"its vocabulary has the id {i!r}")
-        bos = name_of(config.get("bos_token")) if config.get("add_bos_token") else bos_name(saved.get("post_processor"))
-        eos = name_of(config.get("eos_token")) or next(filter(names.__contains__, USUAL_ENDS), None)
-        stops = stop_ids(file)
-        return Tokenizer(encode_text, bytes_of, special, always_parsed, names.get(bos), names.get(eos), stops)
+        words, vocab = read_bpe(saved["model"], byte_level), saved["model"]["vocab"]
+        added = added_tokens(file, vocab, saved["added_tokens"])
+        token_bytes = letters_or_name if byte_level else piece_bytes
+        bytes_of = {i: token_bytes(token) for token, i in vocab.items()}
+        for name, token in added.items():
+            if token.id in bytes_of and name not in vocab:
+                raise ValueError(f"the added token {name} has the id {token.id}, which is taken")
+        encode, after = (pipeline(steps(saved.get("pre_tokenizer")), words, first) for first in (True, False))
+        names, bos = named_tokens(file), bos_name(saved.get("post_processor"))
+        if config.get("add_bos_token"):
+            bos = names.get("bos_token")
+        elif "add_bos_token" in config and str(config.get("tokenizer_class")).startswith("Llama"):
+            bos = None
+        eos = names.get("eos_token") or next(filter(added.__contains__, USUAL_ENDS), None)
+        ends = [added[name].id if name in added else None for name in (bos, eos)]
+        strips = any(step["type"] in ("Strip", "Metaspace") for step in steps(saved.get("decoder")))
+        normalize = normalizer(steps(saved.get("normalizer")))
+        return Tokenizer(encode, bytes_of, added, *ends, stop_ids(file), after, normalize, strips)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, regex.error) as error:
         reason = error if type(error) is ValueError else f"not the file it should be: {error!r}"
         raise UserError(f"{file}: {reason}") from None
 
 
-def merged_tokens(saved):
-    """→ {bytes: id} in the order of merges, and {bytes: id} that no merge makes.
-
-    A ValueError says what is not supported.
-    """
-    model, added = saved["model"], saved["added_tokens"]
-    refuse_unsupported(model, added)
-    vocab = vocab_in_bytes(model["vocab"], added)
-
-    # the bytes in the order of their ids, then what each merge makes
-    by_id = sorted(vocab, key=vocab.get)
-    tokens = {token: vocab[token] for token in by_id if len(token) == 1}
-    for pair in model["merges"]:  # "a b", or since 2024 ["a", "b"]
-        token = from_letters("".join(pair.split(" ") if isinstance(pair, str) else pair))
-        if token not in vocab:
-            raise ValueError(f"the merge to {token!r} makes a token that is not in its vocabulary")
-        tokens.setdefault(token, vocab[token])  # of several merges to one token the first counts
-
-    # what is left was put into the vocabulary by hand: encoding never yields it, but a model may
-    known = {*tokens.values(), *(entry["id"] for entry in added)}
-    without_merge = {token: i for token, i in vocab.items() if i not in known}
-    if without_merge and model.get("ignore_merges"):  # then whole words are looked up, which tiktoken would not do
-        raise ValueError(f"ignore_merges, with {len(without_merge)} tokens that no merge makes, is not supported")
-    return tokens, without_merge
+def letters_or_name(token):
+    """A token of byte-level BPE → bytes; what is not written in letters of bytes is its own name."""
+    return from_letters(token) if BYTE_OF.keys() >= set(token) else token.encode()
 
 
-def refuse_unsupported(model, added):
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk"):
+def piece_bytes(piece):
+    """A piece of SentencePiece → bytes: "<0x0A>" is one, "▁" a space."""
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+
+def read_bpe(model, byte_level):
+    """The "model" of a tokenizer.json → a function: word → ids. ValueError: what is not supported."""
+    kind = model.get("type") if isinstance(model, dict) else None
+    if not byte_level and not (kind == "BPE" and model.get("byte_fallback")):
+        other = f" but {kind}" if kind not in ("BPE", None) else ""
+        raise ValueError(f"holds no byte-level BPE{other}; put the original tokenizer.model next to it")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"BPE with {key} is not supported")
-    for entry in added:
-        if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
-            raise ValueError("added tokens that take the spaces beside them along are not supported")
+    vocab, unknown, merges = model["vocab"], model.get("unk_token"), read_merges(model)
+    for left, right in merges:
+        if left + right not in vocab:
+            token = from_letters(left + right)
+            raise ValueError(f"the merge to {token!r} makes a token that is not in its vocabulary")
+    if unknown is not None and unknown not in vocab:
+        raise ValueError(f"its unk_token {unknown} is not in its vocabulary")
+    return bpe(vocab, merges, unknown, *map(model.get, ("fuse_unk", "ignore_merges", "byte_fallback")))
 
 
-def vocab_in_bytes(vocab, added):
-    """{letters: id} → {bytes: id}, without the added tokens that are no bytes in letters."""
-    names, spelled = {entry["content"] for entry in added}, {}
-    for text, i in vocab.items():
-        if text not in names or set(text) <= BYTE_OF.keys():
-            spelled[from_letters(text)] = i
-    return spelled
+def read_merges(model):
+    """[(left, right), …]; files have "left right", or since 2024 ["left", "right"]."""
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
 
 
-def flatten(step):
-    """A part of tokenizer.json, or a sequence of them, as a flat list."""
-    parts = step.get("pretokenizers") or step.get("processors") or step.get("normalizers")
-    return list(itertools.chain.from_iterable(map(flatten, parts))) if parts else [step]
+NORMALIZERS = {  # a step → a function: text → text
+    **dict.fromkeys(
+        ("NFC", "NFD", "NFKC", "NFKD"), lambda step: functools.partial(unicodedata.normalize, step["type"])
+    ),
+    "Prepend": lambda step: lambda text: text and step["prepend"] + text,
+    "Replace": lambda step: lambda text: regex.sub(pattern_of(step), lambda _: step["content"], text, flags=FLAGS),
+    "ByteLevel": lambda step: to_letters,
+}
 
 
-def split_patterns(saved):
-    """The regexes that split a text into words, one after the other. ValueError: not supported."""
-    for step in flatten(saved.get("normalizer") or {"type": "Sequence"}):
-        if step.get("type") != "Sequence":
-            raise ValueError(f"the normalizer {saved['normalizer'].get('type')} is not supported")
-    patterns = []
-    *steps, byte_level = flatten(saved["pre_tokenizer"])  # the last one writes bytes as letters
-    for step in steps:
-        kind, how = step["type"], (step.get("behavior"), step.get("invert"))
-        if kind == "Split" and how in (("Isolated", False), ("Removed", True)):
-            form, pattern = next(iter(step["pattern"].items()))
-            patterns.append(pattern if form == "Regex" else re.escape(pattern))
-        elif kind == "Digits":
-            patterns.append(r"\p{N}" if step["individual_digits"] else r"\p{N}+")
-        else:
-            raise ValueError(f"the pre-tokenizer {' '.join([kind, *map(str, filter(None, how))])} is not supported")
-    if byte_level["add_prefix_space"]:
-        raise ValueError("add_prefix_space is not supported")
-    return [*patterns, GPT2] if byte_level.get("use_regex", True) else patterns
+def normalizer(parts):
+    """The steps of a normalizer → a function: text → text. ValueError: not supported."""
+    for step in parts:
+        if step["type"] not in NORMALIZERS:
+            raise ValueError(f"the normalizer {step['type']} is not supported")
+    functions = [NORMALIZERS[step["type"]](step) for step in parts]
+
+    def normalize(text):
+        for function in functions:
+            text = function(text)
+        return text
+
+    return normalize
+
+
+FLAGS = regex.MULTILINE  # in Oniguruma, which the library uses, ^ and $ are the ends of lines
+CUTS = {  # a step that cuts texts: what it looks for, what becomes of that, whether the rest is meant
+    "Split": lambda step: (pattern_of(step), step["behavior"], step["invert"]),
+    "Digits": lambda step: (r"\p{N}", "Isolated" if step["individual_digits"] else "Contiguous", False),
+    "Punctuation": lambda step: (r"[!-/:-@\[-`{-~]|\p{P}", step.get("behavior", "Isolated"), False),
+    "Whitespace": lambda step: (r"\w+|[^\w\s]+", "Removed", True),
+    "WhitespaceSplit": lambda step: (r"\s", "Removed", False),
+    "CharDelimiterSplit": lambda step: (re.escape(step["delimiter"]), "Removed", False),
+    "ByteLevel": lambda step: (GPT2 if step.get("use_regex", True) else r"(?!)", "Isolated", False),
+    "Metaspace": lambda step: ("▁" if step.get("split", True) else r"(?!)", "MergedWithNext", False),
+}
+JOINS = {  # is this piece joined to the one before it? (each: is it what was looked for?)
+    "Isolated": lambda before, this: False,
+    "Removed": lambda before, this: False,
+    "Contiguous": lambda before, this: before == this,
+    "MergedWithPrevious": lambda before, this: this and not before,
+    "MergedWithNext": lambda before, this: before and not this,
+}
+
+
+def pattern_of(step):
+    form, pattern = next(iter(step["pattern"].items()))
+    return pattern if form == "Regex" else re.escape(pattern)
+
+
+def cutter(pattern, behavior, invert):
+    """→ a function: text → its pieces: the pattern's matches, and what lies between them."""
+    pattern, joined = regex.compile(pattern, FLAGS), JOINS[behavior]
+
+    def cut(text):
+        parts, end = [], 0  # in turn what lies between matches, and a match
+        for match in pattern.finditer(text):
+            parts += (text[end : match.start()], match.group())
+            end = match.end()
+        parts.append(text[end:])
+        if behavior == "Isolated":
+            return list(filter(None, parts))
+        pieces, before = [], None
+        for number, piece in enumerate(parts):
+            this = (number % 2 == 1) != invert
+            if piece and before is not None and joined(before, this):
+                pieces[-1] += piece
+            elif piece and not (this and behavior == "Removed"):
+                pieces.append(piece)
+            before = this if piece else before
+        return pieces
+
+    return cut
+
+
+def pretokenizer(step, first):
+    """A step of a pre-tokenizer → a function: text → pieces. `first`: the text begins a longer one."""
+    kind, behavior = step["type"], step.get("behavior") or "Isolated"
+    if kind not in CUTS or behavior not in JOINS:
+        raise ValueError(f"the pre-tokenizer {kind} {step.get('behavior', '')}".strip() + " is not supported")
+    cut = cutter(*CUTS[kind](step))
+    if kind == "ByteLevel":
+        space = " " if step["add_prefix_space"] else ""
+        return lambda text: map(to_letters, cut(text if text.startswith(" ") else space + text))
+    if kind == "Metaspace":
+        scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+        space = "▁" if scheme == "always" or (scheme == "first" and first) else ""
+        return lambda text: cut(("" if text[0] in " ▁" else space) + text.replace(" ", "▁"))
+    return cut
+
+
+def pipeline(parts, words, first):
+    """Steps of a pre-tokenizer, then `words` (a function: word → ids) → a function: text → ids."""
+    cuts = [pretokenizer(step, first) for step in parts]
+
+    def encode(text):
+        pieces = [text]
+        for cut in cuts:
+            pieces = list(itertools.chain.from_iterable(map(cut, pieces)))
+        return list(itertools.chain.from_iterable(map(words, pieces)))
+
+    return encode
 
 
 def bos_name(post_processor):
     """The name of the token that is put before every text, or None."""
-    for step in flatten(post_processor or {}):
+    for step in steps(post_processor):
         if step.get("type") == "TemplateProcessing":
             first = step["single"][0]  # {"SpecialToken": {"id": name}} or {"Sequence": …}, the text
             return first["SpecialToken"]["id"] if "SpecialToken" in first else None
@@ -565,6 +699,46 @@ def stop_ids(file):
     """The ids that end an answer, according to generation_config.json."""
     ids = sibling_json(file, "generation_config.json").get("eos_token_id")
     return [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
+
+
+USES = [f"{use}_token" for use in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
+
+def named_tokens(file):
+    """{"bos_token": name, …}: the special tokens that the files name; those without a use, by number."""
+    config = sibling_json(file, "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # older files: the map counts (Stable Diffusion 2's differ)
+        config = config | sibling_json(file, "special_tokens_map.json")
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    more = list(more.values()) if isinstance(more, dict) else more
+    found = {use: name_of(config.get(use)) for use in USES} | dict(enumerate(map(name_of, more)))
+    return {use: name for use, name in found.items() if isinstance(name, str)}
+
+
+def added_tokens(file, known, listed=()):
+    """The tokens outside the merges → {name: Added}, from all files that name some.
+
+    known     {name: id} of the vocabulary
+    listed    entries as in tokenizer.json: [{"id": i, "content": name, "special": …}, …]
+    A name without an id has the one in the vocabulary, or gets the next.
+    """
+    names, more = named_tokens(file), sibling_json(file, "added_tokens.json")
+    entries = []  # of several for one token, the first has its flags
+    for i, entry in (sibling_json(file, "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+        entries.append(entry | {"id": int(i)})
+    entries += listed
+    for name, i in more.items():
+        special = name in ADDED or name in names.values()
+        entries.append({"content": name, "id": i, "special": special, "normalized": not special})
+    entries += [{"content": name, "special": True} for name in names.values()]
+    ids, added = dict(known), {}
+    for entry in entries:
+        name = entry["content"]
+        i = entry["id"] if "id" in entry else ids.get(name, max(ids.values(), default=-1) + 1)
+        if type(i) is not int or i < 0 or ids.setdefault(name, i) != i:
+            raise ValueError(f"the added token {name} has the id {i!r}, but is {ids.get(name)} elsewhere")
+        added.setdefault(name, Added(i, *(bool(entry.get(flag)) for flag in Added._fields[1:])))
+    return added
 
 
 # ---- tokenizer.model -------------------------------------------------------------------------
@@ -600,13 +774,33 @@ def from_ranks(file, data):
     if sorted(tokens.values()) != list(range(128_000)):
         raise UserError(f"{file}: {len(tokens)} ranks; only Llama 3's 128000 are known")
     tokens = dict(sorted(tokens.items(), key=lambda item: item[1]))
-    special, reserved = {}, itertools.count()
+    added, reserved = {}, itertools.count()
     for number in range(256):
         name = LLAMA3_SPECIAL.get(number) or f"<|reserved_special_token_{next(reserved)}|>"
-        special[name] = len(tokens) + number
-    bytes_of = {i: token for token, i in tokens.items()} | names_as_bytes(special)
-    encode_text = byte_pair_encoder(tokens, [LLAMA3])
-    return Tokenizer(encode_text, bytes_of, special, bos=128_000, eos=128_001, stops=stop_ids(file))
+        added[name] = Added(len(tokens) + number)
+    bytes_of = {i: token for token, i in tokens.items()}
+    return Tokenizer(ranked(tokens, LLAMA3), bytes_of, added, bos=128_000, eos=128_001, stops=stop_ids(file))
+
+
+def ranked(ranks, pattern):
+    """{bytes: id}, where an id is a rank too, and the regex of words → a function: text → ids."""
+    encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return lambda text: list(itertools.chain.from_iterable(map(encoding.encode_ordinary, chunks(text))))
+
+
+def chunks(text, size=100_000):
+    """Yields text in pieces: tiktoken's regex panics (no exception) on a million spaces in a row.
+
+    Between a letter and a space every pattern splits, and none looks back across: splitting there
+    changes no id.
+    """
+    start, border = 0, re.compile(r"(?<=[^\W\d_])(?=\s)")
+    while len(text) - start > 4 * size:
+        found = border.search(text, start + size, start + 4 * size)
+        end = found.start() if found else start + 4 * size
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def from_sentencepiece(file):
@@ -619,127 +813,33 @@ def from_sentencepiece(file):
         model = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError, ValueError):
         raise UserError(f"{file}: neither a SentencePiece model nor a list of tokens and ranks") from None
-    bytes_of, special = {}, {}
-    for i in range(model.get_piece_size()):
-        name = model.id_to_piece(i)
-        if model.is_byte(i):
-            bytes_of[i] = bytes([int(name[1:-1], 16)])  # "<0x0A>"
-        else:
-            bytes_of[i] = name.replace("▁", " ").encode()
-        if model.is_control(i) or model.is_unknown(i):
-            special[name] = i
-    config = sibling_json(file, "tokenizer_config.json")
+    known = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    control = [{"content": piece, "id": i, "special": True} for piece, i in known.items() if model.is_control(i)]
+    config, names = sibling_json(file, "tokenizer_config.json"), named_tokens(file)
     try:
-        for i, entry in config.get("added_tokens_decoder", {}).items():
-            if int(i) not in bytes_of:
-                special[entry["content"]], bytes_of[int(i)] = int(i), entry["content"].encode()
+        added = added_tokens(file, known, control)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{file.parent / 'tokenizer_config.json'}: added_tokens_decoder: {error!r}") from None
-    bos = model.bos_id() if model.bos_id() >= 0 and config.get("add_bos_token", True) else None
-    eos = model.eos_id() if model.eos_id() >= 0 else None
-    inner = None
-    if not config.get("legacy", True):  # then only the text that begins a conversation gets a space before it
+        raise UserError(f"{file.parent}: its added tokens: {error!r}") from None
+    ends = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
+    bos, eos = (added[names[use]].id if use in names else i if i >= 0 else None for use, i in ends.items())
+    bytes_of = {i: piece_bytes(piece) for piece, i in known.items()}
+    bytes_of[model.unk_id()] = model.decode([model.unk_id()]).encode()  # " ⁇ "
+    encode = after = model.encode
+    prefix = config.get("add_prefix_space") is not False
+    if not prefix or config.get("legacy") is False:  # then at most the text that begins a conversation gets a space
         # four more bytes at the end of the model file say: normalizer_spec.add_dummy_prefix = false
-        inner = SentencePieceProcessor(model_proto=settings.read_bytes(file) + b"\x1a\x02\x18\x00").encode
-    stops = stop_ids(file)
-    return Tokenizer(model.encode, bytes_of, special, bos=bos, eos=eos, stops=stops, encode_after_special=inner)
-
-
-# ---- conversations ---------------------------------------------------------------------------
-
-
-class Special(str):
-    """A special token by name, in a list of texts. A plain str with the same letters is text."""
-
-
-BOS, EOS = Special("<s>"), Special("</s>")  # stand for the tokenizer's own bos and eos
-
-
-def render_chat(messages, template):
-    """Messages → [text or Special, …], as a template (a key of TEMPLATES) writes them."""
-    if template not in TEMPLATES:
-        raise UserError(f'no chat template "{template}"; there are {", ".join(TEMPLATES)}')
-    return TEMPLATES[template](*check_turns(messages))
-
-
-def check_turns(messages):
-    """Messages → the system's text or None, [(role, text), …] of the others, in turns."""
-    if not messages:
-        raise UserError("a conversation needs a message")
-    first, *rest = messages
-    system, turns = (first["content"], rest) if first["role"] == "system" else (None, messages)
-    for number, message in enumerate(turns):
-        if message["role"] != ("user", "assistant")[number % 2]:
-            raise UserError(f"message {number + 1} is of the {message['role']}: user and assistant must take turns")
-    if not turns:
-        raise UserError("a conversation needs a user's message")
-    return system, [(message["role"], message["content"].strip()) for message in turns]
-
-
-def plain(system, turns):
-    """No template: all texts, a line break between them."""
-    texts = [] if system is None else [system]
-    texts += [text for _, text in turns]
-    end = [EOS] if turns[-1][0] == "assistant" else []
-    return [BOS, "\n".join(texts), *end]
-
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-def vicuna(system, turns):
-    """Vicuna v1.1 (FastChat's "vicuna_v1.1"); without a system message, its usual one."""
-    system = VICUNA_SYSTEM if system is None else system
-    parts, text = [BOS], f"{system} " if system else ""
-    for role, content in turns:
-        if role == "user":
-            text += f"USER: {content} ASSISTANT:"
-        else:
-            parts += [f"{text} {content}", EOS]
-            text = ""
-    return [*parts, text] if text else parts
-
-
-def llama2(system, turns):
-    """Llama 2's chat models (Meta's `chat_completion`): a question with its answer is a text."""
-    parts = []
-    for number, (role, content) in enumerate(turns):
-        if role == "user":
-            if number == 0 and system is not None:
-                content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{content}"
-            parts += [BOS, f"[INST] {content} [/INST]"]
-        else:
-            parts[-1] += f" {content} "
-            parts.append(EOS)
-    return parts
-
-
-def llama3(system, turns):
-    """Llama 3's instructed models (Meta's `ChatFormat`)."""
-
-    def header(role):
-        return [Special("<|start_header_id|>"), role, Special("<|end_header_id|>")]
-
-    if system is not None:
-        turns = [("system", system.strip()), *turns]
-    parts = [Special("<|begin_of_text|>")]
-    for role, content in turns:
-        parts += [*header(role), f"\n\n{content}", Special("<|eot_id|>")]
-    return [*parts, *header("assistant"), "\n\n"] if turns[-1][0] == "user" else parts
-
-
-TEMPLATES = {"plain": plain, "vicuna": vicuna, "llama2": llama2, "llama3": llama3}
+        after = SentencePieceProcessor(model_proto=settings.read_bytes(file) + b"\x1a\x02\x18\x00").encode
+        encode = model.encode if prefix else after
+    bos = bos if config.get("add_bos_token", True) else None
+    strips = bytes_of[encode("a")[0]].startswith(b" ")
+    return Tokenizer(encode, bytes_of, added, bos, eos, stop_ids(file), after, strips=strips)
 
 
 # ---- CLIP's tokenizer ------------------------------------------------------------------------
 # It differs in three ways: a text is cleaned and lower-cased; spaces separate words and are no part
-# of them; the end of a word belongs to its last byte ("t</w>" is not "t"). tiktoken knows bytes
-# only, so "</w>" is written 0xFF, a byte that no UTF-8 text contains.
+# of them; the end of a word belongs to its last symbol ("t</w>" is not "t").
 
-CLIP_START, CLIP_END, CLIP_WORD_END = "<|startoftext|>", "<|endoftext|>", b"\xff"
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
@@ -751,11 +851,6 @@ def clip_tokens(merges):
     """All tokens but start and end: each byte, each byte at a word's end, what the merges make."""
     tokens = [*BYTE_OF, *(f"{letter}</w>" for letter in BYTE_OF)]
     return tokens + [left + right for left, right in merges]
-
-
-def clip_bytes(token):
-    word = token.removesuffix("</w>")
-    return from_letters(word) + (CLIP_WORD_END if word != token else b"")
 
 
 def numbered(tokens):
@@ -779,7 +874,7 @@ def clean_caption(text):
 
 class CLIPTokenizer:
     """CLIP's byte-pair encoding. `vocabulary` {token: id}; `merges` [(left, right)], the first
-    merged first.
+    merged first; `added` {name: Added}: words learned later, which textual inversion publishes.
 
     `pad` fills up after the end of a text: its end token in OpenAI's Hugging Face files, 0 in
     OpenAI's own code and in open_clip's. The pooled feature never sees it, because attention only
@@ -788,7 +883,7 @@ class CLIPTokenizer:
     this.)
     """
 
-    def __init__(self, vocabulary, merges, pad):
+    def __init__(self, vocabulary, merges, pad, added=None):
         tokens = clip_tokens(merges)
         missing = [token for token in (*tokens, CLIP_START, CLIP_END) if token not in vocabulary]
         if missing:
@@ -796,10 +891,12 @@ class CLIPTokenizer:
         for token, i in vocabulary.items():
             if type(i) is not int or not 0 <= i < 2**31:
                 raise UserError(f"CLIP's vocabulary gives {token!r} the id {i!r}")
-        self.vocabulary, self.merges, self.pad = vocabulary, merges, pad
+        self.added = added or {}
+        self.vocabulary = vocabulary | {name: token.id for name, token in self.added.items()}
+        self.merges, self.pad = merges, pad
         self.start, self.end = vocabulary[CLIP_START], vocabulary[CLIP_END]
-        self.tokens = {i: token for token, i in vocabulary.items()}
-        self.bpe, self.ids = merger({clip_bytes(token): vocabulary[token] for token in tokens})
+        self.tokens = {i: token for token, i in self.vocabulary.items()}
+        self.words, self.parts = bpe(vocabulary, merges, suffix="</w>"), finder(self.added, clean_caption)
 
     @classmethod
     def of_bytes(cls):
@@ -822,8 +919,12 @@ class CLIPTokenizer:
                 merges = read_clip_gz(path)
                 return cls(numbered(clip_tokens(merges)), merges, pad=0)
             read = read_clip_json if path.name == "tokenizer.json" else read_clip_pair
-            vocabulary, merges = read(path)
-            return cls(vocabulary, merges, vocabulary[clip_pad_token(path)])
+            vocabulary, merges, listed = read(path)
+            added = added_tokens(path, vocabulary, listed)
+            ends = {name: added[name].id for name in (CLIP_START, CLIP_END) if name in added}
+            pad = added.get(named_tokens(path).get("pad_token"), added[CLIP_END])
+            added = {name: token for name, token in added.items() if name not in vocabulary | ends}
+            return cls(vocabulary | ends, merges, pad.id, added)
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             raise UserError(f"{path}: not a CLIP tokenizer ({type(error).__name__}: {error})") from None
 
@@ -841,27 +942,32 @@ class CLIPTokenizer:
             "pad_token": self.tokens[self.pad],
         }
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
-        checkpoint.write_text(path / "vocab.json", json.dumps(self.vocabulary, ensure_ascii=False))
+        vocabulary = {token: i for token, i in self.vocabulary.items() if token not in self.added}
+        if self.added:
+            config["added_tokens_decoder"] = as_entries(self.added)
+        checkpoint.write_text(path / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
         checkpoint.write_text(path / "merges.txt", "#version: 0.2\n" + merges)
         checkpoint.write_json(path / "tokenizer_config.json", config)
 
     def encode(self, text):
         """text → ids, without start and end."""
         ids = []
-        for word in CLIP_WORDS.findall(clean_caption(text)):
-            if word in (CLIP_START, CLIP_END):
-                ids.append(self.vocabulary[word])
-            else:
-                ranks = self.bpe._encode_single_piece(word.encode() + CLIP_WORD_END)
-                ids += [self.ids[rank] for rank in ranks]
+        for part in self.parts(text, special=True):
+            for word in [part] if isinstance(part, int) else CLIP_WORDS.findall(part):
+                if isinstance(word, int):
+                    ids.append(word)
+                else:
+                    ids += [self.vocabulary[word]] if word in (CLIP_START, CLIP_END) else self.words(to_letters(word))
         return ids
 
     def decode(self, ids):
         """ids → text, with a space after every word; the letters' case and the spacing are lost."""
         written = b""
         for token in map(self.tokens.__getitem__, ids):
-            written += token.encode() if token in (CLIP_START, CLIP_END) else clip_bytes(token)
-        return written.replace(CLIP_WORD_END, b" ").decode(errors="replace")
+            word = token.removesuffix("</w>")
+            space = b" " if word != token or token in self.added else b""
+            written += letters_or_name(word) + space
+        return written.decode(errors="replace")
 
     def tokenize(self, texts, context_length=77):
         """A list of texts → (B, context_length) int64: start, text, end, padding."""
@@ -882,29 +988,18 @@ def read_clip_gz(path):
 
 
 def read_clip_json(path):
-    """A tokenizer.json → (vocabulary, merges)."""
+    """A tokenizer.json → (vocabulary, merges, its list of added tokens)."""
     saved = checkpoint.read_json(path)
-    vocabulary = saved["model"]["vocab"] | {token["content"]: token["id"] for token in saved["added_tokens"]}
-    # newer files write a merge as a pair, older ones as a text with a space
-    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in saved["model"]["merges"]]
-    return vocabulary, merges
+    merges = read_merges(saved["model"])
+    return saved["model"]["vocab"], merges, saved["added_tokens"]
 
 
 def read_clip_pair(path):
-    """vocab.json and merges.txt → (vocabulary, merges)."""
+    """vocab.json and merges.txt → (vocabulary, merges, no list of added tokens)."""
     vocabulary = checkpoint.read_json(path.with_name("vocab.json"))
     lines = settings.read_text(path.with_name("merges.txt")).split("\n")
     merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    return vocabulary, merges
-
-
-def clip_pad_token(file):
-    """The padding token that the files beside a vocabulary name; without any, the end token."""
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # SD 2: they differ, the first is right
-        token = name_of(sibling_json(file, name).get("pad_token"))
-        if token:
-            return token
-    return CLIP_END
+    return vocabulary, merges, []
 
 
 def clip_file_names():

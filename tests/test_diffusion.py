@@ -26,7 +26,6 @@ from diffusion import (
     UNetConfig,
     classifier_free_guidance,
     diffusion_loss,
-    original_config,
 )
 from published import stable_diffusion
 from support import checkpoint, settings
@@ -89,6 +88,17 @@ def inputs(c, count=2, side=16, dtype=torch.float32):
     return x, t, context, randn(count, pooled, seed=2, dtype=dtype), time_ids
 
 
+def schedule_of(saved):
+    """A scheduler_config.json, as parsed, as a NoiseSchedule."""
+    return settings.build(NoiseSchedule, stable_diffusion.schedule_fields(saved))
+
+
+def original_config(source):
+    """A single file's YAML or JSON as our three configurations."""
+    classes = UNetConfig, AutoencoderKLConfig, NoiseSchedule
+    return tuple(map(settings.build, classes, stable_diffusion.original_fields(source)))
+
+
 # ---- golden: what the original implementations made of the same weights ----------------------
 
 
@@ -123,7 +133,7 @@ def test_trajectories_are_the_references(run):
         return config["a"] * x + config["b"] * float(t) / 1000
 
     sampler = SAMPLERS[{"dpmpp2m": "dpmpp_2m"}.get(run["scheduler"], run["scheduler"])]
-    xs = list(sampler(predict, NoiseSchedule.from_config(saved), run["steps"], lambda: next(noise)))
+    xs = list(sampler(predict, schedule_of(saved), run["steps"], lambda: next(noise)))
     assert (torch.tensor(times) - io[run["key"] + ".timesteps"]).abs().max() <= 1e-4
     kept = torch.stack([xs[i] for i in run["kept_step_indices"]])
     assert (kept - io[run["key"] + ".x_after"]).abs().max() <= 1e-4
@@ -258,7 +268,7 @@ def test_a_prompt_becomes_the_picture_that_diffusers_draws(tmp_path, xl):
 def test_noise_tables_are_diffusers(beta_schedule, zero_snr):
     diffusers = pytest.importorskip("diffusers")
     ours = NoiseSchedule(100, beta_schedule=beta_schedule, rescale_betas_zero_snr=zero_snr, prediction_type="sample")
-    theirs = diffusers.DDIMScheduler.from_config(ours.to_config())
+    theirs = diffusers.DDIMScheduler.from_config(stable_diffusion.schedule_json(ours))
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
     assert (ours.alphas_cumprod[-1] == 0) == zero_snr
 
@@ -286,7 +296,7 @@ def test_every_sampler_and_spacing_ends_where_diffusers_does(sampler, spacing, p
     """What the golden files leave out: the third kind of prediction, other spacings, Euler's ancestral form."""
     diffusers = pytest.importorskip("diffusers")
     schedule = NoiseSchedule(timestep_spacing=spacing, prediction_type=prediction_type)
-    theirs = getattr(diffusers, f"{THEIRS[sampler]}Scheduler").from_config(schedule.to_config())
+    theirs = getattr(diffusers, f"{THEIRS[sampler]}Scheduler").from_config(stable_diffusion.schedule_json(schedule))
     theirs.set_timesteps(10)
     noise = [randn(1, 4, 4, 4, seed=i) for i in range(11)]
     module = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
@@ -340,7 +350,7 @@ def test_a_published_single_file_is_told_by_its_shapes(name):
             "input_blocks.0.0.weight": torch.empty(c.block_out_channels[0], 4, 3, 3),
             "middle_block.1.transformer_blocks.0.attn2.to_k.weight": torch.empty(1280, c.cross_attention_dim),
         }
-    assert diffusion.published_unet(tensors, "x.safetensors") == name
+    assert stable_diffusion.published_unet(tensors, "x.safetensors") == name
 
 
 def test_every_published_name_of_a_single_file_is_renamed_to_one_of_ours():
@@ -348,11 +358,12 @@ def test_every_published_name_of_a_single_file_is_renamed_to_one_of_ours():
     c = UNetConfig.named("sdxl")
     with torch.device("meta"):
         ours = {name.rpartition(".")[0] for name in UNet(c).state_dict()}
-    targets = [ours for ours in stable_diffusion.unet_names(c).values() if "attentions" not in ours]
+    names = stable_diffusion.unet_names(len(c.depth), c.layers_per_block)
+    targets = [ours for ours in names.values() if "attentions" not in ours]
     plain = {name for name in ours if "attentions" not in name}
     assert plain <= set(targets)
     places = {name.split(".norm")[0] for name in ours if "attentions" in name and name.endswith(".norm")}
-    assert places <= set(stable_diffusion.unet_names(c).values())
+    assert places <= set(names.values())
 
 
 def single_file(path, changes):

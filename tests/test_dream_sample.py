@@ -18,10 +18,10 @@ from PIL import Image
 import sample
 from documents import chat_parts
 from dreamllm import DreamLLM
+from support.chat import BOS
 from support.pages import save_page
 from support.pictures import load_picture
 from support.settings import UserError
-from support.tokenizer import BOS
 
 # ---- pages -----------------------------------------------------------------------------------
 

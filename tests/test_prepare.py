@@ -223,7 +223,8 @@ def library(tmp_path):
 def test_a_text_is_a_file_or_a_line(library, capsys):
     folder, texts = library
     assert sorted(sources.read_texts(str(folder), held_out_fraction=0)) == sorted(texts)
-    lines = capsys.readouterr().err.splitlines()
+    left_out, *lines = capsys.readouterr().err.splitlines()
+    assert left_out == f"{folder}: not read: 1 × neither .txt nor .jsonl, but .md ({folder / 'd.md'})"
     assert [line.split(": ")[0] for line in lines] == [f"skipped {folder / 'c.jsonl'}:{n}" for n in (21, 22, 23)]
     assert list(sources.read_texts(str(folder / "a.txt"), held_out_fraction=0)) == texts[:1]
 

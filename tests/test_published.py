@@ -134,7 +134,10 @@ OLD = {  # as transformers 4.28 wrote LLaMA's
         ({"num_key_value_heads": None, "head_dim": None, "rope_scaling": None}, {}),
         ({"head_dim": 64}, {"head_dim": 64}),
         ({"rope_theta": 10000}, {}),  # a whole number, as JSON writers like it
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 0)}),
+        (  # max_position_embeddings is the context before this scaling
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            {"rope_scaling": RopeScaling(4.0, 1.0, 4.0, 0), "max_seq_len": 8192},
+        ),
         (
             {"rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}, "rope_theta": 5e5},
             {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16), "rope_theta": 5e5},

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from support import tokenizer
+from support import chat, tokenizer
+from support.chat import BOS, EOS, Special
 from support.settings import UserError
-from support.tokenizer import ADDED, BOS, EOS, Special, Tokenizer
+from support.tokenizer import ADDED, Tokenizer
 
 AWKWARD = [
     "",
@@ -205,7 +206,7 @@ def test_transformers_reads_the_same_folder_the_same_way(tmp_path):
 
 
 def test_ids_need_not_be_in_the_order_of_merges(tmp_path):
-    """tiktoken takes an id for a rank; a file that deals its ids out otherwise still merges by its list."""
+    """A file may deal its ids out in any order: it merges by its list."""
     pytest.importorskip("tokenizers")
     from tokenizers import Tokenizer as Reference
 
@@ -223,8 +224,14 @@ def test_ids_need_not_be_in_the_order_of_merges(tmp_path):
 @pytest.mark.parametrize("gap", [" " * 1_500_000, "word " * 300_000])
 def test_a_long_text_is_no_problem(gap):
     """The regex in tiktoken panics at a million spaces: texts are handed over in slices."""
-    words = tokenizer.byte_pair_encoder({bytes([i]): i for i in range(256)}, [tokenizer.LLAMA3])
+    words = tokenizer.ranked({bytes([i]): i for i in range(256)}, tokenizer.LLAMA3)
     assert words("a" + gap + "b") == list(("a" + gap + "b").encode())
+
+
+def test_a_word_may_be_a_whole_text():
+    """Where nothing cuts it, merging is still no square of its length: half of 200,000 letters' pairs are merged."""
+    words = tokenizer.bpe({"a": 0, "aa": 1, "aaaa": 2}, [("a", "a"), ("aa", "aa")])
+    assert words("a" * 200_003) == [2] * 50_000 + [1, 0]
 
 
 @pytest.mark.parametrize("unknown", [None, "<|eot_id|>"])
@@ -259,7 +266,6 @@ def changed(saved, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (["model", "type"], "Unigram", "holds no byte-level BPE"),
         (
             ["pre_tokenizer"],
             {"type": "Metaspace"},
@@ -268,12 +274,14 @@ def changed(saved, path, value):
         (["pre_tokenizer"], None, "holds no byte-level BPE"),
         (["model"], [], "holds no byte-level BPE"),
         (["normalizer"], {"type": "Lowercase"}, "the normalizer Lowercase is not supported"),
-        (["model", "byte_fallback"], True, "BPE with byte_fallback is not supported"),
+        (["model", "type"], "Unigram", "no byte-level BPE but Unigram; put the original tokenizer.model next to it"),
+        (["model", "dropout"], 0.1, "BPE with dropout is not supported"),
         (["model", "end_of_word_suffix"], "</w>", "BPE with end_of_word_suffix is not supported"),
         (["model", "merges"], [["a", "🎉"]], "not the file it should be"),
         (["model", "merges"], [["Q", "Q"]], "the merge to b'QQ' makes a token that is not in its vocabulary"),
         (["model", "vocab"], None, "not the file it should be"),
-        (["added_tokens"], [{"id": 1, "content": "<m>", "lstrip": True}], "take the spaces beside them along"),
+        (["added_tokens"], [{"id": 9, "content": "<m>", "special": True}], "<m> has the id 9, which is taken"),
+        (["added_tokens"], [{"id": "9", "content": "<m>", "special": True}], "<m> has the id '9'"),
     ],
 )
 def test_a_tokenizer_json_we_do_not_understand_is_refused(tmp_path, path, value, says):
@@ -284,7 +292,7 @@ def test_a_tokenizer_json_we_do_not_understand_is_refused(tmp_path, path, value,
     assert says in refused(tmp_path)
 
 
-@pytest.mark.parametrize("step", [{"type": "Punctuation", "behavior": "Contiguous"}, {"type": "Whitespace"}])
+@pytest.mark.parametrize("step", [{"type": "UnicodeScripts"}, {"type": "FixedLength", "length": 5}])
 def test_a_way_of_cutting_we_do_not_know_is_refused(tmp_path, step):
     saved = json.loads(train_bpe("smollm2").to_str())
     saved["pre_tokenizer"]["pretokenizers"][0] = step
@@ -402,6 +410,99 @@ def test_legacy_says_where_sentencepiece_writes_a_first_space(vicuna, tmp_path):
     assert "</s> USER: Why?" in old.decode(old.encode_chat(messages("Hi", "Hello!", "Why?"), "vicuna"), special=True)
 
 
+def test_without_add_prefix_space_no_space_is_written(vicuna, tmp_path):
+    """Nor taken away: what begins with a space keeps it."""
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": False, "add_prefix_space": False}))
+    words = Tokenizer.from_pretrained(tmp_path)
+    assert "".join(words.stream(words.encode("data"))) == "data" != Tokenizer.from_pretrained(vicuna).encode("data")
+    assert words.encode("data") == words.encode("data", follows=True) and words.decode(words.encode(" data")) == " data"
+
+
+def entry(name, special, **flags):
+    plain = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    return {"content": name, "special": special} | plain | flags
+
+
+ADDED_LATER = {  # files beside a tokenizer.model of 700 pieces → <tool> is token 700 and not special, <end> 701 and is
+    "decoder": {"tokenizer_config.json": {"added_tokens_decoder": {
+        "700": entry("<tool>", False), "701": entry("<end>", True)}}},
+    "older": {
+        "added_tokens.json": {"<tool>": 700, "<end>": 701},
+        "special_tokens_map.json": {"additional_special_tokens": ["<end>"]},
+    },
+    "a use": {"added_tokens.json": {"<tool>": 700}, "special_tokens_map.json": {"pad_token": {"content": "<end>"}}},
+    "both": {
+        "added_tokens.json": {"<end>": 701, "<tool>": 700},
+        "tokenizer_config.json": {"additional_special_tokens": ["<end>"]},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", ADDED_LATER.values(), ids=ADDED_LATER)
+def test_added_tokens_of_all_files_reach_encode(vicuna, tmp_path, files):
+    """What is not special is found in any text, and stays in an answer; saved, it is the same."""
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    words = Tokenizer.from_pretrained(tmp_path)
+    words.add(["<new>"])
+    words.save_pretrained(tmp_path / "saved")
+    for place in (tmp_path, tmp_path / "saved"):
+        words = Tokenizer.from_pretrained(place)
+        words.add(["<new>"])
+        assert words.encode("a<tool>")[-1] == 700 and 701 not in words.encode("a<tool> b<end>")
+        assert words.encode("<new><end>", special=True) == [702, 701]
+        ids = words.encode("a<tool> b<end>", special=True)
+        assert words.decode(ids) == "a<tool>  b" and words.decode(ids, special=True) == "a<tool>  b<end>"
+
+
+def test_a_piece_may_have_got_another_name(vicuna, tmp_path):
+    """Fine-tuners reuse pieces that no text needs: the added name counts, in both directions."""
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    config = {"added_tokens_decoder": {"3": entry("<|im_start|>", True)}, "eos_token": "<|im_start|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    words = Tokenizer.from_pretrained(tmp_path)
+    assert words.encode("<|im_start|>", special=True) == [3] == [words.eos] and words.decode([3], special=True) == (
+        "<|im_start|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("added_tokens.json", {"<x>": "7"}, "the added token <x> has the id '7'"),
+        ("added_tokens.json", {"<s>": 5}, "the added token <s> has the id 5, but is 1 elsewhere"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "its added tokens"),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}, None),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<x>"}}, "its added tokens"),
+    ],
+)
+def test_added_tokens_that_are_none_are_one_line(vicuna, tmp_path, file, content, says):
+    shutil.copy(vicuna / "tokenizer.model", tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    if says:
+        assert says in refused(tmp_path)
+    else:
+        assert Tokenizer.from_pretrained(tmp_path).vocab_size == 700
+
+
+def test_a_token_for_which_the_model_has_no_row_is_refused_by_name(vicuna):
+    """Padding is often added to a tokenizer alone: it opens, and what needs no more rows is encoded."""
+    words = Tokenizer.from_pretrained(vicuna)
+    words.rows = 701
+    assert words.encode("[PAD]", special=True) == [700] and max(words.encode("<image>")) < 700
+    with pytest.raises(UserError, match="no row for the token <image>: its id is 701, and 701 rows are all"):
+        words.encode("an <image>", special=True)
+    with pytest.raises(UserError, match="no row for the token <dream_start>"):
+        words.encode_parts(["a", Special("<dream_start>")])
+
+
+def test_half_a_surrogate_pair_is_no_traceback(vicuna):
+    for words in (Tokenizer.from_pretrained("bytes"), Tokenizer.from_pretrained(vicuna)):
+        assert words.decode(words.encode("a\ud83d b")) == "a\ufffd b"
+
+
 def test_beside_a_sentencepiece_model_its_json_is_not_needed(vicuna, tmp_path):
     """Llama 2's folder has both, and its tokenizer.json is no byte-level BPE."""
     (tmp_path / "tokenizer.model").write_bytes((vicuna / "tokenizer.model").read_bytes())
@@ -433,7 +534,7 @@ def messages(*texts, system=None):
 
 def render_chat(template, said):
     """The template's text, special tokens by name."""
-    return "".join(tokenizer.TEMPLATES[template](*tokenizer.check_turns(said)))
+    return "".join(chat.render_chat(said, template))
 
 
 def test_plain_is_the_texts_alone():

@@ -1,0 +1,203 @@
+"""Files: what lies in a folder or in tars, as names and bytes, and what is left out of it, by its name.
+
+    a folder ─▶ folder_files ┐
+    .tar ─────▶ tar_files ───┴▶ {name: path, or (tar, offset, size)} ──read──▶ bytes ──text_of──▶ str
+
+    pattern, shards/{00..09}.tar ──matches──▶ [path, …]
+    name ──what_is──▶ why a file of that kind is not read, and the way out
+"""
+
+import glob
+import os
+import posixpath
+import re
+import tarfile
+import unicodedata
+from pathlib import Path
+
+from support.settings import UserError, decode
+
+# ---- what is left out, and why -------------------------------------------------------------------
+
+UNREAD = {  # by the endings of files
+    "HEIC photo, which needs another package: pip install pillow-heif": ".heic .heics .heif .heifs .hif",
+    "AVIF picture, which this Pillow cannot open: pip install -U pillow": ".avif .avifs",
+    "raw photo of a camera: develop it to .jpg or .png": ".cr2 .cr3 .nef .nrw .arw .dng .orf .rw2 .raf .pef .srw .raw",
+    "JPEG XL picture: convert it to .png": ".jxl",
+    "drawing or page: export it as .png": ".svg .svgz .eps .ps .ai .pdf .psd .psb .xcf .kra .djvu .wmf .emf",
+    "film: cut it into NAME.frames/000.png, … (ffmpeg)": ".mp4 .m4v .mov .avi .mkv .webm .wmv .flv .mpg .mpeg .3gp .ts",
+    "array of numbers: save it as .png": ".npy .npz .mat .exr .hdr .pt .pth .pkl .h5 .hdf5 .fits .dcm .nii",
+    "sound": ".ogg .oga .opus .wav .mp3 .flac .m4a .aac .mid",
+    "shard: name shards themselves, as in FOLDER/*.tar": ".tar",
+    "compressed file: unpack it": ".zip .gz .tgz .bz2 .xz .zst .7z .rar .lz4 .br",
+    "table: write its pictures as files, its captions as captions.jsonl": (
+        ".parquet .arrow .feather .tsv .csv .xlsx .tfrecord .lmdb .mdb .db .sqlite .duckdb"
+    ),
+    "weights of a model (python sample.py what FILE)": ".safetensors .ckpt .gguf .onnx .msgpack",
+    "unfinished download": ".part .crdownload .download .tmp .incomplete .aria2",
+}
+UNREAD = {ending: reason for reason, endings in UNREAD.items() for ending in endings.split()}
+
+SYSTEMS = "file that an operating system made for itself"
+HIDDEN = re.compile(r"(^|/)(\.[^/]|(Thumbs\.db|desktop\.ini|__MACOSX|@eaDir|\$RECYCLE\.BIN)(/|$))", re.IGNORECASE)
+
+
+def what_is(name, sort="file"):
+    """What a file is by its ending, and the way out, for a table of what is left out."""
+    ending = os.path.splitext(name)[1].lower()
+    return UNREAD.get(ending) or (f"{sort} {ending}" if ending else f"{sort} without an ending")
+
+
+def is_hidden(name):
+    """Whether an operating system made this file for itself: ._a.jpg, .DS_Store, Thumbs.db, __MACOSX/…"""
+    return bool(HIDDEN.search(name))
+
+
+# ---- folders, tars -------------------------------------------------------------------------------
+
+
+def folder_files(folder):
+    """{path inside the folder: path} of all files in it, however deep, but not in a link to a folder around it."""
+    files, above = {}, {}  # above: {folder: its real path and those of the folders around it}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        around, real = above.get(os.path.dirname(parent), frozenset()), os.path.realpath(parent)
+        if real in around:
+            folders.clear()
+            continue
+        above[parent] = around | {real}
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            inside = os.path.relpath(path, folder).replace(os.sep, "/")
+            # a Mac writes é as e and ´: the caption of a file may come from another machine
+            composed = unicodedata.normalize("NFC", inside)
+            files[inside if composed in files else composed] = path
+    return files
+
+
+def matches(pattern):
+    """The paths that a shell pattern names, sorted; {00..12} and {a,b} in it are written out."""
+    paths = []
+    for one in braces(pattern):
+        # a name with brackets in it is no pattern, if there is such a file
+        paths += [one] if os.path.exists(one) else sorted(glob.glob(one)) or [one]
+    return paths
+
+
+def braces(text):
+    """"s-{08..10}.tar" → ["s-08.tar", "s-09.tar", "s-10.tar"]; "{a,b}" → ["a", "b"], as in a shell."""
+    if os.path.exists(text) or not (found := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)):
+        return [text]
+    first, last, listed = found.groups()
+    if first:
+        count = int(last) - int(first)
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(first) + min(count, 10**6) + 1)]
+    else:
+        choices = listed.split(",")
+    texts = []
+    for choice in choices:
+        texts += braces(text[: found.start()] + choice + text[found.end() :])
+    return texts
+
+
+PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd", b"PK": "unzip"}
+
+
+def tar_files(tars, report):
+    """{shard/member: (tar, offset, size)}: headers are read now, the bytes when they are wanted.
+
+    What is wrong with a tar goes to `report`, a line each; a UserError if no tar can be read.
+    """
+    files, wrong = {}, []
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in tars])
+    for path in tars:
+        shard = os.path.relpath(os.path.abspath(path), top)
+        try:
+            members, broken = _members(path)
+        except (OSError, tarfile.TarError) as error:
+            wrong.append(f"{path}: {_why_no_tar(path, error)}")
+            continue
+        files |= {f"{shard}/{name}": place for name, place in members.items()}
+        if broken:
+            report(f"skipped the end of {path}: truncated ({broken})")
+    if len(wrong) == len(tars):
+        raise UserError(wrong[0])
+    for line in wrong:
+        report(f"skipped {line}")
+    return files
+
+
+def _members(path):
+    """→ ({member: (tar, offset, size)}, what is cut off of the tar, if anything)."""
+    members, size, broken = {}, os.path.getsize(path), ""
+    with tarfile.open(path, "r:") as archive:  # uncompressed: members have offsets
+        try:
+            for member in archive:
+                name = unicodedata.normalize("NFC", member.name.removeprefix("./"))
+                if member.issym() or member.islnk():  # another name of a file that came before
+                    beside = posixpath.dirname(name) if member.issym() else ""
+                    target = posixpath.normpath(posixpath.join(beside, member.linkname))
+                    members[name] = members.get(target, (path, 0, 0))
+                elif member.isfile():
+                    if member.offset_data + member.size > size:
+                        broken = f"{member.name} is cut off"
+                        break
+                    members[name] = (path, member.offset_data, member.size)
+        except tarfile.TarError as error:
+            broken = str(error)
+    if size % 512:  # tarfile ends in silence where a header is cut short
+        broken = broken or "its end is missing"
+    return members, broken
+
+
+def _why_no_tar(path, error):
+    if os.path.isdir(path):
+        return "is a folder: name it alone, without a pattern"
+    if getattr(error, "strerror", None):
+        return error.strerror
+    with open(path, "rb") as file:
+        start = file.read(6)
+    for sign, program in PACKED.items():
+        if start.startswith(sign):
+            return f"is compressed: shards must be plain .tar files, to be read in any order ({program} {path})"
+    return f"is no .tar file ({error})" if start else "is an empty file"
+
+
+def read(files, name, start=None):
+    """The bytes of one of `files`, or its first `start` bytes; an OSError where it cannot be read."""
+    if isinstance(files[name], str):
+        with open(files[name], "rb") as file:
+            return file.read(start)
+    path, offset, size = files[name]
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size if start is None else min(start, size))
+
+
+# ---- texts in files ------------------------------------------------------------------------------
+
+
+def text_of(data):
+    """The text in a file's bytes; a ValueError says why there is none."""
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("a Git LFS pointer, not the file: git lfs pull")
+    try:
+        text = decode(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"neither UTF-8 nor UTF-16 with its mark (byte {error.object[error.start]:#04x})") from None
+    if "\0" in text:
+        raise ValueError("a zero byte in it: UTF-16 without its mark, or no text")
+    return text
+
+
+def lines_of(path):
+    """Yields (number, bytes or text) of each line of a file that is not blank; what is no UTF-8 is decoded whole."""
+    with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            lines = decode(Path(path).read_bytes()).encode().split(b"\n")
+        else:
+            file.seek(0)
+            lines = file
+        for number, line in enumerate(lines, 1):
+            if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+                yield number, line
