@@ -436,9 +436,10 @@ class DreamLLM(nn.Module):
         published.dreamllm.write(path, self, frequencies)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device="cpu", parts=()):
+    def from_pretrained(cls, path, dtype=None, device="cpu", parts=(), one_dtype=True):
         """A DreamLLM from a run of ours or a published folder. dtype None: as stored.
 
+        one_dtype: all parts get the LLaMA's, as computing needs; False leaves each part's weights as its file has them.
         The configurations of CLIP and Stable Diffusion, which config.json names, are looked for in
         the folder, beside it, and in the folders `parts`.
         """
@@ -457,6 +458,8 @@ class DreamLLM(nn.Module):
             key = f"{saved.folder / 'config.json'}: stable_diffusion_head: resolution is {saved.resolution!r}"
             raise UserError(f"{key}, but its U-Net and autoencoder are of {model.side} pixels")
         model.load_own_weights(saved, dtype, device)
+        for part in (model.clip, model.projector, model.condition, model.diffusion.unet) if one_dtype else ():
+            part.to(llama.embed_tokens.weight.dtype)
         return model.eval()
 
     def load_own_weights(self, saved, dtype, device):
@@ -467,8 +470,6 @@ class DreamLLM(nn.Module):
             file = saved.folder / published.dreamllm.FILES[name]
             checkpoint.load_into(module, saved.tensors[name], file, dtype, device)
         self.dream_queries = queries["dream_queries"]
-        for part in (self.clip, self.projector, self.condition, self.diffusion.unet):
-            part.to(self.llama.embed_tokens.weight.dtype)  # the files may have different dtypes
 
 
 def merge_texts(stream):

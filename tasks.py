@@ -763,7 +763,7 @@ class DreamLLMTask(Task):
         section = self.config.model
         dtype = None if self.ranks.sharded else torch.float32  # None: mapped, until it is cut into shares
         if folder := resume or section.init:
-            model = DreamLLM.from_pretrained(folder, dtype=dtype)
+            model = DreamLLM.from_pretrained(folder, dtype=dtype, one_dtype=not self.ranks.sharded)
             settings.must_agree(explicit_keys & set(self.OF_WEIGHTS), section, model.config, folder)
             return model
         for key in ("llama", "clip", "diffusion"):
@@ -772,6 +772,8 @@ class DreamLLMTask(Task):
         tokenizer = Tokenizer.from_pretrained(self.config.data.text_tokenizer or section.llama)
         tokenizer.add(ADDED)
         llama = LLaMA.from_pretrained(section.llama, dtype=dtype)
+        for layer in (llama.embed_tokens, getattr(llama, "lm_head", llama.embed_tokens)):
+            layer.float()  # so that the new rows are not rounded to the dtype of the file
         llama.resize(tokenizer.vocab_size)
         clip = CLIP.from_pretrained(section.clip, dtype=dtype)
         diffusion = LatentDiffusion.from_pretrained(section.diffusion, dtype=dtype)
