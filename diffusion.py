@@ -419,13 +419,13 @@ class UNet(nn.Module):
     # -- published files --
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device="cpu", config=None):
+    def from_pretrained(cls, path, dtype=None, device="cpu", config=None, variant=None):
         """A U-Net from a diffusers folder, its own or a pipeline's, or from a single file.
 
         dtype None: as stored. config: a UNetConfig for a single file, which says nothing of its
-        heads; not needed for the published sizes.
+        heads; not needed for the published sizes. variant: of a folder's files, as "fp16".
         """
-        path, fields, tensors = published.read_unet(path, config)
+        path, fields, tensors = published.read_unet(path, config, variant)
         return checkpoint.load(cls, config or settings.build(UNetConfig, fields), tensors, path, dtype, device)
 
     def save_pretrained(self, path):
@@ -532,13 +532,13 @@ class AutoencoderKL(nn.Module):
         return self.decode(mean if noise is None else reparameterize(mean, logvar, noise)), mean, logvar
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device="cpu", config=None):
+    def from_pretrained(cls, path, dtype=None, device="cpu", config=None, variant=None):
         """An autoencoder from a diffusers folder, its own or a pipeline's, or from a single file.
 
         dtype None: as stored. config: an AutoencoderKLConfig for a single file, which says nothing
         of its scaling factor; without one it is taken to be SD 1's and 2's.
         """
-        path, fields, tensors = published.read_vae(path, config)
+        path, fields, tensors = published.read_vae(path, config, variant)
         return checkpoint.load(cls, config or settings.build(AutoencoderKLConfig, fields), tensors, path, dtype, device)
 
     def save_pretrained(self, path):
@@ -944,6 +944,8 @@ def seeded_noise(seed, count, shape, device):
 
 # ---- the whole: text → picture ---------------------------------------------------------------
 
+CONFIGS = UNetConfig, AutoencoderKLConfig, NoiseSchedule  # what the files of a pipeline say
+
 
 class Conditioning(NamedTuple):
     """What steers the U-Net: context (B, M, D); for SDXL also the pooled prompt (B, P)."""
@@ -978,6 +980,8 @@ class LatentDiffusion(nn.Module):
                 f"{vae.config.latent_channels} latent channels"
             )
         self.unet, self.vae, self.schedule = unet, vae, schedule
+        self.sampler = "ddim"  # where `generate` is given none; from_pretrained: the one that its files name
+        self.zero_negative = True  # SDXL, without a negative: from zeros (true), or from ""
         encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
         self.text_encoders = nn.ModuleList(encoder for encoder in encoders if encoder is not None)
         if vae.quant_conv.weight.dtype == torch.float16:
@@ -1015,7 +1019,7 @@ class LatentDiffusion(nn.Module):
             raise UserError(f"a context of width {width}: the U-Net takes {self.unet.config.cross_attention_dim}")
         if guidance == 1:
             return wanted
-        if negative is None and wanted.text_embeds is not None:
+        if negative is None and wanted.text_embeds is not None and self.zero_negative:
             avoided = Conditioning(*(torch.zeros_like(part) for part in wanted))
         else:
             avoided = self.to_conditioning("" if negative is None else negative)
@@ -1072,7 +1076,7 @@ class LatentDiffusion(nn.Module):
         negative=None,
         guidance=7.5,
         steps=50,
-        sampler="ddim",
+        sampler=None,
         size=None,
         seed=None,
         noise=None,
@@ -1084,13 +1088,14 @@ class LatentDiffusion(nn.Module):
         """prompts (texts, context (B, M, D) or a Conditioning) → images (B, 3, H, W) in [0, 1].
 
         negative: what to move away from, in the same forms, one or B; None: "" (SDXL: zeros).
-        guidance: 1 for none; one pass of the U-Net a step instead of two.
+        guidance: 1 for none; one pass of the U-Net a step instead of two. sampler: one of SAMPLERS.
         size: pixels, a side or (height, width); None: the size the U-Net was trained on.
         seed: picture i's noise is that of seed + i, in any batch. noise() → (B, C, h, w) ~ N(0, 1)
         replaces it.
         image (B, 3, H, W) in [0, 1]: what to start from; strength 1 leaves nothing of it.
         rescale: see classifier_free_guidance. progress: shows a bar.
         """
+        sampler = sampler or self.sampler
         if sampler not in SAMPLERS:
             raise UserError(f'no sampler "{sampler}"; there are {", ".join(SAMPLERS)}')
         weight, factor = self.unet.conv_in.weight, self.vae.config.factor
@@ -1124,17 +1129,20 @@ class LatentDiffusion(nn.Module):
     # -- published files --
 
     @classmethod
-    def from_pretrained(cls, path, text_encoder=None, dtype=None, device="cpu", config=None):
+    def from_pretrained(cls, path, text_encoder=None, dtype=None, device="cpu", config=None, variant=None):
         """SD 1, 2 or XL from a diffusers pipeline folder or a single file (.safetensors, .ckpt).
 
         text_encoder: as the class takes it, e.g. clip.text_encoders(path).
         config, for single files: the YAML or JSON its code base keeps of it (a path, or its content
-        as a dict), needed if the shapes don't decide.
+        as a dict), needed if the shapes don't decide. variant: of a folder's files, as "fp16".
         """
         pipeline = published.read_pipeline(path, config)
-        unet = UNet.from_pretrained(path, dtype, device, settings.build(UNetConfig, pipeline.unet))
-        vae = AutoencoderKL.from_pretrained(path, dtype, device, settings.build(AutoencoderKLConfig, pipeline.vae))
-        return cls(unet, vae, settings.build(NoiseSchedule, pipeline.schedule), text_encoder)
+        unet_config, vae_config, schedule = map(settings.build, CONFIGS, pipeline.fields)
+        unet = UNet.from_pretrained(path, dtype, device, unet_config, variant)
+        vae = AutoencoderKL.from_pretrained(path, dtype, device, vae_config, variant)
+        model = cls(unet, vae, schedule, text_encoder)
+        model.sampler, model.zero_negative = pipeline.sampler, pipeline.zero_negative
+        return model
 
     @classmethod
     def from_tensors(cls, tensors, path, dtype=None, device="cpu"):
@@ -1142,11 +1150,10 @@ class LatentDiffusion(nn.Module):
 
         path: a folder of their configurations, as published.write_configs writes it.
         """
-        pipeline, (unet, vae) = published.read_pipeline(path), published.split_parts(tensors, path)
-        unet = checkpoint.load(UNet, settings.build(UNetConfig, pipeline.unet), unet, path, dtype, device)
-        vae_config = settings.build(AutoencoderKLConfig, pipeline.vae)
-        vae = checkpoint.load(AutoencoderKL, vae_config, vae, path, dtype, device)
-        return cls(unet, vae, settings.build(NoiseSchedule, pipeline.schedule))
+        unet_config, vae_config, schedule = map(settings.build, CONFIGS, published.folder_fields(path))
+        unet, vae = published.split_parts(tensors, path)
+        unet = checkpoint.load(UNet, unet_config, unet, path, dtype, device)
+        return cls(unet, checkpoint.load(AutoencoderKL, vae_config, vae, path, dtype, device), schedule)
 
     def save_pretrained(self, path):
         """Writes a diffusers pipeline folder; one that has model_index.json is complete."""

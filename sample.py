@@ -415,19 +415,18 @@ def generate_images(args):
         if getattr(args, flag.removeprefix("--")):
             article = "a" if is_dream else "no"
             raise UserError(f"{flag} does not apply: {args.run} is {article} DreamLLM")
-    sampler = args.sampler or ("ddpm" if is_dream else "ddim")
     if is_dream:
-        prompts = [[*open_pictures(args.subject), args.prompt]] * args.count
+        prompts, sampler = [[*open_pictures(args.subject), args.prompt]] * args.count, args.sampler or "ddpm"
         images = load_dream(args).text_to_image(prompts, **drawing_options(args, sampler))
     else:
-        images = diffusion_images(args, sampler)
+        images, sampler = diffusion_images(args)
     save_grid([list(to_uint8(images))], args.out, pad=0 if args.count == 1 else 2)
     height, width = images.shape[2:]
     print(f"{args.out}: {args.count} × {width}×{height}, {args.steps} steps of {sampler}")
 
 
-def diffusion_images(args, sampler):
-    """What the latent diffusion at --run generates: (B, 3, H, W) in [0, 1]."""
+def diffusion_images(args):
+    """What the latent diffusion at --run generates: (B, 3, H, W) in [0, 1], and the sampler's name."""
     device, dtype = device_and_dtype(args)
     dtype = dtype or torch.float32
     if args.size == "original" and not args.image:
@@ -436,15 +435,17 @@ def diffusion_images(args, sampler):
     if args.image:
         size = size_in_pixels(size or "original", args.image)
         start = to_float(resized([load_picture(args.image)], size))  # (1, 3, H, W)
-    encoders = text_encoders(args.run, args.tokenizer or None, dtype, device)
-    model = LatentDiffusion.from_pretrained(args.run, encoders, dtype, device, args.config or None)
-    return model.generate(
+    encoders = text_encoders(args.run, args.tokenizer or None, dtype, device, args.variant)
+    model = LatentDiffusion.from_pretrained(args.run, encoders, dtype, device, args.config or None, args.variant)
+    sampler = args.sampler or model.sampler
+    images = model.generate(
         [args.prompt] * args.count,
         size=size and size[::-1],
         image=start,
         strength=args.strength or 0.8,
         **drawing_options(args, sampler),
     )
+    return images, sampler
 
 
 def chat(args):
@@ -550,7 +551,6 @@ def text_perplexity(args):
     print(f"{args.input}: {values} ({len(losses)} tokens, seen through a window of {window})")
 
 
-# ---- the command line ------------------------------------------------------------------------
 def open_pipeline(path, device):
     """The whole latent diffusion at `path`, its text encoders included."""
     model = LatentDiffusion.from_pretrained(path, device=device)
@@ -609,6 +609,7 @@ def print_rows(rows):
             print(f"{label:10} {text}", flush=True)
 
 
+# ---- the command line ------------------------------------------------------------------------
 
 
 def option(flag, **properties):
@@ -645,7 +646,7 @@ CONTINUATION = (
 DIFFUSION = (
     option("--guidance", type=float, default=7.5, help="how strongly to follow the prompt; 1: no guidance (7.5)"),
     option("--steps", type=positive_int, default=50, help="passes of the U-Net for a picture (50)"),
-    option("--sampler", choices=SAMPLERS, help="default: ddim; for a DreamLLM ddpm"),
+    option("--sampler", choices=SAMPLERS, help="default: the one of the folder's scheduler; for a DreamLLM ddpm"),
 )
 PARTS = option(
     "--parts",
@@ -669,6 +670,7 @@ DIFFUSION_ONLY = (
     option("--size", type=picture_size, help="not for DreamLLM: W,H (as in training)"),
     option("--image", default="", help="not for DreamLLM: start from this instead of from noise"),
     option("--strength", type=fraction, help="not for DreamLLM: how far --image may change; 1: all (0.8)"),
+    option("--variant", help="of a diffusers folder: which files, as fp16 or non_ema"),
     option("--config", default="", help="of a single file: its code base's YAML or JSON, if needed"),
     option("--tokenizer", default="", help="of a single file: a folder with CLIP's vocabulary"),
 )
@@ -749,13 +751,13 @@ COMMANDS = {  # name: (function, example, options …)
             "--window", type=positive_int, default=4096, help="tokens of a text read at once (4096, or the context)"
         ),
     ),
-}
-
     "what": (
         say_what,
         "out/demo/lvm",
         option("path", metavar="PATH", help="a run's folder, a published one, or a file of weights"),
     ),
+}
+
 
 def main():
     parser = settings.Parser(prog="python sample.py", description=__doc__)

@@ -12,6 +12,7 @@ tests/test_diffusion.py lists those, and why.
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,9 @@ from support.settings import Fields, UserError
 
 PIPELINE = "a latent diffusion pipeline"  # as checkpoint.what_is calls them
 UNET, VAE = "a U-Net of latent diffusion", "an autoencoder of latent diffusion"
-CONFIG, SCHEDULER = "config.json", "scheduler_config.json"
+CONFIG, SCHEDULER, INDEX = "config.json", "scheduler_config.json", "model_index.json"
+ZEROS = "force_zeros_for_empty_prompt"
+PLAIN = "the plain Stable Diffusion 1, 2 or XL that it was made from opens"
 
 # ---- the published sizes ---------------------------------------------------------------------
 
@@ -51,44 +54,101 @@ def size(sizes, name):
 class Pipeline(NamedTuple):
     """The configurations of a whole Stable Diffusion."""
 
-    unet: Fields
-    vae: Fields
-    schedule: Fields
+    fields: tuple[Fields, Fields, Fields]  # of its UNetConfig, AutoencoderKLConfig, NoiseSchedule
+    sampler: str = "ddim"  # ours that its scheduler names, or the nearest to it
+    zero_negative: bool = True  # of SDXL: see LatentDiffusion
 
 
 def read_pipeline(path, config=None):
-    """A pipeline's folder (its weights may be elsewhere) or a single file → Pipeline.
+    """A pipeline's folder or a single file → Pipeline; what is not followed of a folder is said.
 
     config: the YAML or JSON that a single file's code base keeps of it (a path, or its content); where there is
     none, neither here nor beside the file, the shapes of the weights decide.
     """
     path = checkpoint.weights_folder(path)
     if path.is_file():
-        tensors = read_single_file(path)
-        if config := config or config_beside(path):
-            return original_fields(config)
-        name = published_unet(strip_prefix(tensors, UNET_PREFIX, path), path)
-        if name == "sd21":
-            raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
-        vae, spacing = ("sdxl", "leading") if name == "sdxl" else ("sd", "")
-        sizes = UNETS[name], VAES[vae], {"timestep_spacing": spacing}
-        return Pipeline(*(Fields(fields, path) for fields in sizes))
+        return Pipeline(single_file_fields(path, config))
     checkpoint.expect(path, PIPELINE)
+    fields = unet, _, schedule = folder_fields(path)
+    check_inputs(unet.get("in_channels"), path / "unet" / CONFIG)
+    saved = checkpoint.read_json(path / INDEX) if (path / INDEX).exists() else {}
+    index = settings.published(saved, path / INDEX, {"zero_negative": ZEROS})
+    if saved and "addition_time_embed_dim" not in unet:
+        mend_old_files(path, unet, schedule)
+    if (path / "safety_checker").is_dir():
+        say(f"{path}: safety_checker/ is left out: no picture is checked")
+    zero_negative = settings.convert(bool, index.get("zero_negative", True), f"{path / INDEX}: {ZEROS}")
+    file = path / "scheduler" / SCHEDULER
+    return Pipeline(fields, sampler_of(checkpoint.read_json(file), file), zero_negative)
+
+
+def mend_old_files(path, unet, schedule):
+    """What diffusers' StableDiffusionPipeline takes old files to mean, in the Fields `unet` and `schedule`."""
+    if schedule["steps_offset"] != 1:
+        file = path / "scheduler" / SCHEDULER
+        say(f"{file}: steps_offset is {schedule['steps_offset']!r}: as in diffusers, 1 counts")
+        schedule["steps_offset"] = 1
+    version = str(checkpoint.read_json(path / "unet" / CONFIG).get("_diffusers_version"))
+    side = unet.get("sample_size")
+    if re.match(r"0\.[0-8]\.", version) and type(side) is int and side < 64:
+        say(f"{path / 'unet' / CONFIG}: sample_size is {side}, of diffusers {version}: as in diffusers, 64 counts")
+        unet["sample_size"] = 64
+
+
+def folder_fields(path):
+    """A pipeline's folder, whose weights may be elsewhere → Fields of U-Net, autoencoder and schedule."""
     for name in ("unet", "vae", "scheduler"):
-        if not (path / name).is_dir():
+        if not (Path(path) / name).is_dir():
             raise UserError(f"{path}: has no folder {name}/, so it is no diffusers pipeline")
-    files = path / "unet" / CONFIG, path / "vae" / CONFIG, path / "scheduler" / SCHEDULER
-    functions = unet_fields, vae_fields, schedule_fields
-    return Pipeline(*(read(checkpoint.read_json(file), file) for read, file in zip(functions, files, strict=True)))
+    files = (("unet", CONFIG, unet_fields), ("vae", CONFIG, vae_fields), ("scheduler", SCHEDULER, schedule_fields))
+    files = [(Path(path) / folder / name, read) for folder, name, read in files]
+    return tuple(read(checkpoint.read_json(file), file) for file, read in files)
 
 
-def read_unet(path, config=None):
+def single_file_fields(path, config=None):
+    """The same of a single file: see read_pipeline."""
+    tensors = read_single_file(path)
+    unet = strip_prefix(tensors, UNET_PREFIX, path)
+    if "input_blocks.0.0.weight" in unet and unet["input_blocks.0.0.weight"].ndim > 1:
+        check_inputs(unet["input_blocks.0.0.weight"].shape[1], path)
+    if any(name.startswith("model_ema.") for name in tensors):
+        say(f"{path}: model_ema.… is left out: weights that were averaged while training, for sampling as well")
+    if config := config or config_beside(path):
+        return original_fields(config)
+    name = published_unet(unet, path)
+    if name == "sd21":
+        raise UserError(f"{path}: SD 2.1 (v) and 2.1-base (ε) have the same shapes: name its YAML with config=")
+    vae, spacing = ("sdxl", "leading") if name == "sdxl" else ("sd", "")
+    sizes = UNETS[name], VAES[vae], {"timestep_spacing": spacing}
+    return tuple(Fields(fields, path) for fields in sizes)
+
+
+INPUTS = {  # channels that a U-Net takes: whose it is, if it is not one that draws from noise and text alone
+    5: "a U-Net that is shown a depth map (SD 2 depth)",
+    7: "a U-Net that enlarges a picture (x4 upscaler)",
+    8: "a U-Net that edits or reads a picture (InstructPix2Pix, Marigold)",
+    9: "a U-Net for inpainting, which is shown a mask and the rest of the picture",
+}
+
+
+def check_inputs(channels, path):
+    """Raises a UserError if the U-Net of so many input channels is of a kind that has a name in INPUTS."""
+    if type(channels) is int and channels in INPUTS:
+        raise UserError(f"{path}: {channels} channels in: {INPUTS[channels]}; {PLAIN}")
+
+
+def say(text):
+    """One line on stderr: of what is read, what is not followed."""
+    print(text, file=sys.stderr)
+
+
+def read_unet(path, config=None, variant=None):
     """A U-Net, alone or in a pipeline → (its folder or file, Fields of its configuration, tensors).
 
-    config: its configuration, if it is known; then the Fields are None.
+    config: its configuration, if it is known; then there are no Fields. variant: see checkpoint.find_weights.
     """
     path = subfolder(path, "unet", UNET, PIPELINE)
-    tensors = checkpoint.read_tensors(path)
+    tensors = checkpoint.read_tensors(path, variant)
     if path.is_dir():
         return path, config or unet_fields(checkpoint.read_json(path / CONFIG), path / CONFIG), tensors
     tensors = strip_prefix(tensors, UNET_PREFIX, path)
@@ -96,10 +156,10 @@ def read_unet(path, config=None):
     return path, fields, rename_unet(tensors)
 
 
-def read_vae(path, config=None):
+def read_vae(path, config=None, variant=None):
     """The same of an autoencoder; a single file is taken to be SD 1's and 2's if no `config` is given."""
     path = subfolder(path, "vae", VAE, PIPELINE)
-    tensors = checkpoint.read_tensors(path)
+    tensors = checkpoint.read_tensors(path, variant)
     if path.is_dir():
         fields = config or vae_fields(checkpoint.read_json(path / CONFIG), path / CONFIG)
     else:
@@ -142,7 +202,7 @@ def write_configs(path, model):
     """The configurations of a LatentDiffusion's pipeline folder, without its weights."""
     checkpoint.write_json(Path(path) / "unet" / CONFIG, unet_json(model.unet.config))
     checkpoint.write_json(Path(path) / "vae" / CONFIG, vae_json(model.vae.config))
-    checkpoint.write_json(Path(path) / "scheduler" / SCHEDULER, schedule_json(model.schedule))
+    checkpoint.write_json(Path(path) / "scheduler" / SCHEDULER, schedule_json(model.schedule, model.sampler))
 
 
 def write_pipeline(path, model):
@@ -158,7 +218,7 @@ def write_pipeline(path, model):
         if encoder.tokenizer:
             encoder.tokenizer.save_pretrained(path / f"tokenizer{number}", encoder.config.text.context_length)
             folders.append(f"tokenizer{number}")
-    checkpoint.write_json(path / "model_index.json", pipeline_json(folders, xl))
+    checkpoint.write_json(path / INDEX, pipeline_json(folders, xl, model.zero_negative))
 
 
 # ---- diffusers folders -----------------------------------------------------------------------
@@ -203,29 +263,63 @@ VAE_FIXED = {
     "act_fn": "silu", "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
     "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
 }
-# A file without clip_sample is accepted, though diffusers' DDIM would clip: its pipelines switch
-# that off, too.
-SCHEDULER_FIXED = {
-    "algorithm_type": "dpmsolver++", "clip_sample": False, "euler_at_final": False, "final_sigmas_type": "zero",
-    "interpolation_type": "linear", "lambda_min_clipped": -math.inf, "lower_order_final": True, "solver_order": 2,
-    "solver_type": "midpoint", "thresholding": False, "timestep_type": "discrete", "trained_betas": None,
-    "use_beta_sigmas": False, "use_dynamic_shifting": False, "use_exponential_sigmas": False,
-    "use_flow_sigmas": False, "use_karras_sigmas": False, "use_lu_lambdas": False, "variance_type": "fixed_small",
+UNET_OTHERS = ("down_block_types", "up_block_types", "addition_embed_type", "addition_embed_type_num_heads")
+VAE_OTHERS = ("down_block_types", "up_block_types", "force_upcast")  # the last: LatentDiffusion sees to that
+# A U-Net that has one of these keys: what it is
+UNET_KINDS = {
+    "time_cond_proj_dim": "of a latent consistency model, to which guidance is an input",
+    "class_embed_type": "of an upscaler or unCLIP", "num_class_embeds": "of an upscaler or unCLIP",
+    "encoder_hid_dim_type": "of Kandinsky, Kolors or with an IP-Adapter",
 }
-# fmt: on
-SCHEDULER_KINDS = (  # ours may follow the schedule of each
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
+SCHEDULE_FIXED = {
+    "timestep_type": "discrete", "trained_betas": None, "use_dynamic_shifting": False, "use_flow_sigmas": False,
+}
+# Of how it is sampled, not of how it was trained: what our samplers do.
+SAMPLER_KEYS = {
+    "algorithm_type": "dpmsolver++", "clip_sample": False, "final_sigmas_type": "zero",
+    "interpolation_type": "linear", "lambda_min_clipped": -math.inf, "solver_order": 2, "solver_type": "midpoint",
+    "thresholding": False, "use_beta_sigmas": False, "use_exponential_sigmas": False, "use_karras_sigmas": False,
+    "use_lu_lambdas": False, "variance_type": "fixed_small",
+}
+UNREAD = (  # of keys above, or of samplers that are not here; or, as the last two, without effect where σ ends at 0
+    "clip_sample_range", "dynamic_thresholding_ratio", "flow_shift", "sample_max_value", "sigma_max", "sigma_min",
+    "time_shift_type", "skip_prk_steps", "predict_x0", "disable_corrector", "solver_p", "original_inference_steps",
+    "timestep_scaling", "predictor_order", "corrector_order", "tau_func", "noise_sampler_seed", "shift_terminal",
+    "euler_at_final", "lower_order_final",
 )
+# fmt: on
+SAMPLERS = {  # diffusers' schedulers: ours that compute the same
+    "DDIMScheduler": "ddim",
+    "DDIMParallelScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "DDPMParallelScheduler": "ddpm",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+}
+NEAREST = {  # … and those that are not here: the nearest of ours
+    "PNDMScheduler": "ddim",
+    "LCMScheduler": "ddim",
+    "TCDScheduler": "ddim",
+    "LMSDiscreteScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "dpmpp_2m",
+    "DEISMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_2m",
+    "HeunDiscreteScheduler": "dpmpp_2m",
+    "KDPM2DiscreteScheduler": "dpmpp_2m",
+    "KDPM2AncestralDiscreteScheduler": "euler_ancestral",
+    "SASolverScheduler": "dpmpp_2m",
+}
+SCHEDULER_KINDS = (*SAMPLERS, *NEAREST)
+NARROW = ("Heun", "KDPM2", "DPMSolverSDE", "LCM", "TCD")  # diffusers' defaults of these: SD's own β
 
 
 def unet_fields(saved, path="config.json"):
     """A UNet2DConditionModel's config.json, as parsed → the Fields of a UNetConfig."""
+    for key, kind in UNET_KINDS.items():
+        if isinstance(saved, dict) and saved.get(key) is not None:
+            raise UserError(f"{path}: {key} is {saved[key]!r:.60}: a U-Net {kind}; {PLAIN}")
     fields = settings.published(
         saved,
         path,
@@ -234,6 +328,7 @@ def unet_fields(saved, path="config.json"):
         fixed=UNET_FIXED,
         required=("block_out_channels", "heads", "cross_attention_dim"),
     )
+    say_unknown(saved, path, UNET_KEYS.values(), UNET_FIXED, UNET_OTHERS)
     widths = settings.convert(tuple[int, ...], fields["block_out_channels"], f"{path}: block_out_channels")
     kinds, up_kinds = saved.get("down_block_types"), saved.get("up_block_types")
     attends = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -255,6 +350,12 @@ def unet_fields(saved, path="config.json"):
     fields["mid_depth"] = depths[-1] if depths else 1
     fields["depth"] = [n if attends[kind] else 0 for kind, n in zip(kinds, depths, strict=False)]
     return fields
+
+
+def say_unknown(saved, path, *known):
+    """Says which keys of a configuration stand in none of the tables `known`."""
+    if unknown := [key for key in saved if not key.startswith("_") and not any(key in table for table in known)]:
+        say(f"{path}: left unread, for unknown here: {', '.join(unknown)}")
 
 
 def per_level(value, widths):
@@ -284,6 +385,7 @@ def vae_fields(saved, path="config.json"):
     """An AutoencoderKL's config.json, as parsed → the Fields of an AutoencoderKLConfig."""
     wants = {"_class_name": "AutoencoderKL"}
     fields = settings.published(saved, path, VAE_KEYS, wants, VAE_FIXED, required=("block_out_channels",))
+    say_unknown(saved, path, VAE_KEYS, VAE_FIXED, VAE_OTHERS)
     levels = len(settings.convert(tuple[int, ...], fields["block_out_channels"], f"{path}: block_out_channels"))
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if saved.get(key, [kind]) != [kind] * levels:
@@ -302,20 +404,44 @@ def vae_json(config):
     return {"_class_name": "AutoencoderKL"} | fields | kinds | VAE_FIXED
 
 
-def schedule_fields(saved, path="scheduler_config.json"):
+def schedule_fields(saved, path=SCHEDULER):
     """A scheduler_config.json, as parsed → the Fields of a NoiseSchedule."""
-    fields = settings.published(saved, path, SCHEDULE_KEYS, {"_class_name": SCHEDULER_KINDS}, SCHEDULER_FIXED)
-    to_one = saved["_class_name"] != "PNDMScheduler"
-    defaults = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    fields = settings.published(saved, path, SCHEDULE_KEYS, {}, SCHEDULE_FIXED)
+    name = saved.get("_class_name")
+    if name not in SCHEDULER_KINDS:
+        other = "FlowMatch" in str(name) or "EDM" in str(name)
+        why = "another way of training (flow matching, EDM)" if other else "no noise schedule of Stable Diffusion"
+        raise UserError(f"{path}: _class_name is {name!r:.60}, {why}; Stable Diffusion 1, 2 and XL open")
+    say_unknown(saved, path, SCHEDULE_KEYS, SCHEDULE_FIXED, SAMPLER_KEYS, UNREAD)
+    beta = (0.00085, 0.012) if name.startswith(NARROW) else (0.0001, 0.02)
+    schedule = "scaled_linear" if name in ("LCMScheduler", "TCDScheduler") else "linear"
+    defaults = {"beta_start": beta[0], "beta_end": beta[1], "beta_schedule": schedule}
+    to_one = name != "PNDMScheduler"
     return with_defaults(fields, defaults | {"steps_offset": 0, "set_alpha_to_one": to_one})
 
 
-def schedule_json(schedule):
-    """A NoiseSchedule → what scheduler_config.json says of it."""
+def sampler_of(saved, path):
+    """The name of our sampler for a scheduler_config.json; says what of it the sampler does not follow."""
+    name = saved["_class_name"]
+    sampler = SAMPLERS.get(name) or NEAREST[name]
+    lacking = [] if name in SAMPLERS else [name]
+    for key, value in SAMPLER_KEYS.items():
+        if saved.get(key, value) not in (None, value):
+            lacking.append(f"{key} {saved[key]!r:.40}")
+    if lacking:
+        say(
+            f"{path}: {', '.join(lacking)}: not here; if no other is chosen, {sampler} samples instead, on its schedule"
+        )
+    return sampler
+
+
+def schedule_json(schedule, sampler="ddim"):
+    """A NoiseSchedule, and the sampler that follows it → what scheduler_config.json says of them."""
     fields = {theirs: getattr(schedule, ours) for ours, theirs in SCHEDULE_KEYS.items()}
     if not schedule.timestep_spacing:  # each sampler's own
         del fields["timestep_spacing"]
-    return {"_class_name": "DDIMScheduler"} | fields | {"clip_sample": False, "trained_betas": None}
+    kind = next(kind for kind, ours in SAMPLERS.items() if ours == sampler)
+    return {"_class_name": kind} | fields | {"clip_sample": False, "trained_betas": None}
 
 
 def with_defaults(fields, defaults):
@@ -325,7 +451,7 @@ def with_defaults(fields, defaults):
     return fields
 
 
-def pipeline_json(folders, xl):
+def pipeline_json(folders, xl, zero_negative=True):
     """model_index.json of a pipeline with these folders: the class of each, for diffusers."""
     kinds = {
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -337,7 +463,7 @@ def pipeline_json(folders, xl):
         "tokenizer_2": ["transformers", "CLIPTokenizer"],
     }
     if xl:
-        index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
+        index = {"_class_name": "StableDiffusionXLPipeline", ZEROS: zero_negative}
     else:
         index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
         kinds = {name: kind for name, kind in kinds.items() if not name.endswith("_2")}
@@ -527,13 +653,13 @@ def config_beside(path):
 
 
 def original_fields(source):
-    """A YAML or JSON file, or its content → Pipeline."""
+    """A YAML or JSON file, or its content → Fields of U-Net, autoencoder and schedule."""
     path, content = "config", source
     if not isinstance(source, dict):
         path = Path(source)
         content = checkpoint.read_json(path) if path.suffix == ".json" else checkpoint.read_yaml(path)
     model = section(content, path, "model", "params")
-    return Pipeline(original_unet(model, path), original_vae(model, path), original_schedule(model, path))
+    return original_unet(model, path), original_vae(model, path), original_schedule(model, path)
 
 
 def section(table, path, *names):

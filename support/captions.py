@@ -71,6 +71,8 @@ def listed(name, data, known, skip, unused):
     for number, raw in _rows(name, text_of(data)):
         try:
             row = raw if isinstance(raw, dict) else _table(raw)
+            if None in row:  # so csv calls them
+                raise ValueError('more cells than its first line has: write "a text, with a comma" in quotes')
             file = next((row[key] for key in FILE_KEYS if row.get(key)), None)
             if not isinstance(file, str):
                 raise ValueError('not a row {"file": …, "caption": …}')

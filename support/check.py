@@ -132,7 +132,7 @@ def check_pictures(path):
                 others.append(("another caption, which differs from the one that is taken", other))
     captioned = caption_files.total()
     found.left_out = source.left_out | tally(others)
-    found.about = "folder, " if os.path.isdir(path) else "WebDataset, "
+    found.about = "" if path == "emoji" else "folder, " if os.path.isdir(path) else "WebDataset, "
     if captioned == len(source):
         found.about += f"{captioned} captioned pictures"
     else:
@@ -171,17 +171,20 @@ def check_tokens(path):
 
 
 def check_rows_of_any_kind(path, folder):
-    """Of tokens, of texts alone, or of what DreamLLM reads, as the first row says."""
+    """Of tokens, of texts alone, or of what DreamLLM reads, as the first row says that is a table."""
     for _, _, raw in json_rows(rows_files(path)[0]):
         try:
             read_row(raw)
         except ValueError:
+            row = None
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(raw)
-                if isinstance(row, dict) and "tokens" in row:
-                    return check_tokens(path)
-                if isinstance(row, dict) and "text" in row:
-                    return check_texts(path)
+            if not isinstance(row, dict):
+                continue
+            if "tokens" in row:
+                return check_tokens(path)
+            if "text" in row:
+                return check_texts(path)
         break
     return check_rows(path, folder)
 
@@ -189,12 +192,12 @@ def check_rows_of_any_kind(path, folder):
 def check_rows(path, folder):
     """Reads every row of the JSON files at `path`, opens every picture that they name."""
     found, problems = Findings(), {}  # picture → what is wrong with it, or None
-    formats, rows, left_out = [], 0, []
+    formats, rows, left_out = [], 0, []  # formats: [(name, class of the rows) of the first one]
     for row, wrong, name, form in read_rows(path):
         rows += 1
-        formats = formats or [form] * bool(form)
-        if not wrong and form != formats[0]:
-            wrong = f"a row of {form} among those of {formats[0]}"
+        formats = formats or [(form, type(row))] * bool(form)
+        if not wrong and not isinstance(row, formats[0][1]):  # one kind of source cannot use both
+            wrong = f"a row of {form} among those of {formats[0][0]}"
         for picture in () if wrong else row.pictures:
             if picture not in problems:
                 problems[picture] = problem(folder, picture)
@@ -210,7 +213,7 @@ def check_rows(path, folder):
     good = [picture for picture, wrong in problems.items() if not wrong]
     found.used += [("picture of a row", picture) for picture in good]
     found.left_out = tally(left_out)
-    found.about = f"{formats[0] if formats else 'unknown format'}, {rows} rows, {len(good)} pictures"
+    found.about = f"{formats[0][0] if formats else 'unknown format'}, {rows} rows, {len(good)} pictures"
     return found
 
 

@@ -113,13 +113,13 @@ def tar_files(tars, report):
     for path in tars:
         shard = os.path.relpath(os.path.abspath(path), top)
         try:
-            members, broken = _members(path)
+            members, faults = _members(path)
         except (OSError, tarfile.TarError) as error:
             wrong.append(f"{path}: {_why_no_tar(path, error)}")
             continue
         files |= {f"{shard}/{name}": place for name, place in members.items()}
-        if broken:
-            report(f"skipped the end of {path}: truncated ({broken})")
+        for fault in faults:
+            report(f"skipped {fault}")
     if len(wrong) == len(tars):
         raise UserError(wrong[0])
     for line in wrong:
@@ -128,8 +128,8 @@ def tar_files(tars, report):
 
 
 def _members(path):
-    """→ ({member: (tar, offset, size)}, what is cut off of the tar, if anything)."""
-    members, size, broken = {}, os.path.getsize(path), ""
+    """→ ({member: (tar, offset, size)}, [what is lost of the tar, …])."""
+    members, size, broken, faults = {}, os.path.getsize(path), "", []
     with tarfile.open(path, "r:") as archive:  # uncompressed: members have offsets
         try:
             for member in archive:
@@ -142,12 +142,16 @@ def _members(path):
                     if member.offset_data + member.size > size:
                         broken = f"{member.name} is cut off"
                         break
+                    if name in members:  # as tar unpacks them, the last one stays
+                        faults.append(f"{path}/{name}: two files of that name; the later one is read")
                     members[name] = (path, member.offset_data, member.size)
         except tarfile.TarError as error:
             broken = str(error)
     if size % 512:  # tarfile ends in silence where a header is cut short
         broken = broken or "its end is missing"
-    return members, broken
+    if broken:
+        faults.append(f"the end of {path}: truncated ({broken})")
+    return members, faults
 
 
 def _why_no_tar(path, error):

@@ -249,7 +249,9 @@ ROLES = {  # who speaks, in capitals or not → the role of the message
     "obj365": "assistant",  # DreamLLM's files, by the data set that an answer is from
     "vg": "assistant",
 }
-UNREAD = "video", "videos", "audio", "audios", "tools", "functions"  # keys that must not be lost in silence
+# keys of a row or a turn that must not be lost in silence: films, sounds, calls of tools, thoughts
+UNREAD = "video", "videos", "audio", "audios", "tools", "functions"
+UNREAD += "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal"
 
 
 def parse_conversation(row, key):
@@ -260,9 +262,7 @@ def parse_conversation(row, key):
     own. ShareGPT cuts long chats, so that some begin with an answer: as in FastChat and LLaVA that
     turn is left out.
     """
-    for name in UNREAD:
-        if row.get(name) not in (None, "", "[]", []):
-            raise ValueError(f'it has "{name}", which is not read here')
+    refuse_unread(row, "it")
     messages, named = [], []  # of each message: the pictures that it names itself
     if row.get("system"):
         messages.append({"role": "system", "content": require_type(str, row["system"], "system")})
@@ -287,8 +287,18 @@ def parse_conversation(row, key):
     return Conversation(messages, pictures, left_out)
 
 
+def refuse_unread(table, where):
+    """Raises a ValueError if a row or a turn says more than is read of it."""
+    for name in UNREAD:
+        if table.get(name) not in (None, "", "[]", []):
+            raise ValueError(f'{where} has "{name}", which is not read here')
+    if table.get("weight") == 0:  # OpenAI: an answer that is not to be learned
+        raise ValueError(f"{where} has weight 0: every answer is learned here")
+
+
 def parse_turn(turn, where):
     """A turn of a conversation → (its message, the pictures that it names itself)."""
+    refuse_unread(turn, where)
     key = "role" if "role" in turn else "from"
     speaker = require_type(str, turn.get(key), f"{where}.{key}")
     if speaker.lower() not in ROLES:

@@ -17,7 +17,9 @@ import binascii
 import collections
 import glob
 import json
+import os
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -385,9 +387,16 @@ def picture_bytes(address):
 
 def find_picture(folder, name):
     """The path of a picture that a row names; a ValueError names one of another machine."""
+    if len(name) > 1000:  # base64 without "data:"
+        raise ValueError(f"{name[:40]}… is no file's name: a picture in the row begins with data:image/png;base64,")
     path = folder / name.removeprefix("file://")
-    if "\\" in name and not path.exists():  # as Windows writes names
+    # a Mac writes é as e and ´, and the row may come from another machine
+    forms = (path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD")))
+    path = next(filter(os.path.exists, forms), path)
+    if "\\" in name and not os.path.exists(path):  # as Windows writes names
         path = folder / name.replace("\\", "/")
-    if Path(name).is_absolute() and not path.exists():
+    if Path(name).is_absolute() and not os.path.exists(path):
         raise ValueError(f"{name}: no such file on this machine: write names inside the folder `images`")
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: a folder, no picture")
     return path

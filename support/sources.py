@@ -557,7 +557,7 @@ class TextFiles(Skipping):
             for name, file in inside.items():
                 if files.is_hidden(name):
                     others.append((files.SYSTEMS, file))
-                elif file.lower().endswith((".txt", ".jsonl")):
+                elif file.lower().endswith((".txt", ".jsonl", ".ndjson")):
                     self.files.append(file)
                 elif os.path.exists(file):
                     others.append((files.what_is(file, "neither .txt nor .jsonl, but"), file))

@@ -62,6 +62,8 @@ def row_data(line):
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
+    if line.lstrip()[:1] == b"[":
+        raise ValueError('a JSON list: write a line {"tokens": …} for each of its rows (jq -c ".[]")')
     if not isinstance(row, dict) or "tokens" not in row:
         keys = f": its keys are {', '.join(row)[:80]}" if isinstance(row, dict) and row else ""
         raise ValueError(f'not a JSON row {{"tokens": "…"}}{keys}')
@@ -168,7 +170,7 @@ class RowsFiles(Skipping):
     def _index(self, path, text, vocab_size, dtype):
         """(rows, 3) int64: start and end of each readable line, and the tokens in it."""
         rows = []
-        for number, (start, end) in enumerate(_lines(text), 1):
+        for number, start, end in _lines(text):
             try:
                 rows.append((start, end, len(decode_row(text[start:end], vocab_size, dtype))))
             except ValueError as error:
@@ -188,20 +190,21 @@ def dtype_of(path, vocab_size=None, text=None):
     if os.path.exists(f"{path}{INFO}"):
         return "int32"  # new_rows wrote it
     text = _mapped(path) if text is None else text
-    dtype = tell_dtype((text[start:end] for start, end in itertools.islice(_lines(text), 1000)), vocab_size)
+    dtype = tell_dtype((text[start:end] for _, start, end in itertools.islice(_lines(text), 1000)), vocab_size)
     if dtype != "int32":
         warn(f"{path}: its codes are read as {dtype}, by their bytes (data.row_dtype would say otherwise)")
     return dtype
 
 
 def _lines(text):
-    """Yields start and end of each line of a file's bytes."""
-    start = 0
+    """Yields number, start and end of each line of a file's bytes that is not blank."""
+    start, number = 0, 1
     while start < len(text):
         end = text.find(b"\n", start)
         end = len(text) if end < 0 else end
-        yield start, end
-        start = end + 1
+        if end - start > 100 or text[start:end].strip():
+            yield number, start, end
+        start, number = end + 1, number + 1
 
 
 NO_ROWS = {  # what holds codes in another way, by its ending or how it begins

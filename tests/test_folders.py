@@ -237,6 +237,14 @@ def test_captions_are_read_from_all_common_files_in_one_order(tmp_path, check):
     assert "another caption, which differs from the one that is taken 4 0.caption" in check(tmp_path)[1]
 
 
+def test_a_comma_outside_quotes_does_not_cut_a_caption(tmp_path, check):
+    rows = 'file_name,text\na.png,a dog, brown\nb.png,"a dog, brown"\n'
+    write(tmp_path, {"a.png": RED, "b.png": RED, "metadata.csv": rows})
+    assert captioned(tmp_path) == {"a.png": (), "b.png": ("a dog, brown",)}
+    code, said = check(str(tmp_path))
+    assert code == 2 and "metadata.csv:2: more cells than its first line has" in said
+
+
 def test_names_in_lists_are_normalised(tmp_path):
     """./, \\, %20, a Mac's é; several rows of a picture are several captions; rows of absent pictures are counted."""
     accented = unicodedata.normalize("NFD", "café.png")
@@ -469,6 +477,17 @@ def test_what_is_no_plain_tar_is_named_and_the_others_are_used(tmp_path, content
     said = []
     assert len(opened(tmp_path / "*.tar", said.append)) == 1
     assert len(said) == 1 and said[0].startswith(f"skipped {tmp_path}/a.tar: ")
+
+
+def test_of_two_files_of_one_name_in_a_tar_the_later_is_read_and_check_says_so(tmp_path, check):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in (("a.png", encoded()), ("a.txt", b"old"), ("a.txt", b"new")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert captioned(tmp_path / "a.tar") == {"a.tar/a.png": ("new",)}  # as tar unpacks them
+    code, said = check(str(tmp_path / "a.tar"))
+    assert code == 2 and "a.tar/a.txt: two files of that name" in said
 
 
 def test_links_in_a_tar_are_their_targets(tmp_path):

@@ -7,6 +7,7 @@ import base64
 import gzip
 import io
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -211,6 +212,54 @@ def test_names_may_be_windows_own_and_those_of_another_machine_are_named(tmp_pat
 
 ROWS = [{"image": f"{i}.png", "caption": f"naïve {i} 日本"} for i in range(4)]
 BOM = "\ufeff"
+
+
+@pytest.mark.parametrize(("row", "disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_may_be_written_otherwise_on_the_disk(tmp_path, row, disk):
+    (tmp_path / unicodedata.normalize(disk, "café.png")).write_bytes(png())
+    assert open_picture(tmp_path, unicodedata.normalize(row, "café.png")).size == (24, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [(".", "a folder, no picture"), ("iVBORw0KGgo" * 100, "data:image/png;base64,"), ("a" * 300, "too long")],
+)
+def test_what_is_no_files_name_is_said(tmp_path, name, says):
+    with pytest.raises((ValueError, UserError), match=says):
+        open_picture(tmp_path, name)
+
+
+@pytest.mark.parametrize("extra", [{"tool_calls": [{"id": "1"}]}, {"reasoning_content": "Hm."}, {"weight": 0}])
+def test_what_a_turn_says_beyond_its_text_is_not_lost(extra):
+    answer = turn("assistant", "Blue.") | extra
+    with pytest.raises(ValueError, match=rf"messages\[1\] has .?{next(iter(extra))}"):
+        read_row(json.dumps({"messages": [turn("user", "What?"), answer]}))
+
+
+def test_check_takes_what_training_takes_conversations_of_several_formats(tmp_path, program):
+    rows = [{"messages": [turn("user", "What?"), turn("assistant", "Blue.")]}, {"instruction": "Go.", "output": "No."}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = program(prepare.main, "check", str(file))
+    assert code == 0 and "2 rows" in out
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [('{"tokens": [1, 2]}', "1 rows, 2 tokens, 1 bad"), ('{"text": "a"}', "1 of them, 1 characters, 1 bad")],
+)
+def test_a_broken_first_row_does_not_hide_what_the_others_are(tmp_path, row, says, program):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f"{row[:8]}\n{row}\n")
+    code, out, err = program(prepare.main, "check", str(file))
+    assert code == 2 and says in out + err and "unknown format" not in out + err
+
+
+def test_empty_lines_between_rows_of_tokens_are_no_faults(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"tokens": [1, 2]}\n\n{"tokens": [3]}\n \n')
+    rows = RowsFiles([file])
+    assert rows.skipped == 0 and [row.tolist() for row in rows] == [[1, 2], [3]]
 
 
 @pytest.mark.parametrize(
