@@ -1,13 +1,13 @@
 """Stable Diffusion's published files ⇄ our names: folders, files of CompVis and Stability.
 
     folder    config.json ──unet_fields, vae_fields, schedule_fields──▶ settings.Fields     and back: …_json
-              weights bear our names already (but for old autoencoders: vae_names)
-    one file  weights ──strip_prefix · checkpoint.renamed(unet_names, vae_names)──▶ tensors under our names
+              weights bear our names already (but for old autoencoders: rename_vae)
+    one file  weights ──strip_prefix · rename_unet, rename_vae──▶ tensors under our names
               its YAML, if any ──original_fields──▶ three settings.Fields
 
 A key of theirs is either a field of ours or fixed: our code computes one value of it, and a file
-that says another is refused. A key that is neither has no effect on what we compute;
-tests/test_diffusion.py lists those, and why.
+that says another is refused. What only a sampler does otherwise is said, and so is a key that is
+unknown here. The others have no effect on what we compute; tests/test_diffusion.py lists them, and why.
 """
 
 import math
