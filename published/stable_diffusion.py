@@ -1,13 +1,13 @@
 """Stable Diffusion's published files ⇄ our names: folders, files of CompVis and Stability.
 
     folder    config.json ──unet_fields, vae_fields, schedule_fields──▶ settings.Fields     and back: …_json
-              weights bear our names already (but for old autoencoders: vae_names)
-    one file  weights ──strip_prefix · checkpoint.renamed(unet_names, vae_names)──▶ tensors under our names
+              weights bear our names already (but for old autoencoders: rename_vae)
+    one file  weights ──strip_prefix · rename_unet, rename_vae──▶ tensors under our names
               its YAML, if any ──original_fields──▶ three settings.Fields
 
 A key of theirs is either a field of ours or fixed: our code computes one value of it, and a file
-that says another is refused. A key that is neither has no effect on what we compute;
-tests/test_diffusion.py lists those, and why.
+that says another is refused. What only a sampler does otherwise is said, and so is a key that is
+unknown here. The others have no effect on what we compute; tests/test_diffusion.py lists them, and why.
 """
 
 import math
@@ -72,14 +72,18 @@ def read_pipeline(path, config=None):
     fields = unet, _, schedule = folder_fields(path)
     check_inputs(unet.get("in_channels"), path / "unet" / CONFIG)
     saved = checkpoint.read_json(path / INDEX) if (path / INDEX).exists() else {}
-    index = settings.published(saved, path / INDEX, {"zero_negative": ZEROS})
+    index = settings.published(saved, path / INDEX, {"zero_negative": ZEROS, "scheduler": "scheduler"})
     if saved and "addition_time_embed_dim" not in unet:
         mend_old_files(path, unet, schedule)
     if (path / "safety_checker").is_dir():
         say(f"{path}: safety_checker/ is left out: no picture is checked")
     zero_negative = settings.convert(bool, index.get("zero_negative", True), f"{path / INDEX}: {ZEROS}")
     file = path / "scheduler" / SCHEDULER
-    return Pipeline(fields, sampler_of(checkpoint.read_json(file), file), zero_negative)
+    saved = checkpoint.read_json(file)
+    kind = index.get("scheduler")
+    if isinstance(kind, list) and kind and kind[-1] not in (None, saved["_class_name"]):
+        say(f"{file}: names {saved['_class_name']}, and is followed; diffusers takes model_index.json's {kind[-1]}")
+    return Pipeline(fields, sampler_of(saved, file), zero_negative)
 
 
 def mend_old_files(path, unet, schedule):
@@ -97,11 +101,12 @@ def mend_old_files(path, unet, schedule):
 
 def folder_fields(path):
     """A pipeline's folder, whose weights may be elsewhere → Fields of U-Net, autoencoder and schedule."""
+    path = Path(path)
     for name in ("unet", "vae", "scheduler"):
-        if not (Path(path) / name).is_dir():
+        if not (path / name).is_dir():
             raise UserError(f"{path}: has no folder {name}/, so it is no diffusers pipeline")
     files = (("unet", CONFIG, unet_fields), ("vae", CONFIG, vae_fields), ("scheduler", SCHEDULER, schedule_fields))
-    files = [(Path(path) / folder / name, read) for folder, name, read in files]
+    files = [(path / folder / name, read) for folder, name, read in files]
     return tuple(read(checkpoint.read_json(file), file) for file, read in files)
 
 
