@@ -134,10 +134,7 @@ def train(config, explicit_keys, device=None):
             print(runs.already_complete(run, config, explicit_keys, first))
         return run
     task, optimizers, ema = begin(config, explicit_keys, ranks, resume)
-    if ranks.is_main:
-        announce(task, run, resume, state)
-    if ranks.sharded:
-        parallel.check_shared_disk(run, ranks)
+    announce(task, run, resume, state)
     modules = parallel.distribute(task)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
 
@@ -219,18 +216,21 @@ def place(task):
 
 
 def announce(task, run, resume, state):
-    """Prints what is trained from which start, and makes the run's folder."""
+    """Prints what is trained from which start, and makes the run's folder: the main process, for all."""
     config, ranks = task.config, task.ranks
-    # a folder that the model was loaded from decides about its shape
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **vars(task.main.config)))
-    count = sum(p.numel() for p in task.main.parameters())
-    origin = f"resumed from {resume}" if resume else f"from {task.start}" if task.start else "from scratch"
-    place = f"{ranks.world} × {ranks.device} in {config.train.dtype}"
-    print(f"{config.model.kind}, {count:,} parameters, {origin}, on {place}; run: {run}")
-    before, now = state.get("threads"), torch.get_num_threads()
-    if before not in (None, now) and ranks.device.type == "cpu":
-        print(f"resuming with {now} threads instead of {before}: other rounding, so not the bits of an unbroken run")
-    runs.start_run(run, config, state)
+    if ranks.is_main:
+        # a folder that the model was loaded from decides about its shape
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **vars(task.main.config)))
+        count = sum(p.numel() for p in task.main.parameters())
+        origin = f"resumed from {resume}" if resume else f"from {task.start}" if task.start else "from scratch"
+        place = f"{ranks.world} × {ranks.device} in {config.train.dtype}"
+        print(f"{config.model.kind}, {count:,} parameters, {origin}, on {place}; run: {run}")
+        before, now = state.get("threads"), torch.get_num_threads()
+        if before not in (None, now) and ranks.device.type == "cpu":
+            print(f"resuming with {now} threads instead of {before}: other rounding, so not an unbroken run's bits")
+        runs.start_run(run, config, state)
+    if ranks.sharded:
+        parallel.check_shared_disk(run, ranks)
 
 
 @contextlib.contextmanager
