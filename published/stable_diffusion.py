@@ -359,7 +359,8 @@ def unet_fields(saved, path="config.json"):
 
 def say_unknown(saved, path, *known):
     """Says which keys of a configuration stand in none of the tables `known`."""
-    if unknown := [key for key in saved if not key.startswith("_") and not any(key in table for table in known)]:
+    known = set().union(*known)
+    if unknown := [key for key in saved if key not in known and not key.startswith("_")]:
         say(f"{path}: left unread, for unknown here: {', '.join(unknown)}")
 
 
