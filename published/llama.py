@@ -31,18 +31,33 @@ from support.settings import UserError
 def read(path):
     """A folder, or a weight file in one → (settings.Fields of a LLaMAConfig, {name: tensor})."""
     folder = path if path.is_dir() else path.parent
-    if (folder / "params.json").exists() and not (folder / "config.json").exists():
-        return read_meta(folder)
     file = folder / "config.json"
-    return config_from_hf(checkpoint.read_json(file), file), from_hf_names(checkpoint.read_tensors(path))
+    if (folder / "params.json").exists() and not file.exists():
+        if path.is_file() and not path.name.startswith("consolidated."):
+            raise UserError(f"{path}: params.json beside it belongs to consolidated.00.pth, …: name the folder")
+        return read_meta(folder)
+    if not file.exists():
+        raise UserError(f"{path}: no config.json beside the weights, which do not say a LLaMA's heads: get it too")
+    fields, tensors = config_from_hf(checkpoint.read_json(file), file), from_hf_names(checkpoint.read_tensors(path))
+    return untied(fields, tensors, path), tensors
+
+
+def untied(fields, tensors, path):
+    """The fields; without tie_embeddings if the file holds a head of its own all the same, as transformers reads it."""
+    head, embedding = (tensors.get(f"{name}.weight") for name in ("lm_head", "embed_tokens"))
+    both = head is not None and embedding is not None and not head.is_meta  # without numbers, nobody can tell
+    if fields.get("tie_embeddings") is True and both and not torch.equal(head, embedding):
+        print(f"{path}: lm_head.weight differs from embed_tokens.weight, so they are not tied", file=sys.stderr)
+        fields["tie_embeddings"] = False
+    return fields
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------
 
 
 def from_hf_names(tensors):
-    # a second model. is Lightning's
-    return checkpoint.renamed(tensors, [(r"rotary_emb\.inv_freq$", None), (r"^(model\.)+", "")])
+    # a second model. is Lightning's, base_model. peft's
+    return checkpoint.renamed(tensors, [(r"rotary_emb\.inv_freq$", None), (r"^(base_model\.)?(model\.)+", "")])
 
 
 def to_hf_names(tensors):

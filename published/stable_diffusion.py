@@ -359,8 +359,8 @@ def unet_fields(saved, path="config.json"):
 
 def say_unknown(saved, path, *known):
     """Says which keys of a configuration stand in none of the tables `known`."""
-    names = set().union(*known)
-    if unknown := [key for key in saved if not key.startswith("_") and key not in names]:
+    known = set().union(*known)
+    if unknown := [key for key in saved if key not in known and not key.startswith("_")]:
         say(f"{path}: left unread, for unknown here: {', '.join(unknown)}")
 
 

@@ -371,8 +371,9 @@ def _read_file(path):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    is_safetensors = _is_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors:
             return load_file(path)
         if is_torchscript(path):
             return _read_torchscript(path)
@@ -383,6 +384,15 @@ def _read_file(path):
         raise UserError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
     except Exception as error:  # torch.load raises many kinds, and some span pages
         raise UserError(f"{path}: not a plain file of tensors ({_first_line(error)})") from None
+
+
+def _is_safetensors(path):
+    """By its bytes, eight of a length, then JSON, as some are named .bin; a pickle under its name is a UserError."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if path.suffix == ".safetensors" and start.startswith((b"PK\3\4", b"\x80\2")):
+        raise UserError(f"{path}: is a pickle of torch, no safetensors file: name it .bin")
+    return start[8:] == b"{" or path.suffix == ".safetensors"
 
 
 AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "params_ema")
@@ -692,7 +702,7 @@ def _snapshot(path):
             found = sorted((path / "snapshots").iterdir())
         inside = "snapshots"
     else:
-        found, inside = sorted(path.glob("models--*--*")), "models"
+        found, inside = sorted([*path.glob("models--*--*"), *path.glob("hub/models--*--*")]), "models"
         if not found:
             return path
     if len(found) == 1:
@@ -787,4 +797,8 @@ def expect(path, *wanted):
     """Raises a UserError that says what `path` holds, if that is known and none of `wanted` (names in KINDS)."""
     found = what_is(path)
     if found and found not in wanted:
-        raise UserError(f"{path}: holds {found}, but {' or '.join(wanted)} is wanted")
+        folder = weights_folder(path)
+        config = (folder if folder.is_dir() else folder.parent) / "config.json"
+        silent = config.exists() and not foreign.json_table(config).keys() & {key for key, _ in KINDS}
+        hint = "; config.json does not say what it is, its tensors' names do" if silent else ""
+        raise UserError(f"{path}: holds {found}, but {' or '.join(wanted)} is wanted{hint}")

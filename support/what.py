@@ -1,6 +1,6 @@
 """What a checkpoint is, in a few lines: for `sample.py what`. No weight is read, only names, shapes and dtypes."""
 
-from support import checkpoint, settings
+from support import checkpoint, foreign, settings
 from support.settings import UserError
 from support.tokenizer import FILES, CLIPTokenizer, Tokenizer, find_clip_files
 
@@ -14,8 +14,10 @@ def kind_of(path):
     if kind is None and tokenizer_of(folder):
         return TOKENIZER
     if kind is None:
-        known = sorted({*checkpoint.KINDS.values(), TOKENIZER})
-        raise UserError(f"{path}: nothing that opens here, as far as its files say: not {', '.join(known)}")
+        found = foreign.of_folder(folder, has_weights=False) if folder.is_dir() else None
+        known = f"not {', '.join(sorted({*checkpoint.KINDS.values(), TOKENIZER}))}"
+        reason = f"it is {found[0]}; {found[1]}" if found else known
+        raise UserError(f"{path}: nothing that opens here, as far as its files say: {reason}")
     return kind
 
 

@@ -40,6 +40,8 @@ REFUSED = {  # the same: what the one line says
     "sd21_diffusers": "no CLIP text tower",
     "sdxl_diffusers": "no CLIP text tower",
     "sd1_compvis/weights.ckpt": "needs config=",
+    "clip_openai_statedict": "name one of them: io.safetensors, weights.pt",
+    "llama_meta/io.safetensors": "belongs to consolidated.00.pth",
     "clip_tokenizer": "nothing that opens here",
     "sd_schedulers": "nothing that opens here",
     "dreamllm": "a folder around others; name it: checkpoint",
@@ -214,6 +216,37 @@ def test_one_consolidated_file_is_meta_s_layout_and_what_it_asks_for_beyond_is_r
             LLaMA.from_pretrained(tmp_path)
 
 
+def test_a_head_of_its_own_counts_although_the_configuration_ties_it(tmp_path, capsys):
+    """As transformers 5 reads it; a tied weight that a file holds twice stays one."""
+    tensors = load_file(GOLDEN / "llama_hf_lvm" / "model.safetensors")
+    config = json.loads((GOLDEN / "llama_hf_lvm" / "config.json").read_text())
+    content("config.json", config | {"tie_word_embeddings": True})(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(LLaMA.from_pretrained(tmp_path).lm_head.weight, tensors["lm_head.weight"])
+    assert "are not tied" in capsys.readouterr().err
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert LLaMA.from_pretrained(tmp_path).config.tie_embeddings and not capsys.readouterr().err
+
+
+def test_safetensors_named_bin_open_and_peft_s_prefix_goes_a_pickle_named_safetensors_is_refused(tmp_path):
+    tensors = load_file(GOLDEN / "llama_hf_lvm" / "model.safetensors")
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    shutil.copy(GOLDEN / "llama_hf_lvm" / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "pytorch_model.bin")
+    model = LLaMA.from_pretrained(tmp_path)
+    assert torch.equal(model.lm_head.weight, tensors["base_model.model.lm_head.weight"])
+    torch.save(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"is a pickle of torch.*name it \.bin"):
+        LLaMA.from_pretrained(tmp_path)
+
+
+def test_weights_without_a_config_json_are_refused_with_the_way_out(tmp_path):
+    shutil.copy(GOLDEN / "llama_hf_lvm" / "model.safetensors", tmp_path)
+    with pytest.raises(UserError, match=r"no config\.json beside the weights.*get it too"):
+        LLaMA.from_pretrained(tmp_path)
+
+
 # ---- the hub's cache ---------------------------------------------------------------------------
 
 
@@ -226,6 +259,9 @@ def test_the_hub_s_cache_opens_where_it_is_unambiguous(tmp_path):
         LLaMA.from_pretrained(root)
     content("refs/main", b"aaa\n")(root)
     assert LLaMA.from_pretrained(root).config.vocab_size == 212
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "hub").symlink_to(tmp_path)  # as HF_HOME names it
+    assert checkpoint.weights_folder(tmp_path / "home").name == "aaa"
     (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
     with pytest.raises(UserError, match="2 models: name one of them"):
         checkpoint.weights_folder(tmp_path)
