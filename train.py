@@ -255,19 +255,22 @@ def save(step, task, optimizers, ema):
     """Writes the run's checkpoint after `step` steps, unless it is there; see runs.py for the layout."""
     run, ranks = Path(task.config.run.dir), task.ranks
     finite = all(weight.isfinite().all() for module in task.modules.values() for weight in held(module))
-    if ranks.mean({"finite": finite})["finite"] < 1:
+    if ranks.sharded:
+        finite = ranks.mean({"finite": finite})["finite"] == 1
+    if not finite:
         raise UserError(f"step {step}: weights are not finite any more; not saved. Try a lower optim.lr")
-    if (run / f"step_{step:08d}").exists():
+    if (run / f"step_{step:08d}").exists() or not (ranks.is_main or ranks.sharded):
         return
     with contextlib.ExitStack() as stack:
         if ranks.is_main:
             folder = stack.enter_context(runs.new_step(run, step, task.config.train.keep))
         else:
             folder = stack.enter_context(checkpoint.shares_only())
-        folder = ranks.from_main(folder)
-        if ranks.is_main or ranks.sharded:
-            write_step(folder, step, task, optimizers, ema)
-        ranks.wait()  # the folder appears when all have written
+        if ranks.sharded:
+            folder = ranks.from_main(folder)
+        write_step(folder, step, task, optimizers, ema)
+        if ranks.sharded:
+            ranks.wait()  # the folder gets its name when all have written
 
 
 def write_step(folder, step, task, optimizers, ema):
