@@ -46,7 +46,7 @@ def one(row_overrides, tmp_path_factory):
     return run_tiny("llama", tmp_path_factory.mktemp("one") / "run", *TEN_STEPS, *row_overrides)
 
 
-@pytest.mark.parametrize(("parallel", "processes"), [("ddp", 2), ("fsdp", 2), ("fsdp", 4)])
+@pytest.mark.parametrize(("parallel", "processes"), [("ddp", 2), ("fsdp", 4)])
 def test_a_llama_ends_with_the_same_weights_on_any_number_of_processes(
     parallel, processes, one, row_overrides, tmp_path
 ):
@@ -73,11 +73,11 @@ train.save(5, task, optimizers, ema)
 
 
 def test_a_checkpoint_survives_any_change_of_processes_to_the_bit(one, row_overrides, tmp_path):
-    """1 → 4 → 2 → 1: what is saved right after loading, on other shares, is what was loaded."""
+    """1 → 4 → 2: what is saved right after loading, on other shares, is what was loaded."""
     script = tmp_path / "save.py"
     script.write_text(SAVE_WHAT_IS_LOADED)
     start = folder = one / "step_00000005"
-    for processes in (4, 2, 1):
+    for processes in (4, 2):
         overrides = ["train.parallel=fsdp", *TEN_STEPS, *row_overrides]
         torchrun(processes, script, "llama", folder, tmp_path / f"on_{processes}", 5 << 30, *overrides)
         folder = tmp_path / f"on_{processes}" / "step_00000005"
@@ -105,7 +105,6 @@ EVERY_PART = 'model.trained=["llama", "projector", "dream_queries", "condition",
     "stage",
     [
         [EVERY_PART, "model.drop=0.5"],
-        ["model.stage=understand", "model.w_vm=0"],
         ["model.stage=create", "model.w_lm=0", "train.batch_size=2"],
     ],
 )
@@ -118,7 +117,6 @@ def test_a_dreamllm_in_shares_is_the_one_of_one_process(stage, dream_parts, tmp_
     train_on(2, "dreamllm", tmp_path / "two", *few, "train.parallel=fsdp")
     for entry, expected in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
         assert entry == pytest.approx(expected, rel=1e-4)
-    train_on(2, "dreamllm", tmp_path / "two", *few, "train.parallel=fsdp", "train.steps=4")  # it resumes
 
 
 def test_an_autoencoder_in_shares_is_the_one_of_one_process(pictures, tmp_path):
