@@ -45,7 +45,7 @@ dream: parts
 
 test: .venv/installed-test
 	.venv/bin/ruff check .
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 bench: .venv/installed
 	$(PY) bench/speed.py

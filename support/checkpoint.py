@@ -390,9 +390,10 @@ def _is_safetensors(path):
     """By its bytes, eight of a length, then JSON, as some are named .bin; a pickle under its name is a UserError."""
     with open(path, "rb") as file:
         start = file.read(9)
-    if path.suffix == ".safetensors" and start.startswith((b"PK\3\4", b"\x80\2")):
+    whole = start[8:] == b"{"  # a length may begin as a pickle does
+    if path.suffix == ".safetensors" and not whole and start.startswith((b"PK\3\4", b"\x80\2")):
         raise UserError(f"{path}: is a pickle of torch, no safetensors file: name it .bin")
-    return start[8:] == b"{" or path.suffix == ".safetensors"
+    return whole or path.suffix == ".safetensors"
 
 
 AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "params_ema")

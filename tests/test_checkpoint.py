@@ -228,3 +228,13 @@ def test_what_holds_no_weights_is_one_line(tmp_path):
     assert refused(checkpoint.read_tensors, tmp_path / "list.bin").endswith("holds a list, not a table of tensors")
     (tmp_path / "config.json").write_text('{"a": ')
     assert refused(checkpoint.read_json, tmp_path / "config.json").startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_a_header(tmp_path):
+    """640 is written b"\\x80\\x02…", as a pickle's first two bytes are."""
+    plain = {"format": "pt"}
+    checkpoint.write_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)}, plain | {"pad": ""})
+    size = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")
+    checkpoint.write_tensors(tmp_path / "b.safetensors", {"w": torch.ones(2)}, plain | {"pad": "x" * (640 - size)})
+    assert (tmp_path / "b.safetensors").read_bytes().startswith(b"\x80\x02")
+    assert checkpoint.read_tensors(tmp_path / "b.safetensors")["w"].tolist() == [1, 1]

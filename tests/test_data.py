@@ -586,16 +586,19 @@ def test_held_out_rows_stay_in_order(tmp_path):
 
 
 def test_broken_rows_are_named_counted_and_left_out(tmp_path, capsys):
-    """Bad JSON, bad base64, half a code, a code outside the codebook: a line each; the rest is read."""
+    """Bad JSON, bad base64, half a code, a code outside the codebook: a line each; the rest is read.
+
+    An empty line is no row.
+    """
     good = encode_row([5, 6])
     half = json.dumps({"tokens": base64.b64encode(b"12345").decode()}) + "\n"
     broken = ["{oops\n", '{"tokens": "a*b"}\n', half, encode_row([8]), encode_row([-1]), "\n"]
     (tmp_path / "r.jsonl").write_text(good + "".join(broken) + good)
     reader = TokenRows([tmp_path / "r.jsonl"], 4, 1, seed=0, vocab_size=8)
-    assert reader.skipped == 6 and reader.tokens == 4
+    assert reader.skipped == 5 and reader.tokens == 4
     assert reader.batch(0, range(1))[0].tolist() == [[5, 6, 5, 6]]
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[0].rsplit(":")[-1] for line in lines] == ["2", "3", "4", "5", "6", "7"]
+    assert [line.split(": ")[0].rsplit(":")[-1] for line in lines] == ["2", "3", "4", "5", "6"]
     assert "base64" in lines[1] and "vocabulary of 8" in lines[3]
     with pytest.raises(UserError, match="no readable rows"):
         (tmp_path / "none.jsonl").write_text("")
