@@ -181,6 +181,9 @@ def of_folder(folder, has_weights=True):
             return f"incomplete: {name} is a link to a file that is not there", AGAIN
     if missing := missing_shards(folder, names):
         return f"half downloaded: {missing} not there", AGAIN
+    if has_weights and {"adapter_config.json", "config.json"} <= set(names):
+        # transformers adds it to the weights, where peft is installed
+        return "a model with a LoRA adapter beside it", f"{LORA}; or move adapter_config.json away, to use it alone"
     if has_weights:
         return None
     if "adapter_config.json" in names:

@@ -241,6 +241,14 @@ def test_safetensors_named_bin_open_and_peft_s_prefix_goes_a_pickle_named_safete
         LLaMA.from_pretrained(tmp_path)
 
 
+def test_an_adapter_beside_a_model_is_not_left_out_in_silence(tmp_path):
+    """transformers adds it to the weights where peft is installed."""
+    shutil.copytree(GOLDEN / "llama_hf_lvm", tmp_path / "model")
+    content("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "a/b"})(tmp_path / "model")
+    with pytest.raises(UserError, match=r"a model with a LoRA adapter beside it; .* move adapter_config\.json away"):
+        LLaMA.from_pretrained(tmp_path / "model")
+
+
 def test_weights_without_a_config_json_are_refused_with_the_way_out(tmp_path):
     shutil.copy(GOLDEN / "llama_hf_lvm" / "model.safetensors", tmp_path)
     with pytest.raises(UserError, match=r"no config\.json beside the weights.*get it too"):
