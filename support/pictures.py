@@ -10,9 +10,11 @@ only, so that the data code and the JAX trainer do without.
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -66,6 +68,8 @@ def load_picture(source, side=None, resize="crop", name=None, frame=0):
             if frame:
                 image.seek(frame)
             image.load()  # what is broken must raise here, not below
+            if image.format == "TIFF" and image.n_frames > 1:
+                _say_first_page(str(name))
             with contextlib.suppress(Exception):  # Exif that Pillow cannot read costs the rotation only
                 ImageOps.exif_transpose(image, in_place=True)
             return np.array(fit_square(on_white(image), side, resize))  # (H, W, 3)
@@ -85,6 +89,11 @@ def not_a_picture(data):
         return "not a picture that is read here, but HEIC: pip install pillow-heif"
     start = data[:100].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return next((what for sign, what in INSTEAD.items() if start.startswith(sign)), "not a picture")
+
+
+@functools.cache  # once a file
+def _say_first_page(name):
+    print(f"{name}: a TIFF of several pages, of which the first is read", file=sys.stderr)
 
 
 def may_be_animated(start):

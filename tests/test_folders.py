@@ -547,3 +547,11 @@ def test_a_reader_that_leaves_ends_the_program_quietly(tmp_path, more):
     assert (done.stdout, done.stderr) == ("141\n", "")
     done = subprocess.run(["bash", "-c", f"{python} prepare.py --help | true"], cwd=ROOT, capture_output=True)
     assert done.stderr == b""
+
+
+def test_pages_of_a_tiff_after_the_first_are_said_to_be_left_out(tmp_path, capsys):
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    red.save(tmp_path / "scan.tif", save_all=True, append_images=[blue])
+    for _ in range(2):
+        assert load_picture(tmp_path / "scan.tif")[0, 0].tolist() == [255, 0, 0]
+    assert capsys.readouterr().err.count("scan.tif: a TIFF of several pages, of which the first is read") == 1
