@@ -21,6 +21,7 @@ many processes there are changes nothing but rounding.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support import checkpoint, parallel, runs, settings
+from support import checkpoint, parallel, runs, settings, watch
 from support.pictures import save_grid
 from support.settings import UserError, learning_rate
 from support.threads import prefetch
@@ -139,14 +140,16 @@ def train(config, explicit_keys, device=None):
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
 
     items = batch_size * config.train.accumulate * task.items_per_row
-    log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main)  # knows when: log_every, eval_every …
+    meter = watch.Meter(ranks.device)  # how fast; and the log knows when: log_every, eval_every …
+    log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main, meter.measured)
 
-    for step, microbatches in enumerate(batches(task, first), first):
+    for step, microbatches in enumerate(batches(task, first, log, meter), first):
         # -- update: each phase in turn, then the average --
         values = {}
         for phase, optimizer in optimizers.items():
             if task.active(phase, step):
-                values |= update(task, phase, modules[phase], optimizer, microbatches, step, autocast)
+                with meter.counting(phase):
+                    values |= update(task, phase, modules[phase], optimizer, microbatches, step, autocast)
         average(ema, task.main, config.train.ema, step)
         task.after_step(step, ema)
         done = step + 1
@@ -166,9 +169,7 @@ def train(config, explicit_keys, device=None):
                 save(done, task, optimizers, ema)
         if log.samples(done) and (ranks.is_main or ranks.sharded):
             with log.paused(), autocast, evaluating(task, optimizers, ema, done):
-                rows = task.sample()
-            if rows and ranks.is_main:
-                save_grid(rows, run / "samples" / f"step_{done:08d}.png")
+                show(done, task.sample(), run, log)
         log.advance()
 
     log.close()
@@ -177,14 +178,18 @@ def train(config, explicit_keys, device=None):
     return run
 
 
-def batches(task, first):
-    """The microbatches of each step from `first` on: a list of them, made by threads a few ahead of their use."""
+def batches(task, first, log, meter):
+    """The microbatches of each step from `first` on: a list of them, made by threads a few ahead of their use.
+
+    What the loop waits for them is logged, and train.profile's steps are recorded.
+    """
     train = task.config.train
     rows = task.ranks.rows(train.batch_size)
     numbers = range(first * train.accumulate, train.steps * train.accumulate)  # through the whole run
     made = prefetch(lambda number: task.batch(number, rows), numbers, task.config.data.workers)
-    for _ in range(first, train.steps):
-        yield [next(made) for _ in range(train.accumulate)]
+    steps = iter(lambda: list(itertools.islice(made, train.accumulate)), [])  # until none are left
+    profile = train.profile if task.ranks.is_main else ()
+    return watch.profiled(log.waiting(steps, meter.is_idle), first, profile, Path(task.config.run.dir))
 
 
 def begin(config, explicit_keys, ranks, resume):
@@ -246,6 +251,14 @@ def evaluating(task, optimizers, ema, done):
         raise
     finally:
         task.main.train()
+
+
+def show(step, rows, run, log):
+    """Rows of pictures, if there are any, as samples/step_XXXXXXXX.png of the main process."""
+    if rows and log.is_main:
+        file = run / "samples" / f"step_{step:08d}.png"
+        save_grid(rows, file)
+        log.picture(step, file)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------

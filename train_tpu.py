@@ -501,9 +501,17 @@ def announce(s, layout, run, resume, state):
     runs.start_run(run, s, state)
 
 
+def device_memory(seconds):
+    """{"memory_gb": the most that was in use so far of this process's first device}; {} of a CPU. For runs.Log."""
+    stats = jax.local_devices()[0].memory_stats()
+    return {"memory_gb": round(stats["peak_bytes_in_use"] / 1e9, 3)} if stats else {}
+
+
 def train(s, explicit_keys, devices=None):
     """Runs (or resumes) the training that `s` describes, on all devices or these → its folder."""
     t, run, is_main = s.train, Path(s.run.dir), jax.process_index() == 0
+    if t.profile:
+        raise UserError("train.profile: train_tpu.py does not implement it, train.py does")
     resume, progress = runs.newest_step(run, s.model.kind)
     first = progress["step"]
     if first >= t.steps:
@@ -524,8 +532,9 @@ def train(s, explicit_keys, devices=None):
             return sharded_batch(rows, range(step * t.accumulate, (step + 1) * t.accumulate), program.batch.sharding)
 
         batches = prefetch(microsteps, range(first, t.steps), s.data.workers)
-        log = runs.Log(run, t, first, "tokens", t.batch_size * t.accumulate * rows.context, is_main)
-        for step, batch in zip(range(first, t.steps), batches, strict=True):
+        log = runs.Log(run, t, first, "tokens", t.batch_size * t.accumulate * rows.context, is_main, device_memory)
+        waited_for = log.waiting(batches, lambda: state["exp_avg"]["norm"].is_ready())
+        for step, batch in enumerate(waited_for, first):
             state, values = program.update(state, batch, step_constants(s, step))  # returns at once: devices work on
             done = step + 1
             if log.due(done):

@@ -1,7 +1,8 @@
 """GPUs as their makers describe them: what a training step is measured against (train.py's log, and its --plan).
 
-From NVIDIA's datasheets of the A100 80GB SXM, the H100 SXM, the H200 SXM and the HGX B200. They give products with
-sparsity, which is twice what dense ones reach, and NVLink in both directions together; here both are halved.
+From NVIDIA's datasheets of the A100 80GB SXM, the H100 SXM, the H200 SXM and the DGX B200 (an eighth of it). They give
+products with sparsity, which is twice what dense ones reach, and NVLink in both directions together; here both are
+halved.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ CHIPS = {
     "A100-80": Chip("NVIDIA A100-SXM4-80GB", 312e12, 80e9, 2.039e12, 300e9),
     "H100": Chip("NVIDIA H100 80GB HBM3", 989e12, 80e9, 3.35e12, 450e9),
     "H200": Chip("NVIDIA H200", 989e12, 141e9, 4.8e12, 450e9),
-    "B200": Chip("NVIDIA B200", 2.25e15, 180e9, 7.7e12, 900e9),
+    "B200": Chip("NVIDIA B200", 2.25e15, 180e9, 8e12, 900e9),
 }
 
 

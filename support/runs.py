@@ -4,6 +4,8 @@
       config.toml                 as resolved: every default that was used
       metrics.jsonl               a line every few steps
       samples/                    pictures
+      tensorboard/, wandb/        the same as curves, if train.log says so
+      profile_10_13.json          a trace of those steps, if train.profile says so
       step_00001000/              one checkpoint: the weights in their published layout …
         ema/                      … the same again for the averaged weights, preferred for sampling
         training/                 … and what only a resumed training needs (optimizer, discriminator)
@@ -17,13 +19,14 @@ import contextlib
 import json
 import math
 import shutil
+import sys
 import time
 import tomllib
 from pathlib import Path
 
 from tqdm import tqdm
 
-from support import checkpoint, settings
+from support import boards, checkpoint, settings
 from support.checkpoint import atomic_folder, remove_parts, renamed_when_whole, step_folders, write_text
 from support.settings import UserError
 
@@ -140,12 +143,12 @@ def already_complete(run, s, explicit_keys, first):
 
 
 class Log:
-    """metrics.jsonl, TensorBoard (if it is installed), the progress bar; and which steps are logged, evaluated, saved.
+    """metrics.jsonl, curves (boards.py), the progress bar; and which steps are logged, evaluated, saved.
 
     Steps are counted when they are done, 1 … train.steps; after the last one everything happens once more.
 
         log = Log(run, train, first, unit="tokens", items=tokens_per_step)
-        for step in …:
+        for batch in log.waiting(batches):
             …
             if log.due(done):
                 entry = log.entry(done, values)
@@ -156,16 +159,20 @@ class Log:
             log.advance()
         log.close()
 
+    Beside the trainer's values an entry has "…_per_second", "waiting_seconds", in which the loop had no batch (since
+    the entry before), and "memory_gb", the most that was in use so far: of the process, if `measured` knows no better.
+
     first: the step at which the run begins; items: how many `unit` a step works through; is_main: only the main
-    process writes and prints.
+    process writes and prints; measured: (seconds of a step) → {name: value}, what the trainer knows of its device.
     """
 
-    def __init__(self, run, train, first, unit, items, is_main=True):
-        self.run, self.train, self.unit, self.items = run, train, unit, items
+    def __init__(self, run, train, first, unit, items, is_main=True, measured=lambda seconds: {}):
+        self.run, self.train, self.unit, self.items, self.is_main = run, train, unit, items, is_main
         self.file = open(run / "metrics.jsonl", "a") if is_main else None
-        self.board = _tensorboard(run) if is_main else None
+        self.board = boards.open_board(train.log, run, first) if is_main else None
         self.bar = tqdm(total=train.steps, initial=first, disable=not is_main, unit="step", dynamic_ncols=True)
         self.clock, self.since = time.perf_counter(), first  # when the rate was last measured, and after which step
+        self.measured, self.waited = measured, 0.0
 
     def evaluates(self, done):
         return self._every(self.train.eval_every, done)
@@ -193,9 +200,26 @@ class Log:
                 f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {good})"
             )
         now = time.perf_counter()
-        rate = (done - self.since) * self.items / (now - self.clock)
-        self.clock, self.since = now, done
-        return entry | {f"{self.unit}_per_second": round(rate, 1)}
+        steps, seconds = done - self.since, now - self.clock
+        entry |= {f"{self.unit}_per_second": round(steps * self.items / seconds, 1)}
+        entry |= {"waiting_seconds": round(self.waited, 4)} | resident_memory() | self.measured(seconds / steps)
+        self.waiting_share = self.waited / seconds
+        self.clock, self.since, self.waited = now, done, 0.0
+        return entry
+
+    def waiting(self, batches, is_idle=lambda: True):
+        """The batches; counts the seconds until one comes, if the device (is_idle) had nothing to do by then.
+
+        The first one does not count: everything begins with waiting for it.
+        """
+        batches = iter(batches)
+        yield next(batches)
+        began = time.perf_counter()
+        for batch in batches:
+            if is_idle():
+                self.waited += time.perf_counter() - began
+            yield batch
+            began = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self):
@@ -211,12 +235,20 @@ class Log:
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
         done, rate = entry["step"], entry[f"{self.unit}_per_second"]
-        self.bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} {self.unit}/s")
+        postfix = f"loss {entry['loss']:.4f}, {rate:,.0f} {self.unit}/s"
+        if self.waiting_share > 0.1:
+            postfix += f", waiting for data {self.waiting_share:.0%}: more data.workers or smaller pictures"
+        self.bar.set_postfix_str(postfix)
         values = {name: value for name, value in entry.items() if name != "step"}
         if self.evaluates(done):
             self.bar.write(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(name, value, done)
+        if self.board:
+            self.board.scalars(done, values)
+
+    def picture(self, done, file):
+        """Shows a sheet of samples with the curves, if there are any."""
+        if self.board:
+            self.board.picture(done, file)
 
     def advance(self):
         """The progress bar, by one step."""
@@ -229,12 +261,14 @@ class Log:
                 writer.close()
 
 
-def _tensorboard(run):
+def resident_memory():
+    """{"memory_gb": the most memory that this process has had}; {} where the system does not say."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(run / "tensorboard")
+        import resource
+    except ImportError:  # on Windows
+        return {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_gb": round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)}  # Linux counts in KiB
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

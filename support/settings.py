@@ -126,13 +126,18 @@ class TrainSettings:
     eval_batches: int = 8
     sample_every: int = 1000  # pictures in samples/; 0: never
     log_every: int = 10
+    log: str = ""  # beside metrics.jsonl: "tensorboard" or "wandb", if that package is installed
+    profile: tuple[int, ...] = ()  # [10, 13]: torch.profiler records steps 10 to 13
 
     def __post_init__(self):
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, ("ddp", "fsdp"), "parallel")
         at_least(self, 1, "steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches")
         at_least(self, 0, "seed", "keep", "eval_every", "sample_every")
+        one_of(self, ("", "tensorboard", "wandb"), "log")
         fraction(self, "ema")
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1] <= self.steps):
+            raise ValueError(f"profile {list(self.profile)} must be two of the steps 1 to {self.steps}, in order")
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,10 @@ def assert_same_bits(a, b):
 
 
 def metrics(run):
-    """metrics.jsonl without the speeds, which no two runs share."""
+    """metrics.jsonl without what is measured of the machine, which no two runs share."""
+    measured = ("_per_second", "_seconds", "memory_gb", "mfu")
     entries = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if not k.endswith("_per_second")} for entry in entries]
+    return [{k: v for k, v in entry.items() if not k.endswith(measured)} for entry in entries]
 
 
 def refused(call, *arguments):
