@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support import checkpoint, parallel, runs, settings, watch
+from support import checkpoint, parallel, runs, settings, watch, whole
 from support.pictures import save_grid
 from support.settings import UserError, learning_rate
 from support.threads import prefetch
@@ -128,7 +128,7 @@ def train(config, explicit_keys, device=None):
         raise UserError(f"train.batch_size {batch_size} is no multiple of the {ranks.world} processes")
 
     # -- start: resume, init or scratch --
-    resume, state = runs.newest_step(run, config.model.kind)
+    resume, state = runs.newest_step(run, config.model.kind, ranks)
     first = state["step"]
     if first >= steps:
         if ranks.is_main:
@@ -195,12 +195,13 @@ def batches(task, first, log, meter):
 def begin(config, explicit_keys, ranks, resume):
     """→ (task, {phase: optimizer}, averaged weights): from the checkpoint `resume`, or as the configuration says."""
     torch.manual_seed(config.train.seed)
-    task = TASKS[config.model.kind](config, explicit_keys, ranks, resume)
-    place(task)
-    optimizers = {phase: make_optimizer(module, config.optim) for phase, module in task.modules.items()}
-    ema = [weight.clone() for weight in held(task.main)] if config.train.ema else []
-    if resume:
-        load_training(resume, task, optimizers, ema)
+    with runs.way_out(resume):
+        task = TASKS[config.model.kind](config, explicit_keys, ranks, resume)
+        place(task)
+        optimizers = {phase: make_optimizer(module, config.optim) for phase, module in task.modules.items()}
+        ema = [weight.clone() for weight in held(task.main)] if config.train.ema else []
+        if resume:
+            load_training(resume, task, optimizers, ema)
     return task, optimizers, ema
 
 
@@ -298,7 +299,8 @@ def write_step(folder, step, task, optimizers, ema):
         if phase != task.main_phase:
             checkpoint.write_tensors(folder / "training" / f"{phase}.safetensors", module.state_dict())
     checkpoint.write_tensors(folder / "training" / "state.safetensors", task.state())
-    checkpoint.write_json(folder / "state.json", runs.state(step, threads=torch.get_num_threads()))
+    writers = task.ranks if task.ranks.sharded else whole.ALONE
+    runs.write_state(folder, step, writers, threads=torch.get_num_threads())
 
 
 def load_training(folder, task, optimizers, ema):
@@ -313,10 +315,12 @@ def load_training(folder, task, optimizers, ema):
             file = folder / "training" / f"{phase}.safetensors"
             tensors = checkpoint.read_tensors(file)
             checkpoint.check_same(tensors, module.state_dict(), file)
+            checkpoint.check_finite(tensors, file)
             module.load_state_dict(tensors)
     file = folder / "training" / "state.safetensors"
     tensors = checkpoint.read_tensors(file)
     checkpoint.check_same(tensors, task.state(), file)
+    checkpoint.check_finite(tensors, file)
     task.load_state(tensors)
     if ema and (folder / "ema").is_dir():
         weights = dict(type(task.main).from_pretrained(folder / "ema").named_parameters())  # mapped to the file
@@ -352,8 +356,11 @@ def load_optimizer(optimizer, module, file, may_skip_weights):
     checkpoint.check_same(tensors, expected, file)
     for name, parameter in module.named_parameters():
         if f"{name}.step" in tensors:
-            moments = {key: parallel.share(tensors[f"{name}.{key}"], parameter) for key in MOMENTS[1:]}
-            optimizer.state[parameter] = {"step": tensors[f"{name}.step"].to(parameter.device, copy=True), **moments}
+            state = {"step": tensors[f"{name}.step"].to(parameter.device, copy=True)}
+            state |= {key: parallel.share(tensors[f"{name}.{key}"], parameter) for key in MOMENTS[1:]}
+            for key, value in state.items():
+                checkpoint.check_finite({f"{name}.{key}": parallel.local(value)}, file, negative=key == "exp_avg")
+            optimizer.state[parameter] = state
 
 
 def main():

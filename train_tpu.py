@@ -36,6 +36,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -377,8 +378,18 @@ def save(run, step, keep, state, layout, tokenizer=None):
         write_sharded(folder / "training" / "optimizer.model", moments, layout.mesh, counts)
         if is_main:
             checkpoint.write_tensors(folder / "training" / "state.safetensors", {})
-            checkpoint.write_json(folder / "state.json", runs.state(step))
+        runs.write_state(folder, step, ranks())
         multihost_utils.sync_global_devices(f"written {step}")
+
+
+def ranks():
+    """Which of all processes this is, and how they exchange numbers: see support/whole.py."""
+
+    def gather(numbers):  # each below 2³²
+        return multihost_utils.process_allgather(np.array(numbers, np.uint32)).reshape(jax.process_count(), -1)
+
+    number, wait = jax.process_index(), lambda: multihost_utils.sync_global_devices("written")
+    return SimpleNamespace(rank=number, world=jax.process_count(), is_main=number == 0, gather=gather, wait=wait)
 
 
 def save_weights(folder, params, layout, tokenizer):
@@ -512,7 +523,7 @@ def train(s, explicit_keys, devices=None):
     t, run, is_main = s.train, Path(s.run.dir), jax.process_index() == 0
     if t.profile:
         raise UserError("train.profile: train_tpu.py does not implement it, train.py does")
-    resume, progress = runs.newest_step(run, s.model.kind)
+    resume, progress = runs.newest_step(run, s.model.kind, ranks())
     first = progress["step"]
     if first >= t.steps:
         if is_main:

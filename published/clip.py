@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from support import checkpoint, settings
+from support import checkpoint, pickles, settings
 from support.settings import UserError
 from support.tokenizer import CLIP_END
 
@@ -39,7 +39,7 @@ def read(path):
     if path.is_dir():
         checkpoint.expect(path, *CLIPS)
         folder, file = path, newest_epoch(path) or path
-    elif checkpoint.is_torchscript(path):
+    elif pickles.is_torchscript(path):
         return read_openai(path)
     tensors = checkpoint.renamed(checkpoint.read_tensors(file), [(r"^(model|clip)\.", "")])  # as Lightning wraps it
     if any(name.startswith(("visual.", "transformer.resblocks.")) for name in tensors):

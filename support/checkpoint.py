@@ -12,10 +12,10 @@ folder is laid out: runs.py.
 
 import collections
 import contextlib
+import functools
 import json
 import mmap
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -23,8 +23,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from support import foreign, settings
-from support.settings import UserError
+from support import foreign, pickles, settings, whole
+from support.settings import UserError, read_json
 
 UMASK = os.umask(0)  # which new files are kept from whom; asking for it sets it
 os.umask(UMASK)
@@ -59,20 +59,26 @@ def atomic_folder(path, ours=None):
 
 @contextlib.contextmanager
 def renamed_when_whole(path):
-    """Gives a temporary path beside `path`, and renames what is made there; whatever happens, nothing is left over."""
+    """Gives a temporary path beside `path`, and renames what is made there; whatever happens, nothing is left over.
+
+    What is made is flushed to disk before, unless the folder that it lies in will be.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
     _remove(beside)  # left over from a killed process with the same pid
     try:
         yield beside
-        for file in [beside, *beside.rglob("*")] if beside.is_dir() else [beside]:
-            if file.is_file() and not file.is_symlink():
-                file.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
+        files = [file for file in [beside, *beside.rglob("*")] if file.is_file() and not file.is_symlink()]
+        for file in files:
+            file.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
+        if not any(re.match(PART, parent.name) for parent in path.parents):
+            whole.flush(files)
         os.replace(beside, path)
     finally:
         _remove(beside)
+
+
+PART = r"\.\d+\.part\.."  # so begins the name of what is not whole yet
 
 
 def _beside(path):
@@ -136,8 +142,15 @@ def _writable(path):
 def remove_parts(folder):
     """Deletes what killed processes left half-written in `folder`."""
     for part in Path(folder).glob(".*.part.*"):
-        if re.fullmatch(r"\.\d+\.part\..+", part.name):  # as _beside names them, and nobody else
+        if re.match(PART, part.name):  # as _beside names them, and nobody else
             _remove(part)
+
+
+def remove_folder(folder):
+    """Deletes a folder. Under its name it is whole or gone, even if this is killed; remove_parts takes what is left."""
+    beside = _beside(folder)
+    os.replace(folder, beside)
+    _remove(beside)
 
 
 def _remove(path):
@@ -304,13 +317,6 @@ def _write_checksums(path, begins):
                 entry += 46 + len(record.filename) + len(record.extra) + len(record.comment)
 
 
-def read_json(path):
-    try:
-        return json.loads(settings.read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def read_yaml(path):
     """A YAML file as data: nothing that it names is built."""
     try:
@@ -410,19 +416,13 @@ def _reason(folder):
 
 def _read_file(path):
     """What a safetensors file, a pickle of torch or a TorchScript archive holds."""
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    is_safetensors = _is_safetensors(path)
     try:
-        if is_safetensors:
-            return load_file(path)
-        if is_torchscript(path):
-            return _read_torchscript(path)
-        is_zip = zipfile.is_zipfile(path)
-        with _inert_classes(path) if is_zip else contextlib.nullcontext():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        return load_file(path) if _is_safetensors(path) else pickles.read(path, _headers_only())
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
     except Exception as error:  # torch.load raises many kinds, and some span pages
@@ -456,13 +456,18 @@ def _unwrapped(saved, path):
         if wrappers[0] in AVERAGED and raw:
             print(f"{path}: {wrappers[0]!r} is read, the averaged weights; {raw[0]!r} is not", file=sys.stderr)
         saved = saved[wrappers[0]]
-    if isinstance(saved, _Inert) or not isinstance(saved, dict):
-        kind = "whole pickled module: save its state_dict()" if isinstance(saved, _Inert) else type(saved).__name__
+    is_module = isinstance(saved, pickles.Inert)
+    if is_module or not isinstance(saved, dict):
+        kind = "whole pickled module: save its state_dict()" if is_module else type(saved).__name__
         raise UserError(f"{path}: holds a {kind}, not a table of tensors")
     for name, value in saved.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             kind = type(value).__name__.strip("_").lower()
             raise UserError(f"{path}: holds a dict, not a table of tensors: {name!r:.60} is of type {kind}")
+        if not name.isprintable():
+            raise UserError(f"{path}: {name!r:.60} is no name of a tensor")
+        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta > _headers_only():
+            raise UserError(f"{path}: {name} holds no plain numbers (sparse, quantised, nested or meta): save it dense")
     tensors = {re.sub(MARKS, "", name): tensor for name, tensor in saved.items()}
     if len(tensors) < len(saved):
         raise UserError(f"{path}: holds a tensor twice, with and without a mark of torch.compile or FSDP")
@@ -494,90 +499,6 @@ def _first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-class _Inert(dict):
-    """Stands for a class that a pickle names: takes what the pickle gives it and does nothing."""
-
-    def __new__(cls, *arguments):
-        self = super().__new__(cls)
-        self.state = {}
-        return self
-
-    def __init__(self, *arguments):
-        super().__init__()
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def _inert_classes(path):
-    """Inside this context, torch.load puts an empty object where `path` names a class it does not know.
-
-    Training programs keep callbacks and settings beside the weights. None of their code is imported or
-    run; what torch blocks outright (os.system and the like) stays refused.
-    """
-    import torch
-
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return torch.serialization.safe_globals([(_Inert, name) for name in unknown])
-
-
-def is_torchscript(path):
-    """Whether the file at `path` is a TorchScript archive: those alone keep their constants apart."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-STORAGES = {  # their names in a pickle, torch's dtypes
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "FloatStorage": "float32",
-    "DoubleStorage": "float64",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-}
-
-
-def _read_torchscript(path):
-    """The tensors of a TorchScript archive, {dotted name: tensor}. Its code is not read, and its pickle runs none.
-
-    Such an archive (OpenAI's CLIP, LPIPS) is a zip: code/, constants.pkl, and data.pkl, a pickle of modules whose
-    tensors lie in data/0, data/1, …
-    """
-    import torch
-
-    def strided(storage, offset, shape, strides, *_):
-        return storage.as_strided(shape, strides, offset)
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module == "torch" and name in STORAGES:
-                return getattr(torch, STORAGES[name])
-            return strided if (module, name) == ("torch._utils", "_rebuild_tensor_v2") else _Inert
-
-        def persistent_load(self, key):
-            _, dtype, number, _, count = key  # ("storage", type, name in the archive, device, elements)
-            if _headers_only():
-                return torch.empty(count, dtype=dtype)
-            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{number}")), dtype=dtype)
-
-    with zipfile.ZipFile(path) as archive:
-        root = archive.namelist()[0].partition("/")[0]
-        module = Unpickler(archive.open(f"{root}/data.pkl")).load()
-    tensors, seen, todo = {}, set(), [("", module)]
-    while todo:
-        prefix, module = todo.pop()
-        seen.add(id(module))
-        for name, value in module.state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[prefix + name] = value
-            elif isinstance(value, _Inert) and id(value) not in seen:  # a pickle can hold circles
-                todo.append((f"{prefix}{name}.", value))
-    return tensors
-
-
 def _read_shards(index):
     tensors, where = {}, read_json(index)
     if not isinstance(where, dict) or not isinstance(where.get("weight_map"), dict):
@@ -606,9 +527,20 @@ def check_tensors(tensors, model, path):
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise UserError(f"{path}: {name} is stored as {tensor.dtype}, expected floating-point of 16 to 64 bits")
+        check_finite({name: tensor}, path)
+
+
+def check_finite(tensors, path, negative=True):
+    """Raises a UserError unless all numbers in `tensors` are finite, and, without `negative`, none is below 0."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel():
+            continue
         # least and greatest tell of NaN (it is either) and infinity, and need no memory, as isfinite would
-        if not tensor.is_meta and not all(extreme.isfinite() for extreme in tensor.aminmax()):
+        least, greatest = tensor.aminmax()
+        if not (least.isfinite() and greatest.isfinite()):
             raise UserError(f"{path}: {name} holds NaN or infinity")
+        if least < 0 and not negative:
+            raise UserError(f"{path}: {name} holds negative numbers")
 
 
 def shards(stem, sizes, limit):
@@ -756,12 +688,34 @@ def _snapshot(path):
 
 
 def step_folders(run):
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(p for p in Path(run).glob("step_*") if p.name[5:].isdigit() and p.is_dir())
+    """The checkpoints of a run, whole or not, oldest first."""
+    found = [p for p in Path(run).glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 
 
-def latest_step_folder(run):
-    return next(reversed(step_folders(run)), None)
+def latest_step_folder(run, ranks=None):
+    """The newest whole checkpoint of a run, None if it has none at all. A newer one that is damaged is named.
+
+    ranks: of a resume, which looks at everything (see whole.trouble) and which all of them must ask for; None: to
+    sample from. A UserError if all are damaged.
+    """
+    troubles = []
+    for folder in reversed(step_folders(run)):
+        found = whole.trouble(folder, ranks, sampled=ranks is None)
+        if found is None:
+            for trouble in troubles if ranks is None or ranks.is_main else ():
+                say_once(f"{trouble}; {folder.name} is used")
+            return folder
+        troubles.append(found)
+    if troubles:
+        way_out = "move its step_* away to start anew" if ranks else "a step's folder itself opens as far as it can"
+        raise UserError(f"{troubles[0]}; {run} has no other checkpoint that is whole: {way_out}")
+    return None
+
+
+@functools.cache
+def say_once(line):
+    print(line, file=sys.stderr)
 
 
 KINDS = {  # what a config.json says of the model whose weights lie beside it: (key, value) → its name

@@ -58,6 +58,13 @@ class Ranks:
             dist.all_reduce(stacked)
         return dict(zip(values, (stacked / self.world).tolist(), strict=True))
 
+    def gather(self, value):
+        """[`value` as each rank has it, in their order]."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def from_main(self, value):
         """`value` as the main process has it."""
         box = [value]

@@ -18,7 +18,8 @@ No torch here: train_tpu.py has none either.
 import contextlib
 import json
 import math
-import shutil
+import os
+import re
 import sys
 import time
 import tomllib
@@ -26,17 +27,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support import boards, checkpoint, settings
-from support.checkpoint import atomic_folder, remove_parts, renamed_when_whole, step_folders, write_text
+from support import boards, checkpoint, settings, whole
+from support.checkpoint import atomic_file, atomic_folder, remove_parts, renamed_when_whole, step_folders, write_text
 from support.settings import UserError
 
 # ---- start -------------------------------------------------------------------------------------
 
 
-def newest_step(run, kind):
-    """→ (folder of the newest checkpoint, the content of its state.json), or (None, {"step": 0}) of a new run.
+def newest_step(run, kind, ranks=whole.ALONE):
+    """→ (folder of the newest whole checkpoint, the content of its state.json), or (None, {"step": 0}) of a new run.
 
-    A UserError if the folder holds a run of another model.kind, or its state.json is damaged.
+    A newer one that is damaged is named; all ranks look at it together (whole.py). A UserError if all are damaged, or
+    the folder holds a run of another model.kind.
     """
     run = Path(run)
     try:
@@ -53,24 +55,25 @@ def newest_step(run, kind):
             raise UserError(f'{run} holds a run of model.kind "{found}", not "{kind}": name another folder as run.dir')
     if (run / "latest").is_dir() and not (run / "latest").is_symlink():
         raise UserError(f"{run / 'latest'} is a folder, where a link to a step is meant: remove it")
-    folder = checkpoint.latest_step_folder(run)
+    newest = len(step_folders(run)) and int(step_folders(run)[-1].name[5:])
+    if any(list(numbers) != [newest] for numbers in ranks.gather([newest])):
+        raise UserError(f"run.dir {run}: its processes see different checkpoints: all need the same disk")
+    folder = checkpoint.latest_step_folder(run, ranks)
     if folder is None:
         if (run / "metrics.jsonl").exists() and not (run / "config.toml").exists():
             raise UserError(f"{run} holds a metrics.jsonl that is no run's of ours: name another folder as run.dir")
         return None, {"step": 0}
-    state = checkpoint.read_json(folder / "state.json")
-    step = state.get("step") if isinstance(state, dict) else None
-    if type(step) is not int or step < 0:
-        raise UserError(f"{folder / 'state.json'}: step is {step!r}, expected the number of steps that were made")
-    return folder, state
+    return folder, whole.read_state(folder)
 
 
 STREAMS = "named"  # how batches get their random numbers (support/chance.py); before, keys ended in numbers
 
 
-def state(step, **more):
-    """The content of state.json: the steps that were made, and what a resume compares."""
-    return {"step": step, "streams": STREAMS, **more}
+def write_state(folder, step, ranks=whole.ALONE, **more):
+    """Writes state.json, the last file of a step: what a resume compares, and the sizes and checksums of all others."""
+    state = whole.described(folder, {"step": step, "streams": STREAMS, **more}, ranks)
+    if ranks.is_main:
+        checkpoint.write_json(folder / "state.json", state)
 
 
 def start_run(run, s, state):
@@ -90,20 +93,54 @@ def start_run(run, s, state):
     for change in changes(run, s) if first else ():
         print(f"resuming with another setting than before: {change}")
     write_text(run / "config.toml", settings.dumps(s))
-    log = run / "metrics.jsonl"
-    lines = settings.read_text(log).splitlines() if log.exists() else []
-    # steps after the checkpoint will be run again
-    kept = [line for line in lines if _step_of(line) <= first]
-    write_text(log, "".join(line + "\n" for line in kept))
+    for newer in sorted(run.glob("step_*")):  # what newest_step did not take is damaged
+        if re.fullmatch(r"step_[0-9]{8,}", newer.name) and int(newer.name[5:]) > first:
+            set_aside(newer)
+    if first:
+        link_latest(run, first)
+    cut_metrics(run / "metrics.jsonl", first)
+
+
+def cut_metrics(log, last):
+    """Takes the lines of steps after `last` out of metrics.jsonl: these steps will be run again."""
+    content = settings.read_bytes(log) if log.exists() else b""
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    steps = [_step_of(line) for line in lines]
+    if None in steps[:-1]:  # of the last line, a kill may have left a part
+        set_aside(log)
+    kept = [line + b"\n" for line, step in zip(lines, steps, strict=True) if step is not None and step <= last]
+    with atomic_file(log) as beside:
+        beside.write_bytes(b"".join(kept))
 
 
 def _step_of(line):
-    """The step that a line of metrics.jsonl is about; infinity if a kill has cut the line short."""
+    """The step that a line of metrics.jsonl is about; None if the line is damaged."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if type(step) is int else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+@contextlib.contextmanager
+def way_out(folder):
+    """Within, an error that is the fault of the checkpoint `folder` says how a run goes on without it."""
+    try:
+        yield
+    except UserError as error:
+        if folder and str(error).startswith(str(folder)):
+            raise UserError(f"{error}; to resume from the checkpoint before it, move {folder} away") from None
+        raise
+
+
+def set_aside(path):
+    """Renames what is damaged to NAME.damaged, or .damaged2, …, and says so; nothing of it is removed."""
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged{number}")
+    os.rename(path, aside)
+    print(f"{path}: is damaged; what it holds stays in {aside.name}", file=sys.stderr)
 
 
 def changes(run, s, explicit_keys=None):
@@ -120,7 +157,7 @@ def changes(run, s, explicit_keys=None):
         follows = section == "model" and explicit_keys is not None and name.split(".")[0] not in explicit_keys
         # a key that the old file lacks is one that the program did not have yet
         if section != "run" and not follows and key in before and before[key] != value:
-            found.append(f"{key} = {json.dumps(value)} (was {json.dumps(before[key])})")
+            found.append(f"{key} = {json.dumps(value)} (was {json.dumps(before[key], default=str)})")
     return found
 
 
@@ -276,11 +313,21 @@ def resident_memory():
 
 @contextlib.contextmanager
 def new_step(run, step, keep=0):
-    """Gives a folder to fill, which then appears whole as run/step_XXXXXXXX; the `keep` newest stay (0: all)."""
+    """Gives a folder to fill, which then appears whole as run/step_XXXXXXXX; the `keep` newest stay (0: all).
+
+    A damaged one is none of those `keep`.
+    """
     folder = Path(run) / f"step_{step:08d}"
     with atomic_folder(folder) as beside:
         yield beside
+    link_latest(run, step)
+    good = 0
+    for old in reversed(step_folders(run)) if keep else ():
+        if good >= keep:
+            checkpoint.remove_folder(old)
+        good += whole.trouble(old) is None
+
+
+def link_latest(run, step):
     with renamed_when_whole(Path(run) / "latest") as beside:
-        beside.symlink_to(folder.name)
-    for old in step_folders(run)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        beside.symlink_to(f"step_{step:08d}")

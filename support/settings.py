@@ -239,6 +239,14 @@ def read_text(path):
         raise UserError(f"{path}: {error}") from None
 
 
+def read_json(path):
+    """The value in a JSON file, or a UserError."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 # ---- TOML → dict -----------------------------------------------------------------------------
 
 
@@ -254,7 +262,7 @@ def read(path, overrides=()):
         folder = Path(path).parent
         near = _nearest(Path(path).name, [p.name for p in folder.glob("*.toml")])
         raise UserError(f"{path}: no such file" + (f"; did you mean {folder / near}?" if near else "")) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
     for text in overrides:
         key, equals, value = text.partition("=")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -83,9 +84,9 @@ def test_only_our_own_half_written_files_are_removed(tmp_path):
 
 def make_step(run, step, keep=0, ema=False):
     with runs.new_step(run, step, keep) as folder:
-        (folder / "state.json").write_text("{}")
         if ema:
             (folder / "ema").mkdir()
+        runs.write_state(folder, step)
 
 
 def test_the_newest_steps_stay_and_latest_points_at_the_last(tmp_path):
@@ -218,6 +219,95 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, legacy):
     file.write_bytes(pickle.dumps(Bomb()))
     assert refused(checkpoint.read_tensors, tmp_path).startswith(f"{file}: not a plain file of tensors")
     assert not (tmp_path / "it ran").exists()
+
+
+def rewritten(file, change, compression=zipfile.ZIP_STORED):
+    """A zip anew, each of its records (name, bytes) as `change` makes it; None: left out. Its checksums fit."""
+    with zipfile.ZipFile(file) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in records.items():
+            if (data := change(name, data)) is not None:
+                archive.writestr(name, data)
+
+
+RECORDS = {
+    "too short": (lambda name, data: data[:-4] if name.endswith("data/1") else data, "data/1 has 8 bytes, and its"),
+    "too long": (lambda name, data: data + b"1234" if name.endswith("data/1") else data, "data/1 has 16 bytes, and"),
+    "left out": (lambda name, data: None if name.endswith("data/1") else data, "data/1 is missing"),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), RECORDS.values(), ids=RECORDS)
+def test_a_record_that_is_not_its_tensor_s_is_refused_by_name(tmp_path, change, says):
+    """torch.load maps the file: of a record that is too short it would read what lies behind it."""
+    file = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(5), "b": torch.ones(3), "c": torch.ones(5)}, file)
+    rewritten(file, lambda name, data: data)
+    assert checkpoint.read_tensors(file)["b"].tolist() == [1, 1, 1]
+    rewritten(file, change)
+    assert f"{file}: its record {says}" in refused(checkpoint.read_tensors, file)
+
+
+def test_a_compressed_record_is_refused_by_name(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "x.bin")
+    rewritten(tmp_path / "x.bin", lambda name, data: data, zipfile.ZIP_DEFLATED)
+    assert "is compressed" in refused(checkpoint.read_tensors, tmp_path / "x.bin")
+
+
+def test_no_flipped_byte_of_a_pickle_changes_a_tensor_in_silence(tmp_path):
+    """Any byte of the archive: it is refused, or was none of the tensors'."""
+    file = tmp_path / "x.bin"
+    torch.save(WEIGHTS, file)
+    data = file.read_bytes()
+    for at in range(0, len(data), 11):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+        try:
+            read = checkpoint.read_tensors(file)
+        except UserError as error:
+            assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+        else:
+            assert all(torch.equal(read[name], tensor) for name, tensor in WEIGHTS.items()), at
+
+
+def test_a_pickle_without_checksums_opens(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    torch.save(WEIGHTS, tmp_path / "x.bin")
+    torch.serialization.set_crc32_options(True)
+    assert torch.equal(checkpoint.read_tensors(tmp_path / "x.bin")["weight"], WEIGHTS["weight"])
+
+
+ODD = {
+    "sparse": torch.ones(2, 2).to_sparse(),
+    "compressed rows": torch.ones(2, 2).to_sparse_csr(),
+    "meta": torch.ones(2, 2, device="meta"),
+    "quantised": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8),
+    "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tensor", ODD.values(), ids=ODD)
+def test_what_is_no_plain_tensor_is_one_line(tensor, tmp_path):
+    for legacy in (False, True):
+        torch.save({"weight": tensor}, tmp_path / "x.bin", _use_new_zipfile_serialization=not legacy)
+        assert refused(checkpoint.read_tensors, tmp_path / "x.bin").startswith(f"{tmp_path / 'x.bin'}: ")
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\nb", "\x1b[31m", 5, ("a",), None, b"a"])
+def test_a_name_that_is_no_text_is_one_line(name, tmp_path):
+    torch.save({name: torch.ones(2)}, tmp_path / "x.bin")
+    message = refused(checkpoint.read_tensors, tmp_path / "x.bin")
+    assert message.startswith(f"{tmp_path / 'x.bin'}: ") and message.isprintable()
+
+
+def test_a_name_that_is_no_text_in_safetensors_is_one_line(tmp_path):
+    checkpoint.write_tensors(tmp_path / "x.safetensors", {"name": torch.ones(2)})
+    data = (tmp_path / "x.safetensors").read_bytes()
+    for name in (b"\xff\xfe\xfd\xfc", b"a\\nb"):
+        (tmp_path / "x.safetensors").write_bytes(data.replace(b"name", name))
+        message = refused(checkpoint.read_tensors, tmp_path / "x.safetensors")
+        assert message.startswith(f"{tmp_path / 'x.safetensors'}: ") and message.isprintable()
 
 
 def test_what_holds_no_weights_is_one_line(tmp_path):

@@ -22,7 +22,7 @@ from torch import nn
 import clip
 from clip import CLIP, CLIPConfig, TextConfig, VisionConfig, contrastive_loss, sigmoid_loss
 from published import clip as published
-from support import checkpoint, settings, tokenizer
+from support import checkpoint, pickles, settings, tokenizer
 from support.settings import UserError
 from support.tokenizer import CLIPTokenizer
 
@@ -324,7 +324,7 @@ def test_an_openai_archive_is_read_without_running_it(tmp_path):
     stored = {k: t.half() if t.ndim > 1 and "embed" not in k else t for k, t in openai_names(weights(model)).items()}
     extra = {"input_resolution": torch.tensor(16), "context_length": torch.tensor(12), "vocab_size": torch.tensor(514)}
     script(stored | extra).save(tmp_path / "tiny.pt")
-    assert checkpoint.is_torchscript(tmp_path / "tiny.pt")
+    assert pickles.is_torchscript(tmp_path / "tiny.pt")
     again = CLIP.from_pretrained(tmp_path / "tiny.pt")
     assert again.config == TINY  # an archive is OpenAI's, and OpenAI's activation is known
     expected = published.from_openai_names({name: t.float() for name, t in stored.items()})
@@ -360,7 +360,7 @@ def test_nothing_that_an_archive_pickles_is_run(tmp_path):
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("evil/constants.pkl", b"")
             archive.writestr("evil/data.pkl", pickle.dumps(content))
-        assert checkpoint.is_torchscript(file) and str(file) in refusal(CLIP.from_pretrained, file)
+        assert pickles.is_torchscript(file) and str(file) in refusal(CLIP.from_pretrained, file)
     assert not (tmp_path / "made").exists()
 
 
