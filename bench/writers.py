@@ -21,8 +21,8 @@ import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import SIZES, Block, LLaMA, LLaMAConfig  # noqa: E402
-from support import checkpoint, parallel  # noqa: E402
+from model import SIZES, Block, LLaMA, LLaMAConfig
+from support import checkpoint, parallel
 
 
 def written():
