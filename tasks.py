@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._functorch import config as functorch_config
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from tqdm import tqdm
 
-from clip import CLIP, CLIPConfig, contrastive_loss, sigmoid_loss, text_encoders
+from clip import CLIP, CLIPConfig, TextConfig, contrastive_loss, sigmoid_loss, text_encoders
 from clip import Block as CLIPBlock
 from data import CaptionRows, DataSettings, HeldOutPictures, PictureRows, TokenRows
 from diffusion import (
@@ -154,6 +155,34 @@ def start_model(cls, config_class, section, explicit_keys, resume, sharded=False
     return model
 
 
+def shape_of(cls, folder, otherwise, name):
+    """The configuration of the model in a folder: all that a plan needs of it. Without a folder, `otherwise`.
+
+    So, too, if the folder is not here, and then `name` says what is planned instead.
+    """
+    if folder and Path(folder).exists():
+        with unset_fake_temporarily():
+            return cls.from_pretrained(folder).config
+    if folder:
+        print(f"{folder} is not here: {name} is planned in its place", file=sys.stderr)
+    return otherwise
+
+
+def without_words(clip):
+    """Lets every text be tokens of no meaning: of fake ones nothing can be looked up, and a plan needs no vocabulary."""
+    clip.tokenize = lambda texts: torch.zeros(len(texts), clip.config.text.context_length, dtype=torch.int64)
+
+
+def from_scratch(config, explicit_keys):
+    """The same run without weights to start from, of the same shapes: what a plan is made for."""
+    classes = {"vqgan": VQGAN, "llama": LLaMA, "clip": CLIP, "vae": AutoencoderKL, "unet": UNet}
+    if not config.model.init or config.model.kind not in classes:  # a DreamLLM's task does so itself
+        return config
+    shape = shape_of(classes[config.model.kind], config.model.init, config.model, "the shape in [model]")
+    found = {key: value for key, value in vars(shape).items() if key not in explicit_keys}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found | {"init": ""}))
+
+
 def fresh_model(cls, config):
     """cls(config) with random weights; a UserError if there is not memory enough."""
     try:
@@ -177,8 +206,10 @@ class Task:
     modules       {phase: the module that this phase trains}; the first one is averaged
     held_out      what evaluations read; None: there is nothing to evaluate
 
+    open_data     (resume: the folder it goes on from, or None) opens what batches are made of
     active        (phase, step) → whether that phase has begun
     batch         (number, rows: a range) → arrays; number = step · accumulate + microstep, through the whole run
+    blank_batch   (rows) → the largest batch that the settings allow, of zeros, without data: for a plan
     loss          (phase, its module, batch, step, microstep) → (a scalar to descend, {name: scalar to log});
                   the module may be DDP around self.model: forward goes through it, weights are read from self.model
     after_step    (step, averaged weights): what else changes the weights
@@ -277,12 +308,15 @@ class Task:
 class PictureTask(Task):
     """What VQGAN and autoencoder share: pictures (B, side, side, 3) uint8 in, the same pictures out."""
 
-    def open_pictures(self):
+    def open_data(self, resume):
         data, factor = self.config.data, self.model.config.factor
         if data.side % factor:
             raise UserError(f"data.side {data.side} is no multiple of {factor}, the model's reduction")
         self.pictures = PictureRows(data, self.config.train.seed)
         self.held_out = self.open_held_out(lambda: HeldOutPictures(data))
+
+    def blank_batch(self, rows):
+        return np.zeros((len(rows), self.config.data.side, self.config.data.side, 3), np.uint8)
 
     def held_out_batches(self):
         train = self.config.train
@@ -309,8 +343,7 @@ class VQGANTask(PictureTask):
         if config.loss.gan and config.loss.adaptive:
             # λ walks part of the graph twice, so a compiled forward must not give its buffers away
             functorch_config.donated_buffer = False
-        self.loss_fn = VQGANLoss(config.loss).to(ranks.device)
-        self.open_pictures()
+        self.loss_fn = VQGANLoss(config.loss, ranks.planned).to(ranks.device)
         self.from_scratch = not (resume or config.model.init)
         # (K,) how often each code was used since dead ones were last moved
         self.counts = torch.zeros(self.model.config.num_embeddings, device=ranks.device)
@@ -330,7 +363,7 @@ class VQGANTask(PictureTask):
         discriminator = self.modules.get("discriminator")
         with frozen(discriminator):
             loss, values = self.loss_fn.generator_loss(self.model, images, reconstruction, losses, discriminator, step)
-        counts = torch.bincount(codes.flatten(), minlength=len(self.counts))
+        counts = torch.zeros_like(self.counts).index_add_(0, codes.flatten(), torch.ones_like(codes.flatten()).float())
         if self.ranks.world > 1:
             dist.all_reduce(counts)
         self.counts += counts
@@ -400,14 +433,16 @@ class LLaMATask(Task):
         self.model.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": self.model}
         self.items_per_row = self.model.config.max_seq_len
-        data = config.data
+
+    def open_data(self, resume):
+        data = self.config.data
         if not data.rows:
             raise UserError("data.rows is empty: name the JSONL files to train on (prepare.py tokenize makes them)")
         self.check_tokenizers()
         self.rows = self.open_rows(data.rows, weights=data.weights)
         if data.held_out:
             self.held_out = self.open_rows(data.held_out)
-        elif config.train.eval_every:
+        elif self.config.train.eval_every:
             self.without_held_out("data.held_out is empty")
         self.sample_prompt = self.open_sample() if data.tokenizer and data.held_out else None
 
@@ -459,6 +494,9 @@ class LLaMATask(Task):
         """(2, B, T) int64: inputs, and the same one token later."""
         return np.stack(self.rows.batch(number, rows))
 
+    def blank_batch(self, rows):
+        return np.zeros((2, len(rows), self.items_per_row), np.int64)
+
     def loss(self, phase, module, batch, step, microstep):
         inputs, targets = torch.from_numpy(batch).to(self.device)
         logits = module(inputs)  # (B, T, V)
@@ -499,9 +537,12 @@ class CLIPTask(Task):
         # for published weights that do not say it
         activation = config.model.vision.activation if "vision.activation" in explicit_keys else None
         self.model = start_model(CLIP, CLIPConfig, config.model, explicit_keys, resume, activation=activation)
-        vision, text, data = self.model.config.vision, self.model.config.text, config.data
-        if not (vision and text):
+        if not (self.model.config.vision and self.model.config.text):
             raise UserError("to train a CLIP takes both [model.vision] and [model.text]")
+        self.modules = {"model": self.model}
+
+    def open_data(self, resume):
+        vision, text, data = self.model.config.vision, self.model.config.text, self.config.data
         if self.model.tokenizer is None:
             self.model.tokenizer = self.open_tokenizer(data.text_tokenizer)
         count = len(self.model.tokenizer.vocabulary)
@@ -509,7 +550,6 @@ class CLIPTask(Task):
             raise UserError(f"the tokenizer has {count} tokens, model.text.vocab_size is only {text.vocab_size}")
         if data.side != vision.image_size:
             raise UserError(f"data.side {data.side} must be model.vision.image_size {vision.image_size}")
-        self.modules = {"model": self.model}
         self.rows = self.open_rows("train")
         self.held_out = self.open_held_out(lambda: self.open_rows("held_out"))
 
@@ -523,6 +563,11 @@ class CLIPTask(Task):
 
     def batch(self, number, rows):
         return self.rows.batch(number, rows)  # (B, S, S, 3) uint8, B captions
+
+    def blank_batch(self, rows):
+        without_words(self.model)
+        side = self.model.config.vision.image_size
+        return np.zeros((len(rows), side, side, 3), np.uint8), [""] * len(rows)
 
     def loss(self, phase, module, batch, step, microstep):
         pictures, captions = batch
@@ -546,7 +591,6 @@ class VAETask(PictureTask):
         super().__init__(config, ranks)
         self.model = start_model(AutoencoderKL, AutoencoderKLConfig, config.model, explicit_keys, resume, ranks.sharded)
         self.modules = {"model": self.model}
-        self.open_pictures()
         side = config.data.side // self.model.config.factor
         self.shape = (self.model.config.latent_channels, side, side)  # (z, h, w)
 
@@ -557,6 +601,9 @@ class VAETask(PictureTask):
             random = rng("VAE noise", self.config.train.seed, number, row)
             noise.append(random.standard_normal(self.shape, np.float32))
         return self.pictures.batch(number, rows), np.stack(noise)
+
+    def blank_batch(self, rows):
+        return super().blank_batch(rows), np.zeros((len(rows), *self.shape), np.float32)
 
     def loss(self, phase, module, batch, step, microstep):
         pictures, noise = batch
@@ -595,9 +642,12 @@ class UNetTask(Task):
         vae.requires_grad_(False)
         text.requires_grad_(False)
         self.modules = {"model": unet}
+
+    def open_data(self, resume):
         self.pairs = {"train": self.open_pairs("train")}
         self.held_out = self.open_held_out(lambda: self.open_pairs("held_out"))
         if not resume:
+            vae = self.model.vae
             vae.config = dataclasses.replace(vae.config, scaling_factor=self.latent_scale())
 
     def load_parts(self, resume):
@@ -605,6 +655,13 @@ class UNetTask(Task):
         data = self.config.data
         if resume:
             return AutoencoderKL.from_pretrained(resume, dtype=torch.float32), text_encoders(resume)[0]
+        if self.ranks.planned:
+            width = self.config.model.cross_attention_dim
+            tower = CLIPConfig(0, None, TextConfig(width, heads=max(1, width // 64), hidden_dim=4 * width))
+            text = CLIP(shape_of(CLIP, data.clip, tower, f"a text tower of width {width}")).text_encoder()
+            without_words(text)
+            vae = shape_of(AutoencoderKL, data.vae, AutoencoderKLConfig(), "Stable Diffusion's autoencoder")
+            return AutoencoderKL(vae), text
         for key in ("vae", "clip"):
             if not getattr(data, key):
                 raise UserError(f"data.{key} is empty: name the trained {key} to build on")
@@ -674,6 +731,12 @@ class UNetTask(Task):
 
     def batch(self, number, rows):
         return self.make_batch("train", self.pairs["train"], number, rows)
+
+    def blank_batch(self, rows):
+        vae, count = self.model.vae.config, len(rows)
+        z, side = vae.latent_channels, self.config.data.side // vae.factor
+        noises, offsets = np.zeros((2, count, z, side, side), np.float32), np.zeros((count, z, 1, 1), np.float32)
+        return [""] * count, torch.zeros(count, 2, z, side, side), noises, offsets, np.zeros(count, np.int64)
 
     def held_out_rows(self):
         return len(self.held_out[0])
@@ -750,6 +813,8 @@ class DreamLLMTask(Task):
             part.activation_checkpointing = config.train.activation_checkpointing
         self.modules = {"model": model}
         self.writer = self.make_writer()
+
+    def open_data(self, resume):
         self.rows = self.open_rows("train")
         self.held_out = self.open_held_out(lambda: self.open_rows("held_out"))
 
@@ -761,6 +826,8 @@ class DreamLLMTask(Task):
     def load(self, explicit_keys, resume):
         """A DreamLLM from `resume`, else model.init, else from its parts."""
         section = self.config.model
+        if self.ranks.planned:
+            return self.planned_model(section)
         dtype = None if self.ranks.sharded else torch.float32  # None: mapped, until it is cut into shares
         if folder := resume or section.init:
             model = DreamLLM.from_pretrained(folder, dtype=dtype, one_dtype=not self.ranks.sharded)
@@ -779,6 +846,31 @@ class DreamLLMTask(Task):
         diffusion = LatentDiffusion.from_pretrained(section.diffusion, dtype=dtype)
         return DreamLLM(llama, clip, diffusion, part_of(DreamLLMConfig, section), tokenizer)
 
+    def planned_model(self, section):
+        """A DreamLLM of the shapes of model.init, or of its parts; of what is not here, of the published shape."""
+        tokenizer = Tokenizer.from_pretrained("bytes")  # how many ids it has changes no shape
+        tokenizer.add(ADDED)
+        vicuna, sd = LLaMAConfig.named("vicuna_7b"), dataclasses.replace(UNetConfig.named("sd21"), sample_size=64)
+        if section.init and Path(section.init).exists():
+            with unset_fake_temporarily():
+                whole = DreamLLM.from_pretrained(section.init, one_dtype=False)
+            shapes = whole.llama.config, whole.clip.config, whole.diffusion.unet.config, whole.diffusion.vae.config
+        else:
+            if section.init:
+                print(f"{section.init} is not here: the published 7B's parts are planned in its place", file=sys.stderr)
+            llama = shape_of(LLaMA, section.llama, vicuna, "Vicuna 7B")
+            shapes = (
+                dataclasses.replace(llama, vocab_size=llama.vocab_size + len(ADDED)),
+                shape_of(CLIP, section.clip, CLIPConfig.named("ViT-L/14"), "ViT-L/14"),
+                shape_of(UNet, section.diffusion, sd, "SD 2.1-base's U-Net"),
+                shape_of(AutoencoderKL, section.diffusion, AutoencoderKLConfig.named("sd"), "SD 2.1-base's autoencoder"),
+            )
+        llama, clip, unet, vae = map(lambda cls, shape: cls(shape), (LLaMA, CLIP, UNet, AutoencoderKL), shapes)
+        config = dataclasses.replace(part_of(DreamLLMConfig, section), drop=0.0)  # its one short row costs nothing
+        with unset_fake_temporarily():
+            schedule = NoiseSchedule()  # looks at its own numbers
+        return DreamLLM(llama, clip, LatentDiffusion(unet, vae, schedule), config, tokenizer)
+
     def make_writer(self):
         model, data, stage = self.model, self.config.data, self.config.model.stage
         options = {"understand": stage != "create", "create": stage != "understand"}
@@ -795,6 +887,26 @@ class DreamLLMTask(Task):
 
     def held_out_batch(self, number, rows):
         return self.make_batch(self.held_out, number, rows)
+
+    def blank_batch(self, rows):
+        """Rows as long as the context; of pairs each has one picture, of all else as many as fit."""
+        writer, model, at = self.writer, self.model, type(self.model).span_positions
+        span = writer.dream * writer.create + writer.img * writer.understand
+        several = any(source.kind not in ("pair", "image") for source in self.config.data.sources)
+        count = (writer.context - 2) // len(span) if several else 1
+        tokens = np.array([(span * count + [0] * writer.context)[: writer.context]] * len(rows), np.int64)
+        pictures, side = count * len(rows), model.clip.config.vision.image_size
+        drawn, read = pictures * writer.create, pictures * writer.understand
+        images, images_dm = np.zeros((read, side, side, 3), np.uint8), np.zeros((drawn, model.side, model.side, 3), np.uint8)
+
+        def span_positions(*arguments):  # where pictures stand is not known of fake tokens: these are real
+            with unset_fake_temporarily():
+                return at(model, *arguments)
+
+        model.span_positions = span_positions
+        with unset_fake_temporarily():
+            noise = model.diffusion.loss_noise(drawn, model.side, model.side)
+        return {"tokens": tokens, "labels": tokens, "images": images, "images_dm": images_dm, "draws": noise}
 
     def make_batch(self, source, number, rows):
         """Batch `number` of a DocumentRows, with the random numbers of its pictures' loss as a LossNoise of arrays."""

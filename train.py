@@ -3,6 +3,7 @@
     python train.py --config configs/tiny_vqgan.toml                    seconds, to see that it works
     python train.py --config configs/demo_tokenizer.toml run.dir=out/mine train.steps=200    any key can be overridden
     torchrun --nproc-per-node 8 train.py --config configs/lvm.toml      one process per GPU
+    python train.py --config configs/lvm.toml --plan 8                  what each of 8 GPUs would need: runs anywhere
 
 The loop knows nothing of pictures or tokens. A *task* does (tasks.py): it has the model, makes the batches and
 computes the loss. The loop does the rest: mixed precision, gradient accumulation, clipping, AdamW, learning rate,
@@ -30,10 +31,11 @@ import torch
 import torch.distributed as dist
 
 from support import checkpoint, parallel, runs, settings, watch, whole
+from support import plan as planning
 from support.pictures import save_grid
 from support.settings import UserError, learning_rate
 from support.threads import prefetch
-from tasks import TASKS, read_run
+from tasks import RECOMPUTING, TASKS, from_scratch, read_run
 
 # ---- optimization ----------------------------------------------------------------------------
 
@@ -124,8 +126,7 @@ def train(config, explicit_keys, device=None):
     ranks, run = parallel.start_ranks(device, config.train.parallel), Path(config.run.dir)
     config = settings.with_dtype(config, has_bfloat16(ranks.device))
     steps, batch_size = config.train.steps, config.train.batch_size
-    if batch_size % ranks.world:
-        raise UserError(f"train.batch_size {batch_size} is no multiple of the {ranks.world} processes")
+    check_rows_divide(batch_size, ranks.world)
 
     # -- start: resume, init or scratch --
     resume, state = runs.newest_step(run, config.model.kind, ranks)
@@ -178,6 +179,11 @@ def train(config, explicit_keys, device=None):
     return run
 
 
+def check_rows_divide(batch_size, world):
+    if batch_size % world:
+        raise UserError(f"train.batch_size {batch_size} is no multiple of the {world} processes")
+
+
 def batches(task, first, log, meter):
     """The microbatches of each step from `first` on: a list of them, made by threads a few ahead of their use.
 
@@ -197,6 +203,8 @@ def begin(config, explicit_keys, ranks, resume):
     torch.manual_seed(config.train.seed)
     with runs.way_out(resume):
         task = TASKS[config.model.kind](config, explicit_keys, ranks, resume)
+        if not ranks.planned:
+            task.open_data(resume)
         place(task)
         optimizers = {phase: make_optimizer(module, config.optim) for phase, module in task.modules.items()}
         ema = [weight.clone() for weight in held(task.main)] if config.train.ema else []
@@ -218,7 +226,8 @@ def place(task):
         task.main.compile()
     for module in task.modules.values():
         module.to(ranks.device).train()
-    task.initialize()
+    if not ranks.planned:  # fake weights have no numbers
+        task.initialize()
 
 
 def announce(task, run, resume, state):
@@ -260,6 +269,31 @@ def show(step, rows, run, log):
         file = run / "samples" / f"step_{step:08d}.png"
         save_grid(rows, file)
         log.picture(step, file)
+
+
+# ---- a plan ----------------------------------------------------------------------------------
+
+
+def plan(config, explicit_keys, gpus):
+    """What a step would need of each of `gpus` GPUs, as a planning.Plan. Nothing is trained, and no weights are made."""
+    config = from_scratch(settings.with_dtype(config, has_bfloat16=True), explicit_keys)
+    train = config.train
+    check_rows_divide(train.batch_size, gpus)
+    few = dataclasses.replace(train, compile=False, accumulate=min(train.accumulate, planning.MICROSTEPS))
+    with planning.pretend(gpus, train.parallel) as (ranks, meter):
+        task, optimizers, ema = begin(dataclasses.replace(config, train=few), explicit_keys, ranks, None)
+        modules = parallel.distribute(task)
+        planning.send_gradients(modules)
+        for optimizer in optimizers.values():
+            planning.make_moments(optimizer)
+        batch = task.blank_batch(ranks.rows(train.batch_size))
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.dtype == "bfloat16")
+        meter.start()
+        for phase, optimizer in optimizers.items():
+            microbatches = meter.microbatches(batch, train.accumulate)
+            update(task, phase, modules[phase], optimizer, microbatches, train.steps - 1, autocast)
+        average(ema, task.main, train.ema, train.steps - 1)
+        return planning.Plan.of(task, optimizers, ema, meter)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
@@ -367,8 +401,15 @@ def main():
     parser = settings.Parser(prog="python train.py", description=__doc__)
     parser.add_argument("--config", required=True, help="a TOML file of configs/")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--plan", type=int, metavar="N", help="print what a step would need on N GPUs; train nothing")
     arguments = parser.parse_with_overrides()
-    train(*read_run(arguments.config, arguments.overrides), device=arguments.device)
+    config, explicit_keys = read_run(arguments.config, arguments.overrides)
+    if arguments.plan is not None:
+        savers = {"parallel": "fsdp"} if TASKS[config.model.kind].blocks else {}
+        savers |= {"activation_checkpointing": True} if config.model.kind in RECOMPUTING else {}
+        print(planning.report(config, arguments.plan, lambda c, gpus: plan(c, explicit_keys, gpus), savers))
+        return
+    train(config, explicit_keys, device=arguments.device)
 
 
 if __name__ == "__main__":

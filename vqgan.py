@@ -492,7 +492,7 @@ def adaptive_weight(nll, g, last_weight):
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018): VGG16's features, normalised and weighted.
 
-    vgg, heads: the paths of its two weight files, torchvision's VGG16 and LPIPS's five heads.
+    vgg, heads: the paths of its two weight files, torchvision's VGG16 and LPIPS's five heads; "": for a plan, without
     """
 
     STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # VGG16: channels, convolutions
@@ -506,14 +506,19 @@ class LPIPS(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
             self.stages.append(nn.Sequential(*layers))
+            self.register_buffer(f"head{n}", torch.zeros(1, width, 1, 1))
+        if vgg:
+            self.load(vgg, heads)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def load(self, vgg, heads):
         convolutions = [layer for layer in self.stages.modules() if isinstance(layer, nn.Conv2d)]
         for layer, weights in zip(convolutions, published.vqgan.read_vgg16(vgg), strict=True):
             layer.load_state_dict(weights)
         for n, head in enumerate(published.vqgan.read_lpips_heads(heads)):
-            self.register_buffer(f"head{n}", head)  # (1, C, 1, 1)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
-        self.requires_grad_(False)
+            setattr(self, f"head{n}", head)  # (1, C, 1, 1)
 
     def forward(self, x, y):
         """x, y (B, 3, H, W) in [-1, 1] → distance, mean over the batch."""
@@ -534,10 +539,11 @@ class VQGANLoss(nn.Module):
     Discriminator, which learns to tell reconstructions from originals.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, planned=False):
         super().__init__()
         self.config = config
-        self.perceptual = LPIPS(config.vgg, config.lpips) if config.perceptual else None
+        files = ("", "") if planned else (config.vgg, config.lpips)
+        self.perceptual = LPIPS(*files) if config.perceptual else None
 
     def gan_active(self, step):
         """Whether the discriminator's score is part of the generator's loss at this step."""

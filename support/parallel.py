@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +41,8 @@ class Ranks:
     world: int
     device: torch.device
     sharded: bool = False  # whether it holds a share of the model
+    mesh: DeviceMesh | None = None  # of all ranks, if so
+    planned: bool = False  # whether nothing of this is there: support/plan.py
 
     @property
     def is_main(self):
@@ -96,7 +98,8 @@ def start_ranks(device, parallel="ddp"):
     sharded = parallel == "fsdp" and world > 1  # alone, a process holds everything whatever it is called
     if sharded:
         give_back_freed_memory()
-    return Ranks(rank, world, torch.device(device), sharded)
+    mesh = init_device_mesh(torch.device(device).type, (world,)) if sharded else None
+    return Ranks(rank, world, torch.device(device), sharded, mesh)
 
 
 def give_back_freed_memory():
@@ -138,7 +141,6 @@ def shard(module, blocks, ranks, dtype):
     itself. The weights may be mapped to files, in any dtype, or on the meta device: then they are still to be filled.
     dtype: of computing. Weights travel in it; gradients are summed in float32.
     """
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     # inputs are not cast: rotary angles stay float32, and autocast knows which products are to be bfloat16
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
@@ -147,8 +149,8 @@ def shard(module, blocks, ranks, dtype):
     )
     for part in module.modules():
         if isinstance(part, blocks):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=ranks.mesh, mp_policy=policy)
+    fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
     module.float()
     if any(parameter.is_meta for parameter in module.parameters()):
         module.to_empty(device=ranks.device)
