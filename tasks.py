@@ -179,8 +179,11 @@ def from_scratch(config, explicit_keys):
     if not config.model.init or config.model.kind not in classes:  # a DreamLLM's task does so itself
         return config
     shape = shape_of(classes[config.model.kind], config.model.init, config.model, "the shape in [model]")
-    found = {key: value for key, value in vars(shape).items() if key not in explicit_keys}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found | {"init": ""}))
+    own_context = {key: getattr(config.model, key) for key in CONTEXT & explicit_keys}
+    written = {key for key in explicit_keys - CONTEXT if key.partition(".")[0] in vars(shape)}
+    settings.must_agree(written - {"kind", "init", "size"}, config.model, shape, config.model.init)
+    model = dataclasses.replace(config.model, **vars(shape) | own_context | {"init": ""})
+    return dataclasses.replace(config, model=model)
 
 
 def fresh_model(cls, config):
@@ -899,14 +902,14 @@ class DreamLLMTask(Task):
         drawn, read = pictures * writer.create, pictures * writer.understand
         images, images_dm = np.zeros((read, side, side, 3), np.uint8), np.zeros((drawn, model.side, model.side, 3), np.uint8)
 
-        def span_positions(*arguments):  # where pictures stand is not known of fake tokens: these are real
+        def span_positions(_, start, length):  # nothing can be found among fake tokens
             with unset_fake_temporarily():
-                return at(model, *arguments)
+                return at(model, torch.from_numpy(tokens), start, length)
 
         model.span_positions = span_positions
         with unset_fake_temporarily():
-            noise = model.diffusion.loss_noise(drawn, model.side, model.side)
-        return {"tokens": tokens, "labels": tokens, "images": images, "images_dm": images_dm, "draws": noise}
+            draws = LossNoise(*map(torch.Tensor.numpy, model.diffusion.loss_noise(drawn, model.side, model.side)))
+        return {"tokens": tokens, "labels": tokens, "images": images, "images_dm": images_dm, "draws": draws}
 
     def make_batch(self, source, number, rows):
         """Batch `number` of a DocumentRows, with the random numbers of its pictures' loss as a LossNoise of arrays."""

@@ -191,24 +191,23 @@ class PlannedRanks(Ranks):
 @contextlib.contextmanager
 def pretend(gpus, parallel):
     """Within, this process is rank 0 of `gpus`, and its tensors are fake → (Ranks, Meter)."""
-    device, mesh, module = torch.device("cpu"), None, torch.nn.Module
-    if gpus > 1:
-        dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
-        mesh = init_device_mesh("cpu", (gpus,)) if parallel == "fsdp" else None
     with contextlib.ExitStack() as stack:
+        mesh = None
+        if gpus > 1:
+            dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+            stack.callback(dist.destroy_process_group)
+            mesh = init_device_mesh("cpu", (gpus,)) if parallel == "fsdp" else None
         for name in ("layer_norm", "group_norm", "softmax"):
             stack.enter_context(mock.patch.object(F, name, in_float32(getattr(F, name))))
         # fake tensors cannot be moved, and need not; nor compared between processes
-        stack.enter_context(mock.patch.object(module, "to", lambda module, *place: module))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda module, *place: module))
         stack.enter_context(mock.patch("torch.nn.parallel.distributed._verify_param_shape_across_processes"))
         # a DTensor finds a result's shape with whole tensors, which nobody needs for anything else
         name = "_propagate_tensor_meta_non_cached"
         stack.enter_context(mock.patch.object(ShardingPropagator, name, unseen(getattr(ShardingPropagator, name))))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         meter = stack.enter_context(Meter(gpus))
-        yield PlannedRanks(0, gpus, device, sharded=mesh is not None, mesh=mesh, planned=True), meter
-    if gpus > 1:
-        dist.destroy_process_group()
+        yield PlannedRanks(0, gpus, torch.device("cpu"), mesh is not None, mesh, planned=True), meter
 
 
 def send_gradients(modules):
