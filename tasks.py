@@ -169,7 +169,7 @@ def shape_of(cls, folder, otherwise, name):
 
 
 def without_words(clip):
-    """Lets every text be tokens of no meaning: of fake ones nothing can be looked up, and a plan needs no vocabulary."""
+    """Turns every text into tokens without a meaning: a plan needs no vocabulary, and looks nothing up."""
     clip.tokenize = lambda texts: torch.zeros(len(texts), clip.config.text.context_length, dtype=torch.int64)
 
 
@@ -366,7 +366,8 @@ class VQGANTask(PictureTask):
         discriminator = self.modules.get("discriminator")
         with frozen(discriminator):
             loss, values = self.loss_fn.generator_loss(self.model, images, reconstruction, losses, discriminator, step)
-        counts = torch.zeros_like(self.counts).index_add_(0, codes.flatten(), torch.ones_like(codes.flatten()).float())
+        used = codes.flatten()
+        counts = torch.zeros_like(self.counts).index_add_(0, used, torch.ones_like(used, dtype=self.counts.dtype))
         if self.ranks.world > 1:
             dist.all_reduce(counts)
         self.counts += counts
@@ -853,7 +854,8 @@ class DreamLLMTask(Task):
         """A DreamLLM of the shapes of model.init, or of its parts; of what is not here, of the published shape."""
         tokenizer = Tokenizer.from_pretrained("bytes")  # how many ids it has changes no shape
         tokenizer.add(ADDED)
-        vicuna, sd = LLaMAConfig.named("vicuna_7b"), dataclasses.replace(UNetConfig.named("sd21"), sample_size=64)
+        vicuna, sd = LLaMAConfig.named("vicuna_7b"), "Stable Diffusion 2.1-base"
+        unet = dataclasses.replace(UNetConfig.named("sd21"), sample_size=64)
         if section.init and Path(section.init).exists():
             with unset_fake_temporarily():
                 whole = DreamLLM.from_pretrained(section.init, one_dtype=False)
@@ -865,10 +867,11 @@ class DreamLLMTask(Task):
             shapes = (
                 dataclasses.replace(llama, vocab_size=llama.vocab_size + len(ADDED)),
                 shape_of(CLIP, section.clip, CLIPConfig.named("ViT-L/14"), "ViT-L/14"),
-                shape_of(UNet, section.diffusion, sd, "SD 2.1-base's U-Net"),
-                shape_of(AutoencoderKL, section.diffusion, AutoencoderKLConfig.named("sd"), "SD 2.1-base's autoencoder"),
+                shape_of(UNet, section.diffusion, unet, f"{sd}'s U-Net"),
+                shape_of(AutoencoderKL, section.diffusion, AutoencoderKLConfig.named("sd"), f"{sd}'s autoencoder"),
             )
-        llama, clip, unet, vae = map(lambda cls, shape: cls(shape), (LLaMA, CLIP, UNet, AutoencoderKL), shapes)
+        parts = zip((LLaMA, CLIP, UNet, AutoencoderKL), shapes, strict=True)
+        llama, clip, unet, vae = (cls(shape) for cls, shape in parts)
         config = dataclasses.replace(part_of(DreamLLMConfig, section), drop=0.0)  # its one short row costs nothing
         with unset_fake_temporarily():
             schedule = NoiseSchedule()  # looks at its own numbers
@@ -893,22 +896,23 @@ class DreamLLMTask(Task):
 
     def blank_batch(self, rows):
         """Rows as long as the context; of pairs each has one picture, of all else as many as fit."""
-        writer, model, at = self.writer, self.model, type(self.model).span_positions
+        writer, model = self.writer, self.model
         span = writer.dream * writer.create + writer.img * writer.understand
         several = any(source.kind not in ("pair", "image") for source in self.config.data.sources)
         count = (writer.context - 2) // len(span) if several else 1
         tokens = np.array([(span * count + [0] * writer.context)[: writer.context]] * len(rows), np.int64)
-        pictures, side = count * len(rows), model.clip.config.vision.image_size
-        drawn, read = pictures * writer.create, pictures * writer.understand
-        images, images_dm = np.zeros((read, side, side, 3), np.uint8), np.zeros((drawn, model.side, model.side, 3), np.uint8)
+        read, drawn = count * len(rows) * writer.understand, count * len(rows) * writer.create
+        side, find = model.clip.config.vision.image_size, type(model).span_positions
 
         def span_positions(_, start, length):  # nothing can be found among fake tokens
             with unset_fake_temporarily():
-                return at(model, torch.from_numpy(tokens), start, length)
+                return find(model, torch.from_numpy(tokens), start, length)
 
         model.span_positions = span_positions
         with unset_fake_temporarily():
             draws = LossNoise(*map(torch.Tensor.numpy, model.diffusion.loss_noise(drawn, model.side, model.side)))
+        images = np.zeros((read, side, side, 3), np.uint8)
+        images_dm = np.zeros((drawn, model.side, model.side, 3), np.uint8)
         return {"tokens": tokens, "labels": tokens, "images": images, "images_dm": images_dm, "draws": draws}
 
     def make_batch(self, source, number, rows):

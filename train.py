@@ -275,12 +275,12 @@ def show(step, rows, run, log):
 
 
 def plan(config, explicit_keys, gpus):
-    """What a step would need of each of `gpus` GPUs, as a planning.Plan. Nothing is trained, and no weights are made."""
+    """What a step would need of each of `gpus` GPUs: a planning.Plan. Nothing is trained, no weights are made."""
     config = from_scratch(settings.with_dtype(config, has_bfloat16=True), explicit_keys)
     train = config.train
     check_rows_divide(train.batch_size, gpus)
     few = dataclasses.replace(train, compile=False, accumulate=min(train.accumulate, planning.MICROSTEPS))
-    with planning.pretend(gpus, train.parallel) as (ranks, meter):
+    with planning.pretend(gpus, train.parallel) as (ranks, tally):
         task, optimizers, ema = begin(dataclasses.replace(config, train=few), explicit_keys, ranks, None)
         modules = parallel.distribute(task)
         planning.send_gradients(modules)
@@ -288,12 +288,12 @@ def plan(config, explicit_keys, gpus):
             planning.make_moments(optimizer)
         batch = task.blank_batch(ranks.rows(train.batch_size))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.dtype == "bfloat16")
-        meter.start()
+        tally.start()
         for phase, optimizer in optimizers.items():
-            microbatches = meter.microbatches(batch, train.accumulate)
+            microbatches = tally.microbatches(batch, train.accumulate)
             update(task, phase, modules[phase], optimizer, microbatches, train.steps - 1, autocast)
         average(ema, task.main, train.ema, train.steps - 1)
-        return planning.Plan.of(task, optimizers, ema, meter)
+        return planning.Plan.of(task, optimizers, ema, tally)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
@@ -405,6 +405,8 @@ def main():
     arguments = parser.parse_with_overrides()
     config, explicit_keys = read_run(arguments.config, arguments.overrides)
     if arguments.plan is not None:
+        if arguments.plan < 1:
+            raise UserError(f"--plan {arguments.plan}: must be a number of GPUs, 1 or more")
         savers = {"parallel": "fsdp"} if TASKS[config.model.kind].blocks else {}
         savers |= {"activation_checkpointing": True} if config.model.kind in RECOMPUTING else {}
         print(planning.report(config, arguments.plan, lambda c, gpus: plan(c, explicit_keys, gpus), savers))

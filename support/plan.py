@@ -5,17 +5,17 @@
 Nothing is modelled by hand. train.py's own code runs, one step of it, as rank 0 of N: it builds the model, cuts it
 into shares, computes the loss and its gradients, clips, and moves the weights. But its tensors are fake: they have a
 shape, a dtype and a storage of so many bytes, no numbers. Its collectives are fake as well and send nothing. Between
-the code and these stands a Meter:
+the code and these stands a Tally:
 
-    train.update ─ each operation ─▶ Meter ─▶ a fake result
+    train.update ─ each operation ─▶ Tally ─▶ a fake result
                                        ├─ storages that are alive: their bytes, and the most there ever were
                                        ├─ FLOPs, and bytes of memory that the operation reads and writes
                                        └─ bytes that a collective sends
 
-Seconds are those of a roofline: an operation takes as long as its FLOPs or its bytes need, whichever is more, at a share
-of the datasheet's rates that well-kept code is seen to reach (REACHED). What the Meter does not see: the memory of
-CUDA, NCCL and cuBLAS and the gaps between blocks (USABLE leaves room), what torch.compile would fuse (so the bytes read
-and written are an upper bound), the latency of many small operations or messages, and waiting for data.
+Seconds are those of a roofline: an operation takes as long as its FLOPs or its bytes need, whichever is more, at a
+share of the datasheet's rates that well-kept code reaches (REACHED: assumed). What the Tally does not see: the memory of CUDA,
+NCCL and cuBLAS and the gaps between blocks (USABLE leaves room); what torch.compile fuses, so that bytes read and
+written are an upper bound; the latency of many small operations or messages; waiting for data.
 """
 
 import contextlib
@@ -36,23 +36,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from support.chips import CHIPS
 from support.parallel import Ranks, local
+from support.watch import FORMULAS
 
 REACHED = {"products": 0.6, "memory": 0.8, "network": 0.75}  # of the datasheet's rates: assumed, not measured
 USABLE = 0.9  # of a GPU's memory
 NODE = 8  # GPUs that NVLink joins
 MICROSTEPS = 3  # of an update that run: the first, one between, the last
 
-aten = torch.ops.aten
-FLOPS = flop_registry | {  # attention on a CPU, which computes what flash attention does on a GPU
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 NO_WORK = ("device", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 COLLECTIVES = {  # operation: (what it is, how many times (N - 1) / N of its larger side are sent)
     "_allgather_base_": ("all-gather", 1),
@@ -67,7 +60,7 @@ COLLECTIVES = {  # operation: (what it is, how many times (N - 1) / N of its lar
 # ---- what is measured ------------------------------------------------------------------------
 
 
-class Meter(TorchDispatchMode):
+class Tally(TorchDispatchMode):
     """Within, every operation of torch is counted, on real tensors too."""
 
     def __init__(self, world=1):
@@ -133,10 +126,12 @@ class Meter(TorchDispatchMode):
         self.bytes -= self.alive.pop(address)[0]
 
     def count_work(self, func, args, kwargs, out):
-        formula = FLOPS.get(func.overloadpacket)
+        formula = FORMULAS.get(func.overloadpacket)
         flops = formula(*args, **kwargs, out_val=out) if formula else 0
-        changed = [arg for arg, spec in zip(args, func._schema.arguments) if spec.alias_info and spec.alias_info.is_write]  # in place
-        moved = tensors((args, kwargs)) + tensors(changed or out)
+        moved = tensors((args, kwargs)) + tensors(out)
+        for arg, declared in zip(args, func._schema.arguments, strict=False):
+            if out is None and declared.is_write:  # of a list of tensors, all in place
+                moved += tensors(arg)
         float32 = bool(flops) and moved[0].dtype == torch.float32
         # backward, gradients are on only where a forward pass is repeated
         recomputed = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
@@ -161,7 +156,7 @@ def nbytes(tensor):
 
 
 def in_float32(function):
-    """`function` as autocast of a GPU computes it. A CPU's, whose kernels fake tensors stand for, leaves it in bfloat16."""
+    """`function` as autocast computes it on a GPU. On a CPU, which the fake tensors are on, it would be in bfloat16."""
 
     def computed(*args, **kwargs):
         if torch.is_autocast_enabled("cpu"):
@@ -190,7 +185,7 @@ class PlannedRanks(Ranks):
 
 @contextlib.contextmanager
 def pretend(gpus, parallel):
-    """Within, this process is rank 0 of `gpus`, and its tensors are fake → (Ranks, Meter)."""
+    """Within, this process is rank 0 of `gpus`, and its tensors are fake → (Ranks, Tally)."""
     with contextlib.ExitStack() as stack:
         mesh = None
         if gpus > 1:
@@ -206,8 +201,8 @@ def pretend(gpus, parallel):
         name = "_propagate_tensor_meta_non_cached"
         stack.enter_context(mock.patch.object(ShardingPropagator, name, unseen(getattr(ShardingPropagator, name))))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        meter = stack.enter_context(Meter(gpus))
-        yield PlannedRanks(0, gpus, torch.device("cpu"), mesh is not None, mesh, planned=True), meter
+        tally = stack.enter_context(Tally(gpus))
+        yield PlannedRanks(0, gpus, torch.device("cpu"), mesh is not None, mesh, planned=True), tally
 
 
 def send_gradients(modules):
@@ -246,19 +241,19 @@ class Plan:
     averaged: int
     frozen: int  # other weights, and buffers
     peak: int  # the most that is alive at a time
-    work: Counter  # Meter's
+    work: Counter  # Tally's
     sent: Counter
 
     @classmethod
-    def of(cls, task, optimizers, ema, meter):
+    def of(cls, task, optimizers, ema, tally):
         trained, moments = 0, 0
         for optimizer in optimizers.values():
             for weight, state in optimizer.state.items():
                 trained += nbytes(local(weight))
                 moments += sum(nbytes(local(value)) for value in state.values())
         averaged = sum(map(nbytes, ema))
-        frozen = meter.held - trained - moments - averaged
-        return cls(trained, trained, moments, averaged, frozen, meter.peak, meter.work, meter.sent)
+        frozen = tally.held - trained - moments - averaged
+        return cls(trained, trained, moments, averaged, frozen, tally.peak, tally.work, tally.sent)
 
     @property
     def activations(self):
@@ -310,7 +305,8 @@ def report(config, gpus, make_plan, savers):
     lines.append(f"  products           {flops / 1e12:9.2f} TFLOP, {again:.0%} of it to recompute activations")
     lines.append(f"  memory traffic     {_gb(plan.traffic())}")
     lines += [f"  {kind:19}{_gb(size)}  sent" for kind, size in plan.sent.items()]
-    lines += ["", "GPU       memory   fits  products    memory   network   a step, all overlapped … nothing   largest    MFU"]
+    columns = "GPU       memory   fits  products    memory   network"
+    lines += ["", f"{columns}   a step, all overlapped … nothing   largest    MFU"]
     lines += [chip_line(name, plan, gpus) for name in CHIPS]
     if not plan.fits(CHIPS["H100"]):
         lines += ["", remedy(config, gpus, make_plan, savers)]

@@ -93,6 +93,7 @@ def test_in_a_longer_context_the_angles_may_be_scaled(long_llama, tmp_path, caps
     scaling = "model.rope_scaling={factor = 2.0, original_max_position_embeddings = 0}"
     config = read_run(tmp_path, f"model.init={long_llama}", "model.max_seq_len=16384", scaling)
     task = tasks.LLaMATask(*config, parallel.Ranks(0, 1, torch.device("cpu")), None)
+    task.open_data(None)
     assert task.model.config.rope_scaling == RopeScaling(2.0, 1.0, 4.0, 0)
     assert task.rows.context == 16384
     assert "note" not in capsys.readouterr().err

@@ -95,13 +95,13 @@ def test_a_plan_takes_the_shape_of_a_folder_that_is_here(tmp_path):
 def test_a_real_step_takes_what_was_planned_to_the_byte():
     config, keys = tasks.read_run(ROOT / "configs" / "tiny_llama.toml", ["train.ema=0.9"])
     ranks = Ranks(0, 1, torch.device("cpu"), planned=True)  # without data; but its tensors are real
-    with planning.Meter() as meter:
+    with planning.Tally() as tally:
         task, optimizers, ema = train.begin(config, keys, ranks, None)
         planning.make_moments(optimizers["model"])
-        meter.start()
+        tally.start()
         microbatches = [task.blank_batch(range(4))] * 2
         train.update(task, "model", task.model, optimizers["model"], microbatches, 0, contextlib.nullcontext())
-        real = planning.Plan.of(task, optimizers, ema, meter)
+        real = planning.Plan.of(task, optimizers, ema, tally)
     plan = planned("tiny_llama", 1, "train.ema=0.9")
     assert real.peak == plan.peak and real.flops(True) == plan.flops(True)
     assert (real.parameters, real.moments, real.averaged) == (plan.parameters, plan.moments, plan.averaged)
