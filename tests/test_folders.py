@@ -13,6 +13,7 @@ import tarfile
 import unicodedata
 
 import numpy as np
+import processes
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -310,7 +311,7 @@ def test_a_name_that_is_no_text_can_be_printed(tmp_path):
     """As an old Latin-1 disk has them."""
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"nonsense")
     write(tmp_path, {"a.png": RED})
-    done = subprocess.run([sys.executable, "prepare.py", "check", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = processes.run("prepare.py", "check", tmp_path)
     assert done.returncode == 2 and r"caf\udce9.png: not a picture" in done.stdout and "Traceback" not in done.stderr
 
 

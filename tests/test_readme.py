@@ -1,12 +1,11 @@
 """What the README promises: it is short, what it names is there, and its commands run as they are written."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
+import processes
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -57,23 +56,28 @@ def test_the_map_counts_lines_rightly():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A folder with all that a clone has, and a bash in it whose python is this one; out/ is its own."""
+    """A folder with all that a clone has, out/ being its own, and a function that runs a bash script in it.
+
+    Its python only writes down what it is told, which runs afterwards, in a process that has torch imported already.
+    """
     folder = tmp_path_factory.mktemp("clone")
     for entry in ROOT.iterdir():
         if entry.name not in ("out", ".venv", ".git"):
             (folder / entry.name).symlink_to(entry)
-    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    (folder / "bin").mkdir()
-    for name in ("python", "torchrun"):
-        program = f"{sys.executable} -m torch.distributed.run" if name == "torchrun" else sys.executable
-        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {program} "$@"\n')
-        (folder / "bin" / name).chmod(0o755)
+    told = folder / "told"
 
     def bash(*lines):
-        script = "\n".join(["set -eu", *lines])
-        done = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        return done.stdout
+        told.write_text("")
+        script = "\n".join(["set -eu", f"""python() {{ printf '%s\\0' $# "$@" >> {told}; }}""", *lines])
+        subprocess.run(["bash", "-c", script], cwd=folder, check=True)
+        words, out = told.read_text().split("\0")[:-1], ""
+        while words:
+            count = int(words[0])
+            command, words = words[1 : count + 1], words[count + 1 :]
+            done = processes.run(folder / command[0], *command[1:], cwd=folder)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            out += done.stdout
+        return out
 
     bash.folder = folder
     return bash

@@ -5,12 +5,10 @@ Most tests prompt a toy: random weights, 8×8 pictures of 2×2 codes, a context 
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import ROOT, run_tiny
@@ -369,9 +367,7 @@ def test_a_broken_row_is_named_and_the_others_are_done(folders, prompt, tmp_path
     inputs = [[good], [good, str(broken)], [str(tmp_path / "absent.png")], [good]]
     rows = [{"input": paths, "output": str(tmp_path / f"{n}.png")} for n, paths in enumerate(inputs, 1)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    command = [sys.executable, ROOT / "sample.py", "batch", *folders, "--input", file]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = processes.run("sample.py", "batch", *folders, "--input", file)
     assert done.returncode == 2 and done.stdout == "2 of 4 prompts done\n"
     second, third, last = done.stderr.splitlines()
     assert second.startswith(f"{file}:2: {broken}: ") and third == f"{file}:3: {tmp_path / 'absent.png'}: no such file"

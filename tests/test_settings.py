@@ -1,10 +1,8 @@
 """What settings.py promises: a TOML file means exactly what its dataclass says, and a mistake is one line."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
+import processes
 import pytest
 from conftest import ROOT
 
@@ -182,8 +180,6 @@ def test_a_field_of_the_users_own_dataclass_needs_no_registration():
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected):
     """As the user sees it: a real process, nothing on stdout, no traceback."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "train.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = processes.run("train.py", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1

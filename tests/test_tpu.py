@@ -10,12 +10,11 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import GOLDEN, ROOT
@@ -65,6 +64,11 @@ def rows(tmp_path_factory):
 
 def on_mesh(mesh):
     return [f"mesh.{axis}={size}" for axis, size in zip(train_tpu.AXES, mesh, strict=True)]
+
+
+def with_devices(count):
+    """The environment of a process in which JAX finds as many devices, and what is compiled already."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
 
 
 def run_tpu(run, mesh, *overrides):
@@ -143,16 +147,15 @@ settings.run_main(train_tpu.main)
         address = f"localhost:{free.getsockname()[1]}"
     settings_of_run = ["train.steps=10", "train.save_every=5", *rows]
     overrides = [f"run.dir={run}", *TINY, *on_mesh((2, 2, 2)), *settings_of_run]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    processes = []
+    (tmp_path / "spying.py").write_text(spying)
+    both, out = [], tmp_path / "out"
     for i in range(2):
-        command = [sys.executable, "-c", spying, tmp_path / f"rows{i}", "--config", CONFIG]
+        command = [tmp_path / "spying.py", tmp_path / f"rows{i}", "--config", CONFIG]
         command += ["--distributed", f"{address},2,{i}", *overrides]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
-    for process in processes:
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
+        both.append(processes.start(*command, environment=with_devices(4), out=out))
+    for process in both:
+        process.join(300)
+        assert process.exitcode == 0, out.read_text()
     assert_same_curve(run, eight_devices, 1e-5)
     assert_close_weights(run / "latest", eight_devices / "latest", 1e-5)
     assert_close_weights(run / "latest" / "ema", eight_devices / "latest" / "ema", 1e-5)
@@ -278,15 +281,14 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(eight_devices, rows, t
     """kill -9, once the first checkpoint is there; saving after every step, so that it likely falls into a save."""
     run = tmp_path / "run"
     overrides = [*TINY, *on_mesh((2, 2, 2)), "train.steps=10", *rows]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, ROOT / "train_tpu.py", "--config", CONFIG, f"run.dir={run}", *overrides]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*command, "train.save_every=1"], env=environment, **pipes)
-    while not checkpoint.step_folders(run) and process.poll() is None:
+    command = ["train_tpu.py", "--config", CONFIG, f"run.dir={run}", *overrides]
+    process = processes.start(*command, "train.save_every=1", environment=with_devices(8))
+    while not checkpoint.step_folders(run) and process.exitcode is None:
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and len(checkpoint.step_folders(run)) < 10
-    again = subprocess.run([*command, "train.save_every=5"], env=environment, capture_output=True, text=True)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(checkpoint.step_folders(run)) < 10
+    again = processes.run(*command, "train.save_every=5", environment=with_devices(8))
     assert again.returncode == 0, again.stderr
     assert f"resumed from {run}/step_" in again.stdout
     assert_same_bits(run / "step_00000010", eight_devices / "step_00000010")
@@ -360,8 +362,7 @@ def test_the_plan_is_printed_and_nothing_is_run(tmp_path):
     """As typed, in a process of its own: for more devices than the tests have."""
     mesh = ["mesh.fsdp=8", "mesh.tensor=2", "train.batch_size=16"]
     config = ["--config", CONFIG, f"run.dir={tmp_path / 'run'}"]
-    command = [sys.executable, ROOT / "train_tpu.py", *config, *mesh, "--plan"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run("train_tpu.py", *config, *mesh, "--plan")
     assert done.returncode == 0, done.stderr
     assert "fsdp 8 × tensor 2 = 16 devices" in done.stdout and "v5p" in done.stdout
     assert not (tmp_path / "run").exists()

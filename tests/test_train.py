@@ -14,6 +14,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import ROOT, run_tiny
@@ -205,13 +206,14 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(tokenizer_run, tmp_pat
     """kill -9, once the first checkpoint is there; started again, it also logs each step once, with the same values."""
     run = tmp_path / "run"
     config = ROOT / "configs" / "tiny_vqgan.toml"
-    command = [sys.executable, ROOT / "train.py", "--config", config, "--device", "cpu", f"run.dir={run}", *TOKENIZER]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not checkpoint.step_folders(run) and process.poll() is None:
+    command = ["train.py", "--config", config, "--device", "cpu", f"run.dir={run}", *TOKENIZER]
+    process = processes.start(*command)
+    while not checkpoint.step_folders(run) and process.exitcode is None:
         time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and len(checkpoint.step_folders(run)) < 3
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(checkpoint.step_folders(run)) < 3
+    again = processes.run(*command)
     assert again.returncode == 0, again.stderr
     assert f"resumed from {run}/step_" in again.stdout
     assert_same_bits(run / "step_00000012", tokenizer_run / "step_00000012")
@@ -603,7 +605,14 @@ SHORT = [
 ]
 
 
+def train_on(count, kind, run, *overrides):
+    """Trains configs/tiny_{kind}.toml into the folder `run`, on some processes."""
+    config = ["--config", ROOT / "configs" / f"tiny_{kind}.toml", "--device", "cpu", f"run.dir={run}"]
+    return processes.ranks(count, "train.py", *config, *overrides)
+
+
 def torchrun(kind, run, *overrides):
+    """The same on two, as it is typed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [ROOT / "train.py", "--config", ROOT / "configs" / f"tiny_{kind}.toml", "--device", "cpu"]
     command += [f"run.dir={run}", *overrides]
@@ -625,7 +634,7 @@ def test_a_llama_on_two_processes_has_the_curve_of_one(lvm_run, row_overrides, t
 @pytest.fixture(scope="module")
 def vqgan_on_two(tmp_path_factory):
     run = tmp_path_factory.mktemp("two") / "run"
-    done = torchrun("vqgan", run, *SHORT)
+    done = train_on(2, "vqgan", run, *SHORT)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -647,12 +656,12 @@ def test_a_vqgan_on_two_processes_has_the_curve_of_one(vqgan_on_two, tmp_path):
 def test_two_processes_resume_to_the_same_bits(vqgan_on_two, tmp_path):
     """After 2 steps a redraw is pending: which codes were used since the last one, each process saw only in part."""
     run = copy_up_to(vqgan_on_two, 2, tmp_path / "run")
-    done = torchrun("vqgan", run, *SHORT)
+    done = train_on(2, "vqgan", run, *SHORT)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     assert_same_bits(run / "step_00000004", vqgan_on_two / "step_00000004")
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused(tmp_path):
-    done = torchrun("vqgan", tmp_path / "run", "train.batch_size=3")
+    done = train_on(2, "vqgan", tmp_path / "run", "train.batch_size=3")
     assert done.returncode != 0 and "train.batch_size 3 is no multiple of the 2 processes" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -3,13 +3,12 @@
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 
+import processes
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -355,6 +354,5 @@ def test_train_py_s_own_setting_says_which_gelu(tmp_path):
         keys += [f"model.{tower}.{k}={getattr(table, k)}" for k in ("width", "layers", "heads", "hidden_dim")]
         keys.append(f"model.{tower}.activation=gelu")
     keys += [f"model.text.vocab_size={shape.text.vocab_size}", f"model.text.context_length={shape.text.context_length}"]
-    command = [sys.executable, "train.py", "--config", "configs/tiny_clip.toml", *keys]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = processes.run("train.py", "--config", "configs/tiny_clip.toml", *keys)
     assert "the tokenizer has 514 tokens, model.text.vocab_size is only 100" in done.stderr  # so the weights are open
