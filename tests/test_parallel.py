@@ -139,12 +139,12 @@ def test_a_dreamllm_in_shares_is_the_one_of_one_process(stage, count, dream_part
 
 
 @pytest.mark.parametrize("kind", ["vae", "unet"])
-def test_latent_diffusion_in_shares_is_that_of_one_process(kind, pictures, dream_parts, tmp_path):
-    overrides = [*FEW_STEPS, "train.ema=0.9", f'data.sources=[{{path = "{pictures}"}}]']
+def test_latent_diffusion_in_shares_is_that_of_one_process(kind, captioned, tmp_path):
+    overrides = [*FEW_STEPS, "train.ema=0.9", *captioned]
     if kind == "unet":
         clip = run_tiny("clip", tmp_path / "clip", "train.steps=1", "train.eval_every=0")
         vae = run_tiny("vae", tmp_path / "vae", "train.steps=1", "train.eval_every=0", "train.sample_every=0")
-        overrides = [*FEW_STEPS, "train.ema=0.9", f"data.clip={clip}", f"data.vae={vae}"]
+        overrides += [f"data.clip={clip}", f"data.vae={vae}"]
     one = run_tiny(kind, tmp_path / "one", *overrides)
     succeed(train_on(2, kind, tmp_path / "two", *overrides, "train.parallel=fsdp"))
     for entry, expected in zip(metrics(tmp_path / "two"), metrics(one), strict=True):

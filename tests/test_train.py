@@ -173,12 +173,12 @@ def test_a_clip_run_in_two_parts_ends_in_the_same_bits_and_opens_as_a_clip(tmp_p
     assert clip.encode_text(clip.tokenize(["grinning face"])).shape == (1, 32)
 
 
-def test_a_vae_and_a_unet_run_in_two_parts_end_in_the_same_bits_and_draw(tmp_path):
+def test_a_vae_and_a_unet_run_in_two_parts_end_in_the_same_bits_and_draw(captioned, tmp_path):
     """The U-Net's steps are whole pipelines; its latents are computed once and found again."""
     clip = run_tiny("clip", tmp_path / "clip", "train.steps=2", *QUIET)
     parts = [f"data.clip={clip}", f"data.vae={tmp_path / 'vae_whole'}"]
     for kind in ("vae", "unet"):
-        overrides = parts if kind == "unet" else []
+        overrides = captioned + (parts if kind == "unet" else [])
         whole = run_tiny(kind, tmp_path / f"{kind}_whole", *overrides)
         twice = tmp_path / f"{kind}_twice"
         run_tiny(kind, twice, "train.steps=7", "optim.decay_steps=12", *overrides, *QUIET)
@@ -230,12 +230,9 @@ def test_lines_of_steps_that_are_run_again_are_cut(tokenizer_run, tmp_path):
 
 
 @pytest.fixture
-def no_held_out(pictures, tokenizer_run, row_overrides, tmp_path):
+def no_held_out(captioned, tokenizer_run, row_overrides, tmp_path):
     """{kind: overrides}: the training data of each kind of run, of which none falls into the held-out split."""
-    folder = shutil.copytree(pictures, tmp_path / "captioned")
-    for picture in folder.glob("*.png"):
-        picture.with_suffix(".txt").write_text(f"picture {picture.stem}")
-    source = [f'data.sources=[{{path = "{folder}"}}]', "data.held_out_fraction=0"]
+    source = [*captioned, "data.held_out_fraction=0"]
     clip, vae = (run_tiny(kind, tmp_path / kind, "train.steps=1", *QUIET) for kind in ("clip", "vae"))
     return {
         "vqgan": source,
