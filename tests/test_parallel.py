@@ -127,7 +127,8 @@ STAGES = {"every part": [EVERY_PART, "model.drop=0.5"], "create": ["model.stage=
 @pytest.mark.parametrize(("stage", "count"), [("every part", 4), ("create", 2)])
 def test_a_dreamllm_in_shares_is_the_one_of_one_process(stage, count, dream_parts, tmp_path):
     """One rank may have no picture to read or to draw: it runs these parts all the same, for the others' sake."""
-    overrides = [*dream_parts, *STAGES[stage], *FEW_STEPS, "train.steps=10", "train.eval_every=10"]
+    overrides = [*dream_parts, *STAGES[stage], *FEW_STEPS, "train.steps=10"]
+    overrides += ["train.eval_every=10", "train.sample_every=10"]  # sampling takes longer than training
     one = run_tiny("dreamllm", tmp_path / "one", *overrides)
     shares = tmp_path / "shares"
     succeed(train_on(count, "dreamllm", shares, *overrides, "train.parallel=fsdp"))
