@@ -108,11 +108,18 @@ class LVM:
         return self.decode(tokens.flatten(0, 1)).reshape(candidates, frames, self.side, self.side, 3)
 
 
+TEXTS = ("tokenizer", "text_tokenizer", "template", "system")  # what else than a side is looked for in [data]
+
+
 def run_data(run):
     """The [data] section of the run that `run` is, or of which it is a step; {} if there is none."""
     if not Path(run).exists():
         raise UserError(f"{run}: no such file or folder")
     for folder in (Path(run), *Path(run).resolve().parents[:2]):  # the run; or its step, or that step's ema
         if (folder / "config.toml").exists():
-            return settings.read(folder / "config.toml").get("data", {})
+            data = settings.read(folder / "config.toml").get("data", {})
+            texts = [data.get(key, "") for key in TEXTS] if isinstance(data, dict) else [None]
+            if not all(isinstance(text, str) for text in texts) or type(data.get("side", 0)) is not int:
+                raise UserError(f"{folder / 'config.toml'}: its section [data] is damaged")
+            return data
     return {}

@@ -415,6 +415,9 @@ def start(s, layout, resume):
     if resume:
         file = resume / "training" / "optimizer.model.safetensors"
         tensors = checkpoint.read_tensors(file)
+        known = {f"{name}.{key}" for _, _, name, _ in tensor_names(layout) for key in ("step", "exp_avg", "exp_avg_sq")}
+        if extra := tensors.keys() - known:
+            raise UserError(f"{file}: {min(extra)} belongs to nothing in this run")
         for kind in ("exp_avg", "exp_avg_sq"):
             state[kind] = load_sharded(tensors, f".{kind}", layout, file)
     if s.train.ema:
@@ -535,7 +538,8 @@ def train(s, explicit_keys, devices=None):
     with jax.set_mesh(layout.mesh), jax.default_matmul_precision(precision):
         program = prepare(s, layout)
         rows, held_out, tokenizer = open_data(s, layout.config)
-        state = start(s, layout, resume)
+        with runs.way_out(resume):
+            state = start(s, layout, resume)
         if is_main:
             announce(s, layout, run, resume, progress)
 

@@ -9,8 +9,9 @@
       step_00001000/              one checkpoint: the weights in their published layout …
         ema/                      … the same again for the averaged weights, preferred for sampling
         training/                 … and what only a resumed training needs (optimizer, discriminator)
-        state.json                {"step": 1000, …}
+        state.json                {"step": 1000, …}, and the sizes and checksums of all these files (whole.py)
       latest -> step_00001000     the newest complete step
+      step_00000500.damaged/      one that a resume found damaged, as it was: nothing here deletes it
 
 No torch here: train_tpu.py has none either.
 """

@@ -60,6 +60,8 @@ def load_sharded(tensors, ending, layout, path):
             array[: len(rows)] = rows  # what remains is the vocabulary's padding
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name}{ending} holds NaN or infinity")
+        if ending == ".exp_avg_sq" and array.min() < 0:
+            raise UserError(f"{path}: {name}{ending} holds negative numbers")
         return array
 
     shardings = layout.shardings()

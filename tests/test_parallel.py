@@ -12,7 +12,7 @@ import torch
 from conftest import run_tiny
 from test_train import assert_same_bits, bits, metrics, train_on
 
-from support import checkpoint
+from support import checkpoint, whole
 
 TEN_STEPS = ["train.steps=10", "train.eval_every=5", "train.save_every=5", "train.keep=0", "train.ema=0.9"]
 FEW_STEPS = ["train.steps=3", "train.log_every=1", "train.eval_every=3", "train.sample_every=3", "train.batch_size=4"]
@@ -109,6 +109,7 @@ def test_a_checkpoint_survives_any_change_of_processes_to_the_bit(one, row_overr
         else:
             succeed(processes.ranks(count, ours, "llama", folder, run, file_bytes, *overrides))
         folder = run / "step_00000005"
+        assert whole.trouble(folder, whole.ALONE) is None
         for name, tensors in expected.items():
             found = checkpoint.read_tensors(folder / name)
             assert tensors.keys() == found.keys()

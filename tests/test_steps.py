@@ -9,6 +9,7 @@ from conftest import ROOT, run_tiny
 from test_train import assert_same_bits, copy_up_to, forget_checksums, refused
 
 import tasks
+from lvm import run_data
 from support import checkpoint, runs, whole
 
 FILES = ("model.safetensors", "ema/model.safetensors", "training/optimizer.model.safetensors")
@@ -244,3 +245,9 @@ def test_a_damaged_configuration_of_a_run_is_one_line(run, content):
     (run / "config.toml").write_bytes(content)
     message = refused(runs.newest_step, run, "llama")
     assert str(run) in message and len(message) < 400
+
+
+@pytest.mark.parametrize("content", ["data = 5", "[data]\ntokenizer = 5", "[data]\nside = 1.5", "[data]\nsystem = [1]"])
+def test_a_damaged_section_of_data_is_one_line_to_whoever_samples(run, content):
+    (run / "config.toml").write_text(content)
+    assert refused(run_data, run) == f"{run}/config.toml: its section [data] is damaged"
