@@ -459,17 +459,17 @@ class CLIP(nn.Module):
         return cls.from_tensors(tensors, path, dtype, device, config)
 
     @classmethod
-    def from_tensors(cls, tensors, path, dtype=None, device="cpu", config=None):
+    def from_tensors(cls, tensors, path, dtype=None, device="cpu", config=None, file=None):
         """A CLIP of tensors under Hugging Face's names.
 
-        Its tokenizer is looked for at `path`, and so is its config if none is given.
+        Its tokenizer is looked for at `path`, and so is its config if none is given. file: the tensors', for errors.
         """
         if config is None:
             fields = published.read_hf_config(path if path.is_dir() else path.parent, tensors)
             config = settings.build(CLIPConfig, published.known(fields, tensors, path))
         if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
             dtype = torch.float32  # OpenAI's archives: matrices in float16, the rest in float32
-        model = checkpoint.load(cls, config, tensors, path, dtype, device)
+        model = checkpoint.load(cls, config, tensors, file or path, dtype, device)
         model.tokenizer = find_clip_tokenizer(path) if config.text else None
         return model
 

@@ -1145,15 +1145,16 @@ class LatentDiffusion(nn.Module):
         return model
 
     @classmethod
-    def from_tensors(cls, tensors, path, dtype=None, device="cpu"):
+    def from_tensors(cls, tensors, path, dtype=None, device="cpu", file=None):
         """The same, without a text encoder, from tensors named unet.… and vae.….
 
-        path: a folder of their configurations, as published.write_configs writes it.
+        path: a folder of their configurations, as published.write_configs writes it; file: the tensors', for errors.
         """
         unet_config, vae_config, schedule = map(settings.build, CONFIGS, published.folder_fields(path))
-        unet, vae = published.split_parts(tensors, path)
-        unet = checkpoint.load(UNet, unet_config, unet, path, dtype, device)
-        return cls(unet, checkpoint.load(AutoencoderKL, vae_config, vae, path, dtype, device), schedule)
+        file = file or path
+        unet, vae = published.split_parts(tensors, file)
+        unet = checkpoint.load(UNet, unet_config, unet, file, dtype, device)
+        return cls(unet, checkpoint.load(AutoencoderKL, vae_config, vae, file, dtype, device), schedule)
 
     def save_pretrained(self, path):
         """Writes a diffusers pipeline folder; one that has model_index.json is complete."""

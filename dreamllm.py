@@ -450,9 +450,9 @@ class DreamLLM(nn.Module):
         llama_config = settings.build(LLaMAConfig, saved.llama)
         tensors = saved.tensors
         llama = LLaMA.from_tensors(tensors["llama"], saved.folder, dtype, device, llama_config)
-        clip = CLIP.from_tensors(tensors["clip"], saved.clip, dtype, device)
-        head = tensors["diffusion"]
-        diffusion = LatentDiffusion.from_tensors(head, saved.diffusion, dtype, device)
+        clip_file, head_file = (saved.folder / published.dreamllm.FILES[name] for name in ("projector", "condition"))
+        clip = CLIP.from_tensors(tensors["clip"], saved.clip, dtype, device, file=clip_file)
+        diffusion = LatentDiffusion.from_tensors(tensors["diffusion"], saved.diffusion, dtype, device, head_file)
         model = cls(llama, clip, diffusion, config, saved.tokenizer)
         if saved.resolution not in (None, model.side):
             key = f"{saved.folder / 'config.json'}: stable_diffusion_head: resolution is {saved.resolution!r}"

@@ -272,7 +272,7 @@ class LLaMA(nn.Module):
         self.activation_checkpointing = False
         self.tokenizer = None  # a model of text may be given its own: it is saved beside the weights
         for weight in self.parameters():  # the norms' weights stay 1
-            if weight.ndim == 2:
+            if weight.ndim == 2 and not weight.is_meta:  # whose values will come from a file
                 nn.init.normal_(weight, 0, INITIAL_STD)
 
     def forward(self, tokens):
@@ -414,7 +414,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """logits (B, V) → ids (B, 1), sampled after temperature, top-k and nucleus (top-p) filtering."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the greatest stays 0, however cold it is
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))

@@ -32,7 +32,7 @@ from data import KINDS, DataSettings, open_sentences
 from support import settings
 from support.check import print_findings
 from support.checkpoint import out_file, out_folder
-from support.options import positive_int
+from support.options import moderate_int
 from support.pictures import SUFFIXES, save_grid, to_float, to_uint8
 from support.settings import UserError
 from support.sources import SPLITS, read_texts
@@ -221,7 +221,7 @@ def show(args):
 
 def evenly(total, count):
     """At most `count` different numbers below `total`, evenly spaced, ascending."""
-    return sorted({i * total // count for i in range(count)}) if total else []
+    return [i * total // count for i in range(count)] if count < total else list(range(total))
 
 
 def decoded_rows(args, data):
@@ -247,7 +247,7 @@ def decoded_rows(args, data):
 def some_lines(path, count):
     """→ ({number: line} of `count` lines of a file, evenly spaced; how many it has)."""
     try:
-        with open(path, "rb") as file:
+        with settings.open_file(path) as file:
             total = sum(1 for _ in file)
             numbers = set(evenly(total, count))
             file.seek(0)
@@ -325,7 +325,7 @@ COMMANDS = {  # name → (function, whose docstring is its --help; a summary; an
             "--out": dict(required=True, help="the rows file to write"),
             "--split": dict(default="train", choices=SPLITS, help="which pictures (default: train)"),
             "--shard": dict(type=shard, default="0/1", help="i/n: every n-th sentence from i on"),
-            "--batch": dict(type=positive_int, default=16, help="pictures encoded at once (default: 16)"),
+            "--batch": dict(type=moderate_int, default=16, help="pictures encoded at once (default: 16)"),
             **MODEL,
         },
     ),
@@ -346,8 +346,8 @@ COMMANDS = {  # name → (function, whose docstring is its --help; a summary; an
             "rows_file": dict(metavar="rows.jsonl", nargs="?", help="the rows (default: the sentences)"),
             "--out": dict(required=True, help="the picture to write"),
             "--config": dict(help="where data.tokenizer, data.side and [[data.sources]] are read"),
-            "--rows": dict(type=positive_int, default=8, help="how many rows (default: 8)"),
-            "--side": dict(type=positive_int, help="of a picture (default: the rows', or data.side)"),
+            "--rows": dict(type=moderate_int, default=8, help="how many rows (default: 8)"),
+            "--side": dict(type=moderate_int, help="of a picture (default: the rows', or data.side)"),
             **MODEL,
         },
     ),

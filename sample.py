@@ -32,7 +32,6 @@ with the tokenizer's files (default: the run's own).
 
 import inspect
 import itertools
-import json
 import math
 import os
 from pathlib import Path
@@ -52,10 +51,20 @@ from model import LLaMA
 from published.llama import in_context
 from support import checkpoint, settings, what
 from support.chat import TEMPLATES, own_template
-from support.options import fraction, natural, non_negative, picture_size, positive_int, seed_number
-from support.pages import PAGE_FILE, picture_name, plain, save_page
+from support.options import (
+    few_int,
+    fraction,
+    moderate_int,
+    non_negative,
+    picture_size,
+    positive_int,
+    real,
+    seed_number,
+    utf8,
+)
+from support.pages import PAGE_FILE, picture_name, save_page
 from support.pictures import SUFFIXES, load_picture, psnr, resized, save_animation, save_grid, to_float, to_uint8
-from support.settings import UserError
+from support.settings import UserError, plain
 from support.sources import warn
 from support.tokenizer import FILES, Tokenizer
 from vqgan import VQGAN
@@ -283,8 +292,8 @@ def read_rows(path, key, many):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = settings.parse_json(line)
+        except ValueError:
             row = None
         row = row if isinstance(row, dict) else {}
         other_is_good = is_paths(row.get(key)) if many else isinstance(row.get(key), str)
@@ -606,7 +615,7 @@ def say_what(args):
 def print_rows(rows):
     for label, text in rows.items():
         if text:
-            print(f"{label:10} {text}", flush=True)
+            print(f"{label:10} {plain(text)}", flush=True)
 
 
 # ---- the command line ------------------------------------------------------------------------
@@ -639,12 +648,12 @@ SAMPLING = (
 CONTINUATION = (
     *LLAMA,
     option("--tokenizer", default="", help="the VQGAN; default: the run's data.tokenizer"),
-    option("--frames", type=positive_int, default=1, help="pictures to add (1)"),
+    option("--frames", type=moderate_int, default=1, help="pictures to add (1)"),
     option("--resize", type=picture_size, help="of the output: original (as the last input) or W,H"),
     *SAMPLING,
 )
 DIFFUSION = (
-    option("--guidance", type=float, default=7.5, help="how strongly to follow the prompt; 1: no guidance (7.5)"),
+    option("--guidance", type=real, default=7.5, help="how strongly to follow the prompt; 1: no guidance (7.5)"),
     option("--steps", type=positive_int, default=50, help="passes of the U-Net for a picture (50)"),
     option("--sampler", choices=SAMPLERS, help="default: the one of the folder's scheduler; for a DreamLLM ddpm"),
 )
@@ -659,9 +668,9 @@ INTERLEAVED = (
     *FLOAT_MODEL,
     PARTS,
     option("--image", **PICTURES, default=[], help="shown before the prompt"),
-    option("--system", help="the chat's system message (the run's or the template's own)"),
+    option("--system", type=utf8, help="the chat's system message (the run's or the template's own)"),
     option("--max-new", type=positive_int, default=256, help="most tokens to write (256, or the context's end)"),
-    option("--max-pictures", type=natural, default=4, help="most pictures to generate (4)"),
+    option("--max-pictures", type=few_int, default=4, help="most pictures to generate (4)"),
     *SAMPLING,
     *DIFFUSION,
 )
@@ -681,7 +690,7 @@ COMMANDS = {  # name: (function, example, options …)
         "--run out/demo/lvm --prompt grey1.png colour1.png grey2.png --out grid.png",
         *CONTINUATION,
         option("--prompt", **PICTURES, required=True),
-        option("--candidates", type=positive_int, default=1, help="independent samples (1)"),
+        option("--candidates", type=moderate_int, default=1, help="independent samples (1)"),
         option("--out", default="grid.png", help="a grid, candidates as rows; or .gif, the first one animated"),
     ),
     "batch": (
@@ -689,7 +698,7 @@ COMMANDS = {  # name: (function, example, options …)
         "--run out/demo/lvm --input prompts.jsonl --seed 0",
         *CONTINUATION,
         option("--input", required=True, metavar="JSONL"),
-        option("--candidates", type=positive_int, default=4, help="independent samples (4)"),
+        option("--candidates", type=moderate_int, default=4, help="independent samples (4)"),
     ),
     "reconstruct": (
         reconstruct,
@@ -702,10 +711,10 @@ COMMANDS = {  # name: (function, example, options …)
         continue_text,
         '--run out/tiny_text --prompt "woman "',
         *LLAMA,
-        option("--prompt", default="", help="a text to continue, or the question (empty)"),
+        option("--prompt", type=utf8, default="", help="a text to continue, or the question (empty)"),
         option("--chat", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's own"),
         CONTEXT,
-        option("--system", help="the chat's system message (the template's own)"),
+        option("--system", type=utf8, help="the chat's system message (the template's own)"),
         option("--max-new", type=positive_int, default=256, help="most tokens to write (256, or the context's end)"),
         option("--tokenizer", default="", help="the tokenizer's folder; default: the run's own"),
         *SAMPLING,
@@ -714,12 +723,12 @@ COMMANDS = {  # name: (function, example, options …)
         generate_images,
         '--run out/emoji/unet --prompt "pizza" --out pizza.png',
         *FLOAT_MODEL,
-        option("--prompt", required=True),
-        option("--negative", help="what to move away from (the empty text)"),
-        option("--rescale", type=float, default=0.0, help="against strong contrasts (0; published 0.7)"),
+        option("--prompt", type=utf8, required=True),
+        option("--negative", type=utf8, help="what to move away from (the empty text)"),
+        option("--rescale", type=real, default=0.0, help="against strong contrasts (0; published 0.7)"),
         *DIFFUSION,
         SEED,
-        option("--count", type=positive_int, default=1, help="pictures, side by side (1)"),
+        option("--count", type=moderate_int, default=1, help="pictures, side by side (1)"),
         option("--out", default="image.png"),
         *DREAM_ONLY,
         *DIFFUSION_ONLY,
@@ -728,7 +737,7 @@ COMMANDS = {  # name: (function, example, options …)
         chat,
         '--run out/emoji/dream/instruct --image x.png --prompt "What is this?"',
         *INTERLEAVED,
-        option("--prompt", default="", help="the question; <image> in it: where a picture stands (before it)"),
+        option("--prompt", type=utf8, default="", help="the question; <image> in it: where a picture stands (first)"),
         option("--template", choices=(*TEMPLATES, "auto"), help=f"{FRAMING}; auto: the folder's own (the run's)"),
         option("--out", default="chat.png", help="the answer's pictures, numbered (chat.png)"),
     ),
@@ -736,7 +745,7 @@ COMMANDS = {  # name: (function, example, options …)
         document,
         '--run out/emoji/dream/interleaved --prompt "food & drink:" --out page',
         *INTERLEAVED,
-        option("--prompt", default="", help="how the page begins (empty)"),
+        option("--prompt", type=utf8, default="", help="how the page begins (empty)"),
         option("--template", choices=TEMPLATES, help="the prompt is an instruction in this form of conversation"),
         option("--out", default="page", metavar="FOLDER", help="an earlier page is replaced (page)"),
     ),

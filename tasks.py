@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,14 +187,17 @@ def from_scratch(config, explicit_keys):
 
 def fresh_model(cls, config):
     """cls(config) with random weights; a UserError if there is not memory enough."""
-    try:
-        return cls(config)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("alloc|out of memory|overflow", str(error)):
-            raise
     count = "too many"
-    with torch.device("meta"), contextlib.suppress(RuntimeError):  # more than 2⁶³ bytes are too many even to count
-        count = f"{sum(p.numel() for p in cls(config).parameters()):,}"
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in cls(config).parameters())
+        sharded = torch.get_default_device().type == "meta"  # each process will hold a share of it
+        if sharded or 4 * count <= settings.memory():
+            return cls(config)
+        count = f"{count:,}"
+    except (RuntimeError, MemoryError) as error:  # more than 2⁶³ bytes are too many even to count
+        if not settings.is_out_of_memory(error):
+            raise
     raise UserError(f"[model] describes a {cls.__name__} of {count} parameters, 4 bytes each: too large for the memory")
 
 

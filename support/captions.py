@@ -9,7 +9,6 @@ time. Anything else is a ValueError.
 
 import csv
 import io
-import json
 import posixpath
 import re
 import unicodedata
@@ -17,6 +16,7 @@ from urllib.parse import unquote
 
 from support.files import text_of
 from support.formats import caption_list
+from support.settings import parse_json
 
 LISTS = ("captions.jsonl", "metadata.jsonl", "metadata.csv")  # the last two: Hugging Face's ImageFolder
 FILE_KEYS = ("file", "file_name", "filename", "image", "path")
@@ -50,9 +50,7 @@ def of_value(value):
 
 def _table(text):
     try:
-        row = json.loads(text)
-    except RecursionError:
-        raise ValueError("not JSON (nested too deeply)") from None
+        row = parse_json(text)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):

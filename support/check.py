@@ -12,7 +12,6 @@ The same classes read here and in training, so that the two cannot disagree.
 import collections
 import contextlib
 import itertools
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from support import files
 from support.formats import read_row
 from support.pictures import ENDINGS, load_picture
 from support.rows import fault_kind, json_rows, names_rows, open_picture, read_rows
-from support.settings import UserError
+from support.settings import UserError, parse_json, plain
 from support.sources import TextFiles, open_source, tally
 from support.token_rows import RowsFiles, RowsInfo, rows_files
 
@@ -65,7 +64,7 @@ def print_findings(path, images=""):
     """
     found = look(path, images)
     for line in found.lines():
-        print(line)
+        print(plain(line))
     if found.bad:
         raise UserError(f"{path}: {found.about}, {len(found.bad)} bad")
     print(f"{path}: {found.about}, 0 bad")
@@ -177,8 +176,8 @@ def check_rows_of_any_kind(path, folder):
             read_row(raw)
         except ValueError:
             row = None
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(raw)
+            with contextlib.suppress(ValueError):
+                row = parse_json(raw)
             if not isinstance(row, dict):
                 continue
             if "tokens" in row:

@@ -317,15 +317,25 @@ def _write_checksums(path, begins):
                 entry += 46 + len(record.filename) + len(record.extra) + len(record.comment)
 
 
+YAML = 1 << 18  # bytes of a YAML file: it is read slowly
+
+
 def read_yaml(path):
-    """A YAML file as data: nothing that it names is built."""
+    """A YAML file as data: nothing that it names is built, nothing repeated (* makes a gigabyte of a line)."""
     try:
         import yaml
     except ImportError:
         raise UserError(f"{path}: to read it, pip install pyyaml") from None
+    text, depth = settings.read_text(path, YAML), 0
     try:
-        return yaml.safe_load(settings.read_text(path))
-    except yaml.YAMLError as error:
+        for bracket in re.findall(r"[\[\]{}]", text):  # before it is read: depth costs its square
+            depth = max(0, depth + (1 if bracket in "[{" else -1))
+            if depth > settings.DEPTH:
+                raise ValueError("nested too deeply")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("repeats a part of itself by its name (*): write it out")
+        return settings.parse(yaml.safe_load, text)
+    except Exception as error:  # besides its own errors, it lets through what its values raise: no day 99, no key []
         raise UserError(f"{path}: {_first_line(error)}") from None
 
 
@@ -505,8 +515,8 @@ def _read_shards(index):
         raise UserError(f"{index}: has no table weight_map")
     shards = where["weight_map"].values()
     for shard in sorted(set(map(str, shards))):
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise UserError(f"{index}: names {shard}, which is no file beside it")
+        if Path(shard).name != shard or shard.endswith(".json") or not (index.parent / shard).is_file():
+            raise UserError(f"{index}: names {shard}, which is no file of weights beside it")
         tensors |= read_tensors(index.parent / shard)
     return tensors
 

@@ -8,14 +8,14 @@
 """
 
 import glob
+import math
 import os
 import posixpath
 import re
 import tarfile
 import unicodedata
-from pathlib import Path
 
-from support.settings import UserError, decode
+from support.settings import FILE, UserError, content, decode, open_file
 
 # ---- what is left out, and why -------------------------------------------------------------------
 
@@ -75,6 +75,9 @@ def folder_files(folder):
     return files
 
 
+NAMES = 1_000_000  # of files, that one pattern writes out
+
+
 def matches(pattern):
     """The paths that a shell pattern names, sorted; {00..12} and {a,b} in it are written out."""
     paths = []
@@ -84,20 +87,24 @@ def matches(pattern):
     return paths
 
 
+BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}")
+
+
 def braces(text):
     """"s-{08..10}.tar" → ["s-08.tar", "s-09.tar", "s-10.tar"]; "{a,b}" → ["a", "b"], as in a shell."""
-    if os.path.exists(text) or not (found := re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)):
+    if os.path.exists(text) or not (found := BRACES.search(text)):
         return [text]
-    first, last, listed = found.groups()
-    if first:
-        count = int(last) - int(first)
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(first) + min(count, 10**6) + 1)]
-    else:
-        choices = listed.split(",")
+    if math.prod(len(_choices(each)) for each in BRACES.finditer(text)) > NAMES:
+        raise UserError(f"{text[:80]}: names more than {NAMES} files")
     texts = []
-    for choice in choices:
+    for choice in _choices(found):
+        choice = str(choice).zfill(len(found[1] or ""))
         texts += braces(text[: found.start()] + choice + text[found.end() :])
     return texts
+
+
+def _choices(found):
+    return range(int(found[1]), int(found[2]) + 1) if found[1] else found[3].split(",")
 
 
 PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd", b"PK": "unzip"}
@@ -114,7 +121,7 @@ def tar_files(tars, report):
         shard = os.path.relpath(os.path.abspath(path), top)
         try:
             members, faults = _members(path)
-        except (OSError, tarfile.TarError) as error:
+        except Exception as error:  # tarfile raises nearly everything on broken headers
             wrong.append(f"{path}: {_why_no_tar(path, error)}")
             continue
         files |= {f"{shard}/{name}": place for name, place in members.items()}
@@ -130,14 +137,18 @@ def tar_files(tars, report):
 def _members(path):
     """→ ({member: (tar, offset, size)}, [what is lost of the tar, …])."""
     members, size, broken, faults = {}, os.path.getsize(path), "", []
-    with tarfile.open(path, "r:") as archive:  # uncompressed: members have offsets
+    with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:  # uncompressed: it has offsets
         try:
             for member in archive:
+                if member.size < 0:  # the next header would be this one again
+                    raise tarfile.TarError("a file of negative size")
                 name = unicodedata.normalize("NFC", member.name.removeprefix("./"))
                 if member.issym() or member.islnk():  # another name of a file that came before
                     beside = posixpath.dirname(name) if member.issym() else ""
                     target = posixpath.normpath(posixpath.join(beside, member.linkname))
                     members[name] = members.get(target, (path, 0, 0))
+                elif member.issparse():
+                    faults.append(f"{path}/{name}: a file with holes: pack it without --sparse")
                 elif member.isfile():
                     if member.offset_data + member.size > size:
                         broken = f"{member.name} is cut off"
@@ -145,8 +156,8 @@ def _members(path):
                     if name in members:  # as tar unpacks them, the last one stays
                         faults.append(f"{path}/{name}: two files of that name; the later one is read")
                     members[name] = (path, member.offset_data, member.size)
-        except tarfile.TarError as error:
-            broken = str(error)
+        except Exception as error:
+            broken = str(error) or type(error).__name__
     if size % 512:  # tarfile ends in silence where a header is cut short
         broken = broken or "its end is missing"
     if broken:
@@ -159,7 +170,7 @@ def _why_no_tar(path, error):
         return "is a folder: name it alone, without a pattern"
     if getattr(error, "strerror", None):
         return error.strerror
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         start = file.read(6)
     for sign, program in PACKED.items():
         if start.startswith(sign):
@@ -169,11 +180,10 @@ def _why_no_tar(path, error):
 
 def read(files, name, start=None):
     """The bytes of one of `files`, or its first `start` bytes; an OSError where it cannot be read."""
-    if isinstance(files[name], str):
-        with open(files[name], "rb") as file:
-            return file.read(start)
-    path, offset, size = files[name]
-    with open(path, "rb") as file:
+    if isinstance(files[name], str) and start is None:
+        return content(files[name], FILE)
+    path, offset, size = (files[name], 0, start) if isinstance(files[name], str) else files[name]
+    with open_file(path) as file:
         file.seek(offset)
         return file.read(size if start is None else min(start, size))
 
@@ -196,9 +206,9 @@ def text_of(data):
 
 def lines_of(path):
     """Yields (number, bytes or text) of each line of a file that is not blank; what is no UTF-8 is decoded whole."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            lines = decode(Path(path).read_bytes()).encode().split(b"\n")
+            lines = decode(content(path)).encode().split(b"\n")
         else:
             file.seek(0)
             lines = file

@@ -9,7 +9,6 @@ checkpoint.py asks before it reads, so that a GGUF file is "a GGUF file" in ever
 weight that is missing. What does open stands in checkpoint.KINDS.
 """
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -118,7 +117,7 @@ def refuse(path, found):
 
 def of_file(path):
     """What the file at `path` is, by its ending and its first bytes."""
-    with open(path, "rb") as file:
+    with settings.open_file(path) as file:
         head = file.read(512)
     for start, what, way_out in STARTS:
         if head.startswith(start):
@@ -133,7 +132,7 @@ def is_torch_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
+    except Exception:  # on broken records, zipfile raises more than its own
         return True
 
 
@@ -239,7 +238,7 @@ def missing_shards(folder, names):
 def json_table(path):
     """A JSON file's table; {} if there is another thing in it."""
     try:
-        saved = json.loads(settings.read_text(path))
-    except (ValueError, RecursionError):
+        saved = settings.parse_json(settings.read_text(path, settings.FILE))
+    except ValueError:
         return {}
     return saved if isinstance(saved, dict) else {}

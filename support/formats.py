@@ -22,7 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 from support.chat import Special, render_chat
-from support.settings import UserError
+from support.settings import UserError, parse_json
 
 # ---- the types of rows ---------------------------------------------------------------------------
 # A picture is whatever its source can open: a file's name, an Item of support/sources.py.
@@ -418,9 +418,7 @@ def read_row(raw):
     A ValueError says what is wrong with it.
     """
     try:
-        row = json.loads(raw)
-    except RecursionError:
-        raise ValueError("not JSON (nested too deeply)") from None
+        row = parse_json(raw)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from support import checkpoint
+from support.settings import plain
 
 PAGE_FILE = r"page\.(md|html)|picture_\d+\.png"  # what a page's folder holds, and nothing else
 STYLE = """
@@ -51,13 +52,9 @@ def save_page(pieces, folder, title):
             f"<title>{html.escape(plain(title).strip())}</title>",
             f"<style>{STYLE}</style>",
         ]
-        (beside / "page.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
-        (beside / "page.html").write_text("\n".join([*head, *body]) + "\n", encoding="utf-8")
-
-
-def plain(text):
-    """The text with its control characters replaced: models that sample bytes can produce any."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", text.replace("\r\n", "\n"))
+        for name, lines in (("page.md", ["\n\n".join(markdown)]), ("page.html", [*head, *body])):
+            # a title from a command line may be no text
+            (beside / name).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
 
 
 def as_markdown(text):

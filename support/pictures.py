@@ -15,16 +15,20 @@ import io
 import math
 import os
 import sys
+import threading
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from support.checkpoint import atomic_file, out_file
-from support.settings import UserError
+from support.settings import FILE, UserError, content
 
 # ---- files -----------------------------------------------------------------------------------
+
+PIXELS = 1 << 26  # of a picture, as of 8192 × 8192: while it is decoded they take a gigabyte
+LARGE = 1 << 24  # from so many on, one picture is decoded at a time, whichever threads want them
+_one_at_a_time = threading.Lock()
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".apng", ".tif", ".tiff", ".ppm")  # to write
 
@@ -63,22 +67,36 @@ def load_picture(source, side=None, resize="crop", name=None, frame=0):
     """
     name = name or (source if isinstance(source, str | os.PathLike) else "picture")
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else content(source, FILE)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if frame:
                 image.seek(frame)
-            image.load()  # what is broken must raise here, not below
-            if image.format == "TIFF" and image.n_frames > 1:
-                _say_first_page(str(name))
-            with contextlib.suppress(Exception):  # Exif that Pillow cannot read costs the rotation only
-                ImageOps.exif_transpose(image, in_place=True)
-            return np.array(fit_square(on_white(image), side, resize))  # (H, W, 3)
+            with decoding(image, side):
+                image.load()  # what is broken must raise here, not below
+                if image.format == "TIFF" and image.n_frames > 1:
+                    _say_first_page(str(name))
+                with contextlib.suppress(Exception):  # Exif that Pillow cannot read costs the rotation only
+                    ImageOps.exif_transpose(image, in_place=True)
+                return np.array(fit_square(on_white(image), side, resize))  # (H, W, 3)
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: {not_a_picture(data)}") from None
     except Exception as error:  # Pillow's decoders raise nearly everything on broken bytes
         raise UserError(f"{name}: {error}") from None
+
+
+def decoding(image, side):
+    """What a Pillow image is decoded within, if it is not too large: then a ValueError.
+
+    A JPEG that is too large is decoded at a half, a quarter or an eighth of its size, if twice `side` is left of it.
+    """
+    width, height = image.size
+    if width * height > PIXELS and side and image.format in ("JPEG", "MPO"):
+        image.draft(None, (2 * side * max(1, width // height), 2 * side * max(1, height // width)))
+    if math.prod(image.size) > PIXELS:
+        raise ValueError(f"{width}×{height} pixels, more than {PIXELS}: save it smaller")
+    return _one_at_a_time if math.prod(image.size) > LARGE else contextlib.nullcontext()
 
 
 def not_a_picture(data):
@@ -114,7 +132,7 @@ def on_white(image):
             raise ValueError(f"16 bits, but no value above {values.max()} of 65535: save it with 8 bits")
         return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        return Image.fromarray(stretch(np.asarray(image, np.float64))).convert("RGB")
+        return Image.fromarray(stretch(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -123,12 +141,16 @@ def on_white(image):
 
 def stretch(values):
     """Numbers (H, W) → (H, W) uint8: 0 or a negative least one becomes 0, the greatest 255; NaN 0."""
-    finite = values[np.isfinite(values)]
-    if not finite.size:
+    finite = np.isfinite(values)
+    if not finite.any():
         raise ValueError("not one of its values is a finite number")
-    low, high = min(0, finite.min()), finite.max()
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    return ((values - low) * (255 / max(high - low, 1e-300))).round().astype(np.uint8)
+    low = float(values.min(initial=0, where=finite))
+    high = float(values.max(initial=low, where=finite))
+    out = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), 256):  # in strips: as float64, all of them would fill the memory
+        part = np.nan_to_num(values[top : top + 256].astype(np.float64), nan=low, posinf=high, neginf=low)
+        out[top : top + 256] = ((part - low) * (255 / max(high - low, 1e-300))).round()
+    return out
 
 
 # ---- squares: two ways to cut the middle out ---------------------------------------------------

@@ -27,7 +27,7 @@ from PIL import Image
 
 from support.formats import IMAGE, Captioned, Conversation, Document, Pair, Picture, read_row
 from support.pictures import load_picture
-from support.settings import UserError
+from support.settings import UserError, open_file
 from support.sources import hash_to_unit, in_words, tally, warn
 
 # ---- rows of emoji: what their names and categories say ------------------------------------------
@@ -192,7 +192,7 @@ def json_rows(path):
     line, or minus the row's number where a row begins in the same line as the one before it.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(4096)
             if what := no_json(path, start):
                 raise UserError(f"{path}: {what}")

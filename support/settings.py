@@ -14,10 +14,12 @@ published file, becomes a `UserError`: one line that names the file and the key,
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import math
 import os
 import re
+import stat
 import sys
 import tomllib
 import types
@@ -60,7 +62,13 @@ def run_main(main):
         try:
             main()
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            print("error: " + plain(" ".join(str(error).split())), file=sys.stderr)
+            sys.exit(2)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = plain(" ".join(str(error).split()))[:200]
+            print(f"error: the memory is too small for what is asked for ({reason})", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -72,12 +80,35 @@ def run_main(main):
         sys.exit(141)  # as the shell has it for any program that a closed pipe ends
 
 
+def plain(text):
+    """The text with its control characters replaced: a stranger's names and what a model wrote can have any."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n"))
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory is short: Python's, numpy's, torch's or JAX's."""
+    signs = "out of memory|can't allocate memory|RESOURCE_EXHAUSTED|Storage size calculation overflowed"
+    return isinstance(error, MemoryError) or bool(re.search(signs, str(error)))
+
+
+def memory():
+    """The bytes of this machine's memory; infinity where the system does not say it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 # ---- the sections both trainers share --------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RunSettings:
     dir: str  # where checkpoints, metrics and samples go
+
+    def __post_init__(self):
+        if not self.dir.strip():
+            raise ValueError("dir is empty: name the run's folder")
 
 
 @dataclass(frozen=True)
@@ -95,7 +126,8 @@ class OptimSettings:
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
 
     def __post_init__(self):
-        at_least(self, 0, "lr", "min_lr", "warmup_steps", "decay_steps", "eps", "weight_decay", "clip")
+        at_least(self, 0, "lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip")
+        above(self, 0, "eps")  # with 0, a weight that has had no gradient becomes NaN
         fraction(self, "beta1", "beta2")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must be at most lr {self.lr}")
@@ -202,21 +234,43 @@ def read_run(path, overrides, runs, sizes):
     return build_from(path, runs[kind], values), keys
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- files: one door for each kind ---------------------------------------------------------------
+# What comes from others is checked where it comes in; what lies behind these functions need not fear it.
 
+CONFIGURATION = 1 << 20  # bytes of a TOML file
+FILE = 1 << 30  # bytes of a picture, a caption, or a JSON file that is read whole: tokenizers have up to 40 MB
+DEPTH = 100  # lists and tables within each other, in TOML, JSON and YAML
+STREAMS = ("/dev/stdin", "/dev/fd/")  # besides regular files: what the shell has opened already, as <(…) does
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # so begins what git leaves in a large file's place
 
 
-def read_bytes(path):
-    """A file's content, or a UserError."""
+def open_file(path):
+    """A file, open for reading bytes; an OSError if there is none, or what waits or never ends: a pipe, a device."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path).startswith(STREAMS)):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return open(path, "rb")  # of a folder it says so
+
+
+def content(path, most=None):
+    """A file's bytes, or an OSError; most: how many they may be."""
+    with open_file(path) as file:
+        data = file.read(-1 if most is None else most + 1)
+    if most is not None and len(data) > most:
+        raise OSError(errno.EFBIG, f"has more than {most >> 20} MiB", str(path))
+    return data
+
+
+def read_bytes(path, most=None):
+    """The same, or a UserError."""
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if content.startswith(LFS_POINTER):
+        data = content(path, most)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if data.startswith(LFS_POINTER):
         raise UserError(f"{path}: is a Git LFS pointer, not the file itself; fetch that: git lfs pull")
-    return content
+    return data
 
 
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -231,19 +285,54 @@ def decode(data):
     return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_text(path):
+def read_text(path, most=None):
     """The text of a file (see `decode`), or a UserError."""
     try:
-        return decode(read_bytes(path))
+        return decode(read_bytes(path, most))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def parse(parser, text):
+    """What `parser` (json.loads, tomllib.loads, …) makes of a text; a ValueError if it is too deep, or anything else.
+
+    Nothing that is nested deeper than DEPTH comes through: what walks through it may do so by recursion.
+    """
+    try:
+        value = parser(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(DEPTH):
+        containers = [inner for inner in level if isinstance(inner, dict | list)]
+        level = []
+        for inner in containers:
+            level += inner.values() if isinstance(inner, dict) else inner
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def parse_json(text):
+    """The value in JSON, a text or bytes; a ValueError says why there is none. The one reader of all JSON."""
+    return parse(json.loads, text)
+
+
+DOTTED = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){%d}""" % DEPTH)
+
+
+def parse_toml(text):
+    """The table in TOML; a ValueError says why there is none."""
+    if DOTTED.search(text):  # before it is read: the length of such a key costs its square
+        raise ValueError("nested too deeply")
+    return parse(tomllib.loads, text)
 
 
 def read_json(path):
     """The value in a JSON file, or a UserError."""
     try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(path, FILE))
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -256,19 +345,19 @@ class Override(str):
 
 def read(path, overrides=()):
     """The TOML file at `path` as a nested dict, with `section.key=value` texts written over it."""
-    try:
-        values = tomllib.loads(decode(Path(path).read_bytes()))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         folder = Path(path).parent
         near = _nearest(Path(path).name, [p.name for p in folder.glob("*.toml")])
-        raise UserError(f"{path}: no such file" + (f"; did you mean {folder / near}?" if near else "")) from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no such file" + (f"; did you mean {folder / near}?" if near else ""))
+    try:
+        values = parse_toml(read_text(path, CONFIGURATION))
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     for text in overrides:
         key, equals, value = text.partition("=")
         *sections, name = key.split(".")
-        if not equals or not sections:
-            raise UserError(f"{text!r}: an override is written section.key=value, as in train.steps=100")
+        if not equals or not sections or len(sections) > DEPTH:
+            raise UserError(f"{text[:80]!r}: an override is written section.key=value, as in train.steps=100")
         section = values
         for part in sections:
             section = section.setdefault(part, {})
@@ -403,9 +492,19 @@ def convert(hint, value, where):
     if type(value) is not hint:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
         raise UserError(f"{where}: expected {names[hint]}, got {_short(value)}")
-    if (hint is int and abs(value) >= 2**63) or (hint is float and not math.isfinite(value)):
+    if (hint is int and abs(value) >= 2**63) or (hint is float and value and not LEAST <= abs(value) <= GREATEST):
         raise UserError(f"{where}: {_short(value)} is no number to compute with")
+    if hint is str and not is_text(value):
+        raise UserError(f"{where}: {_short(value)} is no UTF-8")
     return value
+
+
+LEAST, GREATEST = 1e-37, 1e38  # of floats in configurations, but for 0: so far float32 reaches
+
+
+def is_text(value):
+    """Whether a str is text: the bytes of a command line that are no UTF-8 come as halves of characters."""
+    return value == value.encode(errors="ignore").decode()
 
 
 def _short(value):
@@ -416,8 +515,8 @@ def _short(value):
 def _parse(hint, text):
     """An override's text as a TOML value; what is no TOML value, or is meant as text, stays text."""
     try:
-        return str(text) if hint is str and text[:1] not in "\"'" else tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        return str(text) if hint is str and text[:1] not in "\"'" else parse_toml(f"x = {text}")["x"]
+    except ValueError:
         return str(text)
 
 

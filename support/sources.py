@@ -12,7 +12,6 @@ counted, and left out.
 import collections
 import functools
 import io
-import json
 import os
 import posixpath
 import re
@@ -31,20 +30,21 @@ from support.pictures import (
     CLIP_FRAMES,
     COMPUTED,
     ENDINGS,
+    FORMATS,
     fit_square,
     load_picture,
     may_be_animated,
     motion_frame,
     on_white,
 )
-from support.settings import UserError
+from support.settings import UserError, content, parse_json, plain
 
 # ---- what is left out ----------------------------------------------------------------------------
 
 
 def warn(text):
     """Prints one line on stderr, clear of progress bars."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(plain(text), file=sys.stderr)
 
 
 class Skipping:
@@ -468,7 +468,7 @@ class FileSource(PictureSource):
         try:
             if not may_be_animated(self._read(name, 2**14)):
                 return 1
-            with Image.open(io.BytesIO(self._read(name))) as image:
+            with Image.open(io.BytesIO(self._read(name)), formats=FORMATS) as image:
                 return getattr(image, "n_frames", 1)
         except Exception:  # broken: named when the picture is used
             return 1
@@ -577,7 +577,7 @@ class TextFiles(Skipping):
         for file in sorted(self.files):
             try:
                 if file.lower().endswith(".txt"):
-                    yield from self._text(file, files.text_of(Path(file).read_bytes()))
+                    yield from self._text(file, files.text_of(content(file)))
                     continue
                 for number, line in files.lines_of(file):
                     yield from self._row(f"{file}:{number}", line)
@@ -586,9 +586,9 @@ class TextFiles(Skipping):
 
     def _row(self, where, line):
         try:
-            text = json.loads(files.text_of(line))["text"]
+            text = parse_json(files.text_of(line))["text"]
             text.encode()  # neither null, nor half of a surrogate pair
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             self.skip(f'{where}: not a row {{"text": "…"}}')
             return
         yield from self._text(where, text)

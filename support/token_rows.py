@@ -59,8 +59,8 @@ def decode_row(line, vocab_size=None, dtype="int32"):
 def row_data(line):
     """What a line of a rows file holds: the bytes of its base64, or a plain list as an array."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = settings.parse_json(line)
+    except ValueError:
         row = None
     if line.lstrip()[:1] == b"[":
         raise ValueError('a JSON list: write a line {"tokens": …} for each of its rows (jq -c ".[]")')
@@ -218,7 +218,7 @@ NO_ROWS = {  # what holds codes in another way, by its ending or how it begins
 def _mapped(path):
     """The bytes of a file, mapped into memory; a UserError if they are no lines of JSON."""
     try:
-        with open(path, "rb") as file:
+        with settings.open_file(path) as file:
             start, size = file.read(64), os.fstat(file.fileno()).st_size
             if what := NO_ROWS.get(Path(path).suffix.lower()):
                 raise UserError(f'{path}: {what}: write a line {{"tokens": [1, 2, …]}} for each of its rows')

@@ -41,6 +41,7 @@ import functools
 import gzip
 import heapq
 import html
+import io
 import itertools
 import json
 import re
@@ -189,12 +190,15 @@ class Tokenizer:
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character: �
         ids = [self.bos] if bos and self.bos is not None else []
-        for part in self.parts(text, special):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self.encode_after_special(part) if follows else self.encode_text(part)
-            follows = True
+        try:
+            for part in self.parts(text, special):
+                if isinstance(part, int):
+                    ids.append(part)
+                else:
+                    ids += self.encode_after_special(part) if follows else self.encode_text(part)
+                follows = True
+        except TimeoutError:
+            raise UserError(f"{self.file}: a regular expression in it takes over {patience(text):.0f} s") from None
         return self.within(ids + ([self.eos] if eos and self.eos is not None else []))
 
     def within(self, ids):
@@ -500,6 +504,7 @@ def is_byte_level(saved):
         return False
 
 
+IDS = 2**31  # they are below this
 USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where no file says which token ends a text
 
 
@@ -508,6 +513,9 @@ def from_json(file, saved):
     byte_level, config = is_byte_level(saved), sibling_json(file, "tokenizer_config.json")
     try:
         words, vocab = read_bpe(saved["model"], byte_level), saved["model"]["vocab"]
+        for token, i in vocab.items():
+            if type(i) is not int or not 0 <= i < IDS:
+                raise ValueError(f"the token {token!r:.40} has the id {i!r:.40}")
         added = added_tokens(file, vocab, saved["added_tokens"])
         token_bytes = letters_or_name if byte_level else piece_bytes
         bytes_of = {i: token_bytes(token) for token, i in vocab.items()}
@@ -570,7 +578,9 @@ NORMALIZERS = {  # a step → a function: text → text
         ("NFC", "NFD", "NFKC", "NFKD"), lambda step: functools.partial(unicodedata.normalize, step["type"])
     ),
     "Prepend": lambda step: lambda text: text and step["prepend"] + text,
-    "Replace": lambda step: lambda text: regex.sub(pattern_of(step), lambda _: step["content"], text, flags=FLAGS),
+    "Replace": lambda step: lambda text: regex.sub(
+        pattern_of(step), lambda _: step["content"], text, flags=FLAGS, timeout=patience(text)
+    ),
     "ByteLevel": lambda step: to_letters,
 }
 
@@ -610,6 +620,11 @@ JOINS = {  # is this piece joined to the one before it? (each: is it what was lo
 }
 
 
+def patience(text):
+    """Seconds that a stranger's regular expression may take for a text: some take forever."""
+    return 5 + len(text) / 10_000
+
+
 def pattern_of(step):
     form, pattern = next(iter(step["pattern"].items()))
     return pattern if form == "Regex" else re.escape(pattern)
@@ -621,7 +636,7 @@ def cutter(pattern, behavior, invert):
 
     def cut(text):
         parts, end = [], 0  # in turn what lies between matches, and a match
-        for match in pattern.finditer(text):
+        for match in pattern.finditer(text, timeout=patience(text)):
             parts += (text[end : match.start()], match.group())
             end = match.end()
         parts.append(text[end:])
@@ -735,7 +750,7 @@ def added_tokens(file, known, listed=()):
     for entry in entries:
         name = entry["content"]
         i = entry["id"] if "id" in entry else ids.get(name, max(ids.values(), default=-1) + 1)
-        if type(i) is not int or i < 0 or ids.setdefault(name, i) != i:
+        if type(i) is not int or not 0 <= i < IDS or ids.setdefault(name, i) != i:
             raise ValueError(f"the added token {name} has the id {i!r}, but is {ids.get(name)} elsewhere")
         added.setdefault(name, Added(i, *(bool(entry.get(flag)) for flag in Added._fields[1:])))
     return added
@@ -844,6 +859,7 @@ CLIP_WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE
 )
 CLIP_SIZE = 49408
+CLIP_BYTES = 1 << 24  # of the list of merges when it is unpacked: OpenAI's has 3 MB
 CLIP_FILES = (("vocab.json", "merges.txt"), ("bpe_simple_vocab_16e6.txt.gz",), ("tokenizer.json",))
 
 
@@ -917,16 +933,24 @@ class CLIPTokenizer:
         try:
             if path.name.endswith(".gz"):
                 merges = read_clip_gz(path)
-                return cls(numbered(clip_tokens(merges)), merges, pad=0)
+                return cls.named(path, numbered(clip_tokens(merges)), merges, 0)
             read = read_clip_json if path.name == "tokenizer.json" else read_clip_pair
             vocabulary, merges, listed = read(path)
             added = added_tokens(path, vocabulary, listed)
             ends = {name: added[name].id for name in (CLIP_START, CLIP_END) if name in added}
             pad = added.get(named_tokens(path).get("pad_token"), added[CLIP_END])
             added = {name: token for name, token in added.items() if name not in vocabulary | ends}
-            return cls(vocabulary | ends, merges, pad.id, added)
+            return cls.named(path, vocabulary | ends, merges, pad.id, added)
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
             raise UserError(f"{path}: not a CLIP tokenizer ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def named(cls, path, *arguments):
+        """The same as cls(*arguments), of which errors say that it comes from the file `path`."""
+        try:
+            return cls(*arguments)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def save_pretrained(self, path, context_length):
         """Writes vocab.json, merges.txt and tokenizer_config.json as transformers' CLIPTokenizer
@@ -982,7 +1006,11 @@ class CLIPTokenizer:
 
 def read_clip_gz(path):
     """OpenAI's list of merges, which is longer than what CLIP uses."""
-    lines = gzip.decompress(settings.read_bytes(path)).decode().split("\n")
+    with gzip.open(io.BytesIO(settings.read_bytes(path))) as file:
+        text = file.read(CLIP_BYTES + 1)
+    if len(text) > CLIP_BYTES:
+        raise ValueError(f"more than {CLIP_BYTES >> 20} MiB when unpacked")
+    lines = text.decode().split("\n")
     used = CLIP_SIZE - 2 * 256 - 2
     return [tuple(line.split()) for line in lines[1 : 1 + used]]
 

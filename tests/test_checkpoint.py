@@ -187,7 +187,7 @@ def test_shards_are_read_as_one(tmp_path, suffix):
     (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
     assert checkpoint.read_tensors(tmp_path).keys() == WEIGHTS.keys()
     (tmp_path / f"bias.{suffix}").unlink()
-    expected = f"{tmp_path / stem}.{suffix}.index.json: names bias.{suffix}, which is no file beside it"
+    expected = f"{tmp_path / stem}.{suffix}.index.json: names bias.{suffix}, which is no file of weights beside it"
     assert refused(checkpoint.read_tensors, tmp_path) == expected
 
 
