@@ -187,12 +187,13 @@ def from_scratch(config, explicit_keys):
 
 def fresh_model(cls, config):
     """cls(config) with random weights; a UserError if there is not memory enough."""
-    count = "too many"
+    probe, count = torch.empty(0), "too many"
     try:
+        if probe.is_meta or type(probe) is not torch.Tensor:  # no memory is taken: of shares, or of a plan
+            return cls(config)
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())
-        sharded = torch.get_default_device().type == "meta"  # each process will hold a share of it
-        if sharded or 4 * count <= settings.memory():
+        if 4 * count <= settings.memory():
             return cls(config)
         count = f"{count:,}"
     except (RuntimeError, MemoryError) as error:  # more than 2⁶³ bytes are too many even to count

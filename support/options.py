@@ -26,8 +26,8 @@ def number(kind, low, high, what):
 
 
 positive_int = number(int, 1, 2**31, "a whole number above 0")
-moderate_int = number(int, 1, 2**16, "a whole number from 1 to 65536")  # of what is held in memory at once
-few_int = number(int, 0, 1000, "a whole number from 0 to 1000")
+moderate_int = number(int, 1, 2**16, "a whole number above 0, 65536 at most")  # of what is held in memory at once
+few_int = number(int, 0, 1000, "a whole number from 0 on, 1000 at most")
 seed_number = number(int, 0, 2**63 - 1, "a whole number from 0 on")
 fraction = number(float, 1e-9, 1, "a number above 0 and at most 1")
 non_negative = number(float, 0, 1e9, "a number from 0 on")
