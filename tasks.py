@@ -218,7 +218,7 @@ class Task:
     blank_batch   (rows) → the largest batch that the settings allow, of zeros, without data: for a plan
     loss          (phase, its module, batch, step, microstep) → (a scalar to descend, {name: scalar to log});
                   the module may be DDP around self.model: forward goes through it, weights are read from self.model
-    after_step    (step, averaged weights): what else changes the weights
+    after_step    (step, averaged weights): what else changes the weights; not called after a step that is skipped
     evaluate      () → {name: scalar}, of held-out data
     sample        () → rows of (H, W, 3) uint8 pictures of what the model makes now, or None
     blocks        classes of the parts that FSDP brings together one at a time; (): this kind cannot be sharded
@@ -371,9 +371,7 @@ class VQGANTask(PictureTask):
             loss, values = self.loss_fn.generator_loss(self.model, images, reconstruction, losses, discriminator, step)
         used = codes.flatten()
         counts = torch.zeros_like(self.counts).index_add_(0, used, torch.ones_like(used, dtype=self.counts.dtype))
-        if self.ranks.world > 1:
-            dist.all_reduce(counts)
-        self.counts += counts
+        self.new_counts = counts if microstep == 0 else self.new_counts + counts
         self.images = images
         if discriminator and self.active("discriminator", step):
             self.reconstructions[microstep] = reconstruction.detach()
@@ -385,6 +383,9 @@ class VQGANTask(PictureTask):
 
         From scratch this happens after the first step too: the codebook starts where the encoder's outputs lie.
         """
+        if self.ranks.world > 1:
+            dist.all_reduce(self.new_counts)
+        self.counts += self.new_counts
         every = self.config.loss.redraw_every
         if not every or ((step + 1) % every and not (self.from_scratch and step == 0)):
             return

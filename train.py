@@ -10,14 +10,17 @@ computes the loss. The loop does the rest: mixed precision, gradient accumulatio
 averaged weights, several processes, logging, checkpoints.
 
     for step:  for phase:  for microbatch:  loss → backward        a GAN has two phases, everything else one
-                           clip → AdamW
-               average → log, evaluate → save → sample
+                           clip
+               AdamW of every phase → average → log, evaluate → save → sample
 
 How a run starts: (1) resume from its newest complete checkpoint; else (2) from `model.init`, a run or a published
 folder; else (3) from scratch. A batch and its random numbers are functions of (seed, its number in the run, row), the
 same for every phase of a step, so a checkpoint needs no random state. A resumed run ends with the same bits as an
 unbroken one, if it has the same number of processes and of threads (on a CPU: GPU kernels make no such promise); how
 many processes there are changes nothing but rounding.
+
+How a run ends: after its last step; or where it is told to (SIGTERM, SIGHUP, Ctrl-C), after the step that it is making,
+which is saved first; or by an error, of one line. A step whose loss or gradient is not finite is skipped.
 """
 
 import contextlib
@@ -28,9 +31,8 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from support import checkpoint, parallel, runs, settings, watch, whole
+from support import checkpoint, parallel, runs, settings, signals, watch, whole
 from support import plan as planning
 from support.pictures import save_grid
 from support.settings import UserError, learning_rate
@@ -47,8 +49,8 @@ def make_optimizer(module, optim):
     return torch.optim.AdamW(trained, optim.lr, betas, optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
-def update(task, phase, module, optimizer, microbatches, step, autocast):
-    """One step of AdamW on a phase's module, with the mean gradient of the microbatches → {name: scalar} to log."""
+def gradients(task, phase, module, microbatches, step, autocast):
+    """Leaves in a phase's module the mean gradient of the microbatches, clipped → {name: scalar} to log."""
     train, optim = task.config.train, task.config.optim
     prefix = "" if phase == task.main_phase else f"{phase}_"
     values = {}
@@ -62,11 +64,21 @@ def update(task, phase, module, optimizer, microbatches, step, autocast):
             values[name] = values.get(name, 0.0) + value.detach().float() / train.accumulate
     norm = torch.nn.utils.clip_grad_norm_(task.modules[phase].parameters(), optim.clip or math.inf)
     values[f"{prefix}grad_norm"] = parallel.whole(norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(optim, step, train.steps)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def descend(optimizers, lr):
+    """One step of AdamW in every phase that has gradients, which are dropped."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def all_finite(tensors):
+    """Whether all numbers are, as a tensor: whoever looks into it waits for the device, but no memory is needed."""
+    return torch.stack(torch._foreach_norm([t for t in tensors if t.numel()], math.inf)).isfinite().all()
 
 
 def average(ema, model, decay, step):
@@ -121,62 +133,74 @@ def can_compile(device):
 def train(config, explicit_keys, device=None):
     """Runs (or resumes) the training that `config` describes → the run's folder.
 
-    config, explicit_keys: what read_run returns; device: "cpu", "cuda", or None for the best one.
+    config, explicit_keys: what read_run returns; device: "cpu", "cuda", or None for the best one. A signal that tells
+    it to end is a signals.Stopped, an exit; whatever a user can mend is a UserError.
     """
     ranks, run = parallel.start_ranks(device, config.train.parallel), Path(config.run.dir)
-    config = settings.with_dtype(config, has_bfloat16(ranks.device))
-    steps, batch_size = config.train.steps, config.train.batch_size
-    check_rows_divide(batch_size, ranks.world)
+    with signals.Stop() as stop, runs.ending(run, ranks.is_main), parallel.together(ranks):
+        config = settings.with_dtype(config, has_bfloat16(ranks.device))
+        check_rows_divide(config.train.batch_size, ranks.world)
 
-    # -- start: resume, init or scratch --
-    resume, state = runs.newest_step(run, config.model.kind, ranks)
-    first = state["step"]
-    if first >= steps:
-        if ranks.is_main:
-            print(runs.already_complete(run, config, explicit_keys, first))
-        return run
-    task, optimizers, ema = begin(config, explicit_keys, ranks, resume)
-    announce(task, run, resume, state)
+        # -- start: resume, init or scratch --
+        resume, state = runs.newest_step(run, config.model.kind, ranks)
+        if state["step"] < config.train.steps:
+            task, optimizers, ema = begin(config, explicit_keys, ranks, resume)
+            announce(task, run, resume, state)
+            loop(task, optimizers, ema, state["step"], stop)
+        elif ranks.is_main:
+            print(runs.already_complete(run, config, explicit_keys, state["step"]))
+    return run
+
+
+def loop(task, optimizers, ema, first, stop):
+    """Makes the steps of a run from `first` on, or until `stop`, a signals.Stop, has a signal."""
+    config, ranks, run = task.config, task.ranks, Path(task.config.run.dir)
     modules = parallel.distribute(task)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.train.dtype == "bfloat16")
-
-    items = batch_size * config.train.accumulate * task.items_per_row
+    items = config.train.batch_size * config.train.accumulate * task.items_per_row
     meter = watch.Meter(ranks.device)  # how fast; and the log knows when: log_every, eval_every …
     log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main, meter.measured)
+    with contextlib.closing(log):
+        stop.waits = True
+        for step, microbatches in enumerate(batches(task, first, log, meter), first):
+            # -- gradients of each phase --
+            values, buffers = {}, copies(task)
+            for phase, module in modules.items():
+                if task.active(phase, step):
+                    with meter.counting(phase):
+                        values |= gradients(task, phase, module, microbatches, step, autocast)
+            # once a step, the process waits here for its device, and the ranks agree
+            told_to_stop, skipped = ranks.most(stop.number, ~all_finite(values.values()))
 
-    for step, microbatches in enumerate(batches(task, first, log, meter), first):
-        # -- update: each phase in turn, then the average --
-        values = {}
-        for phase, optimizer in optimizers.items():
-            if task.active(phase, step):
-                with meter.counting(phase):
-                    values |= update(task, phase, modules[phase], optimizer, microbatches, step, autocast)
-        average(ema, task.main, config.train.ema, step)
-        task.after_step(step, ema)
-        done = step + 1
+            # -- update: AdamW, then the average. Or all stays as it was --
+            lr, done = learning_rate(config.optim, step, config.train.steps), step + 1
+            if skipped:
+                log.skip(done, why_skipped(task, values, step))  # which ends a run of many
+                take_back(task, buffers)
+                values = {}
+            else:
+                descend(optimizers, lr)
+                average(ema, task.main, config.train.ema, step)
+                task.after_step(step, ema)
 
-        # -- log and evaluate --
-        if log.due(done):
-            lr = learning_rate(config.optim, step, steps)
-            entry = log.entry(done, ranks.mean(values) | {"lr": lr})
-            if log.evaluates(done):
-                with log.paused(), autocast, evaluating(task, optimizers, ema, done):
-                    entry |= ranks.mean(task.evaluate())
-            log.write(entry)
+            # -- log and evaluate --
+            if log.due(done):
+                entry = log.entry(done, ranks.mean(values) | {"lr": lr})
+                if log.evaluates(done) and not told_to_stop:
+                    with log.paused(), autocast, evaluating(task, optimizers, ema, done, stop):
+                        entry |= ranks.mean(task.evaluate())
+                log.write(entry)
 
-        # -- save, then sample --
-        if log.saves(done):
-            with log.paused():
-                save(done, task, optimizers, ema)
-        if log.samples(done) and (ranks.is_main or ranks.sharded):
-            with log.paused(), autocast, evaluating(task, optimizers, ema, done):
-                show(done, task.sample(), run, log)
-        log.advance()
-
-    log.close()
-    if ranks.world > 1:
-        dist.destroy_process_group()
-    return run
+            # -- save, then sample --
+            if log.saves(done) or told_to_stop:
+                with log.paused():
+                    save(done, task, optimizers, ema)
+            if told_to_stop:
+                raise signals.Stopped(told_to_stop)
+            if log.samples(done) and (ranks.is_main or ranks.sharded):
+                with log.paused(), autocast, evaluating(task, optimizers, ema, done, stop):
+                    show(done, task.sample(), run, log)
+            log.advance()
 
 
 def check_rows_divide(batch_size, world):
@@ -249,14 +273,18 @@ def announce(task, run, resume, state):
 
 
 @contextlib.contextmanager
-def evaluating(task, optimizers, ema, done):
-    """Within: eval mode, no gradients, averaged weights. An error loses no steps: they are saved before it goes on."""
+def evaluating(task, optimizers, ema, done, stop):
+    """Within: eval mode, no gradients, averaged weights. An error loses no steps: they are saved before it goes on.
+
+    Nor does a signal, which ends it where it stands. Several processes go on to its end: they must stop together.
+    """
     task.main.eval()
     try:
         # not inference_mode: what FSDP brings together in it could not train afterwards
-        with torch.no_grad(), with_ema_weights(task.main, ema), parallel.gathered(task.main):
+        averaged = with_ema_weights(task.main, ema)
+        with torch.no_grad(), averaged, parallel.gathered(task.main), stop.anywhere(task.ranks.world == 1):
             yield
-    except Exception:
+    except (Exception, signals.Stopped):
         save(done, task, optimizers, ema)  # or says that the weights are not finite any more
         raise
     finally:
@@ -269,6 +297,35 @@ def show(step, rows, run, log):
         file = run / "samples" / f"step_{step:08d}.png"
         save_grid(rows, file)
         log.picture(step, file)
+
+
+# ---- steps that are skipped ------------------------------------------------------------------
+
+
+def copies(task):
+    """Of what a forward pass changes: the running means of a batch norm, and whatever else modules buffer."""
+    return [buffer.clone() for module in task.modules.values() for buffer in module.buffers()]
+
+
+def take_back(task, buffers):
+    """Puts back what `copies` has kept, and drops the gradients."""
+    for module in task.modules.values():
+        module.zero_grad(set_to_none=True)
+    now = [buffer for module in task.modules.values() for buffer in module.buffers()]
+    for buffer, before in zip(now, buffers, strict=True):
+        buffer.copy_(before)
+
+
+def why_skipped(task, values, step):
+    """Which numbers of a step are not finite, on which ranks, and of which rows: every rank's text is on all."""
+    train, ranks = task.config.train, task.ranks
+    rows = ranks.rows(train.batch_size)
+    place = f"rank {ranks.rank}, {runs.batches(step, train.accumulate)}, rows {rows.start} to {rows.stop - 1}"
+    bad = runs.not_finite(values)
+    is_own = any(not math.isfinite(value) for name, value in values.items() if "grad_norm" not in name)
+    texts = ranks.gather((is_own, f"{bad} ({place})"))  # the gradient is that of all ranks, the loss a rank's own
+    culprits = [text for is_own, text in texts if is_own] or [text for _, text in texts]
+    return "; ".join(culprits[:3]) + (f"; and {len(culprits) - 3} more ranks" if len(culprits) > 3 else "")
 
 
 # ---- a plan ----------------------------------------------------------------------------------
@@ -289,9 +346,10 @@ def plan(config, explicit_keys, gpus):
         batch = task.blank_batch(ranks.rows(train.batch_size))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.dtype == "bfloat16")
         tally.start()
-        for phase, optimizer in optimizers.items():
+        for phase in optimizers:
             microbatches = tally.microbatches(batch, train.accumulate)
-            update(task, phase, modules[phase], optimizer, microbatches, train.steps - 1, autocast)
+            gradients(task, phase, modules[phase], microbatches, train.steps - 1, autocast)
+        descend(optimizers, config.optim.lr)
         average(ema, task.main, train.ema, train.steps - 1)
         return planning.Plan.of(task, optimizers, ema, tally)
 
@@ -302,11 +360,14 @@ def plan(config, explicit_keys, gpus):
 def save(step, task, optimizers, ema):
     """Writes the run's checkpoint after `step` steps, unless it is there; see runs.py for the layout."""
     run, ranks = Path(task.config.run.dir), task.ranks
-    finite = all(weight.isfinite().all() for module in task.modules.values() for weight in held(module))
-    if ranks.sharded:
-        finite = ranks.mean({"finite": finite})["finite"] == 1
-    if not finite:
-        raise UserError(f"step {step}: weights are not finite any more; not saved. Try a lower optim.lr")
+    moments = [parallel.local(moment) for o in optimizers.values() for s in o.state.values() for moment in s.values()]
+    weights = [weight for module in task.modules.values() for weight in held(module)]
+    for name, tensors in {"weights": weights, "AdamW's moments": moments}.items():
+        finite = not tensors or all_finite(tensors)
+        if ranks.sharded:
+            finite = ranks.mean({"finite": finite})["finite"] == 1
+        if not finite:
+            raise UserError(f"step {step}: {name} are not finite any more; not saved. Try a lower optim.lr")
     if (run / f"step_{step:08d}").exists() or not (ranks.is_main or ranks.sharded):
         return
     with contextlib.ExitStack() as stack:

@@ -50,7 +50,7 @@ from bench.plan import report
 from data import DataSettings, TokenRows
 from model import SIZES, LLaMAConfig
 from published import llama
-from support import checkpoint, runs, settings
+from support import checkpoint, runs, settings, signals
 from support.settings import MeshSettings, UserError
 from support.sharded import file_tensors, load_sharded, tensor_names, write_sharded
 from support.threads import prefetch
@@ -272,6 +272,8 @@ def mean_loss(params, tokens, s, c, table):
 def update(state, batch, constants, s, c, table):
     """AdamW (Loshchilov & Hutter 2019) on the mean over microsteps → state, {"loss", "grad_norm"}.
 
+    If one of these is not finite, the state stays as it was.
+
     state       {"params" | "exp_avg" | "exp_avg_sq" | maybe "ema": {name: array}}, float32
     batch       (microsteps, 2, B, T): inputs and targets
     constants   what step_constants returns
@@ -299,6 +301,8 @@ def update(state, batch, constants, s, c, table):
         new["params"][name], new["exp_avg"][name], new["exp_avg_sq"][name] = w, m, v
         if "ema" in state:
             new["ema"][name] = state["ema"][name] + blend * (w - state["ema"][name])
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
     return new, {"loss": loss / len(batch), "grad_norm": norm}
 
 
@@ -523,48 +527,79 @@ def device_memory(seconds):
 
 def train(s, explicit_keys, devices=None):
     """Runs (or resumes) the training that `s` describes, on all devices or these → its folder."""
-    t, run, is_main = s.train, Path(s.run.dir), jax.process_index() == 0
-    if t.profile:
+    run, is_main = Path(s.run.dir), jax.process_index() == 0
+    if s.train.profile:
         raise UserError("train.profile: train_tpu.py does not implement it, train.py does")
-    resume, progress = runs.newest_step(run, s.model.kind, ranks())
-    first = progress["step"]
-    if first >= t.steps:
-        if is_main:
-            print(runs.already_complete(run, s, explicit_keys, first))
-        return run
-    layout = lay_out(model_config(s, explicit_keys, resume), make_mesh(s.mesh, devices or jax.devices()))
-    # a TPU multiplies float32 in bfloat16 unless told otherwise
-    precision = "highest" if t.dtype == "float32" else "default"
-    with jax.set_mesh(layout.mesh), jax.default_matmul_precision(precision):
-        program = prepare(s, layout)
-        rows, held_out, tokenizer = open_data(s, layout.config)
-        with runs.way_out(resume):
-            state = start(s, layout, resume)
-        if is_main:
-            announce(s, layout, run, resume, progress)
+    with signals.Stop() as stop, runs.ending(run, is_main):
+        resume, progress = runs.newest_step(run, s.model.kind, ranks())
+        first = progress["step"]
+        if first >= s.train.steps:
+            if is_main:
+                print(runs.already_complete(run, s, explicit_keys, first))
+            return run
+        layout = lay_out(model_config(s, explicit_keys, resume), make_mesh(s.mesh, devices or jax.devices()))
+        # a TPU multiplies float32 in bfloat16 unless told otherwise
+        precision = "highest" if s.train.dtype == "float32" else "default"
+        with jax.set_mesh(layout.mesh), jax.default_matmul_precision(precision):
+            program = prepare(s, layout)
+            data = open_data(s, layout.config)
+            with runs.way_out(resume):
+                state = start(s, layout, resume)
+            if is_main:
+                announce(s, layout, run, resume, progress)
+            loop(s, layout, program, state, data, first, stop)
+    return run
 
-        def microsteps(step):
-            return sharded_batch(rows, range(step * t.accumulate, (step + 1) * t.accumulate), program.batch.sharding)
 
-        batches = prefetch(microsteps, range(first, t.steps), s.data.workers)
-        log = runs.Log(run, t, first, "tokens", t.batch_size * t.accumulate * rows.context, is_main, device_memory)
+def loop(s, layout, program, state, data, first, stop):
+    """Makes the steps of a run from `first` on, or until `stop`, a signals.Stop, has a signal; data: of open_data."""
+    t, run, (rows, held_out, tokenizer) = s.train, Path(s.run.dir), data
+
+    def microsteps(step):
+        return sharded_batch(rows, range(step * t.accumulate, (step + 1) * t.accumulate), program.batch.sharding)
+
+    batches = prefetch(microsteps, range(first, t.steps), s.data.workers)
+    is_main, items = jax.process_index() == 0, t.batch_size * t.accumulate * rows.context
+    waiting = []  # [(step, its values)] that are not logged yet
+    with contextlib.closing(runs.Log(run, t, first, "tokens", items, is_main, device_memory)) as log:
+        stop.waits = True
         waited_for = log.waiting(batches, lambda: state["exp_avg"]["norm"].is_ready())
         for step, batch in enumerate(waited_for, first):
             state, values = program.update(state, batch, step_constants(s, step))  # returns at once: devices work on
-            done = step + 1
+            done, told_to_stop = step + 1, told(stop)
+            waiting.append((done, values))
+            if log.due(done) or told_to_stop:
+                values = finite_values(log, waiting, t.accumulate)
+                waiting.clear()
             if log.due(done):
-                values = {name: float(value) for name, value in values.items()}
                 entry = log.entry(done, values | {"lr": settings.learning_rate(s.optim, step, t.steps)})
-                if log.evaluates(done) and held_out:
+                if log.evaluates(done) and held_out and not told_to_stop:
                     with log.paused():
                         entry |= held_out_metrics(s, held_out, program, state.get("ema", state["params"]))
                 log.write(entry)
-            if log.saves(done):
+            if log.saves(done) or told_to_stop:
                 with log.paused():
                     save(run, done, t.keep, state, layout, tokenizer)
+            if told_to_stop:
+                raise signals.Stopped(told_to_stop)
             log.advance()
-        log.close()
-    return run
+
+
+def told(stop):
+    """The signal that some process was sent; 0: none. Several processes wait here for each other, once a step."""
+    if jax.process_count() == 1:
+        return stop.number
+    return int(multihost_utils.process_allgather(np.int32(stop.number)).max())
+
+
+def finite_values(log, waiting, accumulate):
+    """The values of the last step as floats, {} if it was skipped; every skipped one in `waiting` is logged."""
+    for done, values in jax.device_get(waiting):
+        values = {name: float(value) for name, value in values.items()}
+        if bad := runs.not_finite(values):
+            log.skip(done, f"{bad} ({runs.batches(done - 1, accumulate)})")
+            values = {}
+    return values
 
 
 PLANNED_DEVICES = 2**14

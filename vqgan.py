@@ -567,7 +567,7 @@ class VQGANLoss(nn.Module):
             g = -discriminator(y).mean()
             weight = adaptive_weight(nll, g, model.decoder.conv_out.weight) if c.adaptive else 1.0
             total = total + weight * c.gan * g
-            values |= {"g": g, "lambda": torch.as_tensor(weight)}
+            values |= {"g": g, "lambda": torch.as_tensor(weight, device=x.device)}
         return total, values
 
     def discriminator_loss(self, images, reconstruction, discriminator):

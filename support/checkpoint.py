@@ -169,6 +169,19 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def disk_errors(path):
+    """Within, what the disk refuses safetensors is an OSError with its number, as when Python writes itself."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
 def write_tensors(path, tensors, metadata=None):
     """A safetensors file of `tensors`; shared or strided storage is copied out first.
 
@@ -189,7 +202,7 @@ def write_tensors(path, tensors, metadata=None):
 
     if _writes_whole_files:
         tensors = {name: plain(name, tensor) for name, tensor in tensors.items()}
-        with atomic_file(path) as beside:
+        with atomic_file(path) as beside, disk_errors(path):
             save_file(tensors, beside, metadata={"format": "pt"} | (metadata or {}))
 
 

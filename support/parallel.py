@@ -18,6 +18,7 @@ Papers: Rajbhandari et al. 2020 (ZeRO, stage 3), Zhao et al. 2023 (PyTorch FSDP)
 
 import contextlib
 import ctypes
+import datetime
 import os
 import secrets
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ class Ranks:
             dist.all_reduce(stacked)
         return dict(zip(values, (stacked / self.world).tolist(), strict=True))
 
+    def most(self, *numbers):
+        """The largest of each of these integers over all ranks, as a list. They may be tensors on the device."""
+        if self.world == 1:
+            return [int(number) for number in numbers]
+        stacked = torch.stack([torch.as_tensor(n, dtype=torch.int32, device=self.device) for n in numbers])
+        dist.all_reduce(stacked, dist.ReduceOp.MAX)
+        return stacked.tolist()
+
     def gather(self, value):
         """[`value` as each rank has it, in their order]."""
         values = [value] * self.world
@@ -81,6 +90,13 @@ class Ranks:
             dist.barrier()
 
 
+# How long a rank waits for the others where all must come, on every backend. It is for one that hangs, so it is longer
+# than all that one rank may do while the others wait: index its rows, compile, save, sample. One that *dies* is noticed
+# before: gloo sees its connection close, NCCL too between machines, and torchrun sees it exit and ends the others, at
+# once where a signal reaches them, 30 seconds later (--shutdown-timeout) where they hang in NCCL.
+PATIENCE = datetime.timedelta(minutes=30)
+
+
 def start_ranks(device, parallel="ddp"):
     """The Ranks of this process; `device`: "cpu", "cuda", or None for a GPU if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +110,11 @@ def start_ranks(device, parallel="ddp"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        # torchrun keeps one store when it starts all again: addresses of dead ranks must not be found there
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     sharded = parallel == "fsdp" and world > 1  # alone, a process holds everything whatever it is called
     if sharded:
         give_back_freed_memory()
@@ -109,6 +129,21 @@ def give_back_freed_memory():
     """
     with contextlib.suppress(OSError, AttributeError):  # another system, another library
         ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+@contextlib.contextmanager
+def together(ranks):
+    """Within, the ranks work together. If another one is gone, that is a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in reason):
+            raise
+        hint = "a line above may say why. The same command goes on from the last checkpoint"
+        raise UserError(f"rank {ranks.rank}: another process is gone, or hangs ({reason}); {hint}") from None
+    if ranks.world > 1:
+        dist.destroy_process_group()
 
 
 def distribute(task):

@@ -17,6 +17,7 @@ No torch here: train_tpu.py has none either.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from support import boards, checkpoint, settings, whole
+from support import boards, checkpoint, settings, signals, whole
 from support.checkpoint import atomic_file, atomic_folder, remove_parts, renamed_when_whole, step_folders, write_text
 from support.settings import UserError
 
@@ -177,6 +178,38 @@ def already_complete(run, s, explicit_keys, first):
     return f"{run} is complete: step {first} of {s.train.steps}{hint}"
 
 
+# ---- the end ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ending(run, is_main=True):
+    """Within, what the disk refuses is a UserError, and a signal that ends the run says what is saved: in one line."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever reads what is printed has left
+        raise
+    except OSError as error:
+        raise UserError(f"{error.filename or run}: {error.strerror or error}{_way_out(run, error)}") from None
+    except signals.Stopped as stopped:
+        if is_main:
+            print(f"{stopped.name}: {how_to_go_on(run)}")
+        raise
+
+
+def how_to_go_on(run):
+    folder = checkpoint.latest_step_folder(run)
+    return f"the same command goes on from {folder}" if folder else f"nothing is saved in {run} yet"
+
+
+def _way_out(run, error):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; you need the right to write there: with it, the same command goes on from the last checkpoint"
+    if not os.path.exists(run / "config.toml"):
+        return f"; {run} was deleted or moved away: move it back, or begin again with the same command"
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"; {'free some space on that disk' if is_full else 'mend that'}: {how_to_go_on(run)}"
+
+
 # ---- on the way --------------------------------------------------------------------------------
 
 
@@ -206,9 +239,11 @@ class Log:
 
     def __init__(self, run, train, first, unit, items, is_main=True, measured=lambda seconds: {}):
         self.run, self.train, self.unit, self.items, self.is_main = run, train, unit, items, is_main
-        self.file = open(run / "metrics.jsonl", "a") if is_main else None
+        if is_main:
+            (run / "metrics.jsonl").touch()
         self.board = boards.open_board(train.log, run, first) if is_main else None
         self.bar = tqdm(total=train.steps, initial=first, disable=not is_main, unit="step", dynamic_ncols=True)
+        self.skipped, self.last_skipped = 0, -1  # steps in a row that were skipped, the last of them
         self.clock, self.since = time.perf_counter(), first  # when the rate was last measured, and after which step
         self.measured, self.waited = measured, 0.0
 
@@ -231,12 +266,9 @@ class Log:
     def entry(self, done, values):
         """{"step": done, **values, "…_per_second": …}; a UserError that stops the run if a value is not finite."""
         entry = {"step": done, **values}
-        bad = [f"{name} is {value}" for name, value in entry.items() if not math.isfinite(value)]
-        if bad:
+        if bad := not_finite(entry):
             good = checkpoint.latest_step_folder(self.run) or "none was saved"
-            raise UserError(
-                f"step {done}: {', '.join(bad)}; stopped. Try a lower optim.lr (last good checkpoint: {good})"
-            )
+            raise UserError(f"step {done}: {bad}; stopped. Try a lower optim.lr (last good checkpoint: {good})")
         now = time.perf_counter()
         steps, seconds = done - self.since, now - self.clock
         entry |= {f"{self.unit}_per_second": round(steps * self.items / seconds, 1)}
@@ -268,12 +300,12 @@ class Log:
 
     def write(self, entry):
         """A line of metrics.jsonl, and the same on the terminal."""
-        if not self.file:
+        if not self.is_main:
             return
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        self._append(entry)
         done, rate = entry["step"], entry[f"{self.unit}_per_second"]
-        postfix = f"loss {entry['loss']:.4f}, {rate:,.0f} {self.unit}/s"
+        loss = f"loss {entry['loss']:.4f}, " if "loss" in entry else ""  # a skipped step has none
+        postfix = f"{loss}{rate:,.0f} {self.unit}/s"
         if self.waiting_share > 0.1:
             postfix += f", waiting for data {self.waiting_share:.0%}: more data.workers or smaller pictures"
         self.bar.set_postfix_str(postfix)
@@ -288,15 +320,33 @@ class Log:
         if self.board:
             self.board.picture(done, file)
 
+    def _append(self, entry):
+        """A line of metrics.jsonl. The file is opened anew each time: what became of it would not be seen otherwise."""
+        (self.run / "metrics.jsonl").stat()  # an OSError if the run's folder is gone
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def skip(self, done, why):
+        """Counts and logs a step that was skipped; a UserError after train.max_skipped of them in a row."""
+        self.skipped = self.skipped + 1 if done == self.last_skipped + 1 else 1
+        self.last_skipped = done
+        if self.is_main:
+            self.bar.write(f"step {done} is skipped: {why}", file=sys.stderr)
+            self._append({"step": done, "skipped": self.skipped, "why": why})
+        if self.skipped >= self.train.max_skipped:
+            raise UserError(
+                f"step {done}: {why}; stopped after skipping {self.skipped} in a row (train.max_skipped). Look at "
+                f'these rows, try a lower optim.lr or optim.clip, or train.dtype = "float32"; {how_to_go_on(self.run)}'
+            )
+
     def advance(self):
         """The progress bar, by one step."""
         self.bar.update()
 
     def close(self):
         self.bar.close()
-        for writer in (self.file, self.board):
-            if writer:
-                writer.close()
+        if self.board:
+            self.board.close()
 
 
 def resident_memory():
@@ -307,6 +357,17 @@ def resident_memory():
         return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"memory_gb": round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)}  # Linux counts in KiB
+
+
+def not_finite(values):
+    """"loss is nan, grad_norm is inf": which of the numbers {name: number} are not finite."""
+    return ", ".join(f"{name} is {float(value)}" for name, value in values.items() if not math.isfinite(value))
+
+
+def batches(step, accumulate):
+    """"batches 6 to 7": the numbers of a step's batches in the run."""
+    first = step * accumulate
+    return f"batch {first}" if accumulate == 1 else f"batches {first} to {first + accumulate - 1}"
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

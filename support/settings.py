@@ -160,11 +160,12 @@ class TrainSettings:
     log_every: int = 10
     log: str = ""  # beside metrics.jsonl: "tensorboard" or "wandb", if that package is installed
     profile: tuple[int, ...] = ()  # [10, 13]: torch.profiler records steps 10 to 13
+    max_skipped: int = 10  # steps in a row whose loss or gradient is not finite: then the run stops
 
     def __post_init__(self):
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, ("ddp", "fsdp"), "parallel")
-        at_least(self, 1, "steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches")
+        at_least(self, 1, "steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches", "max_skipped")
         at_least(self, 0, "seed", "keep", "eval_every", "sample_every")
         one_of(self, ("", "tensorboard", "wandb"), "log")
         fraction(self, "ema")

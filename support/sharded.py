@@ -102,7 +102,8 @@ def write_sharded(stem, tensors, mesh, extra=None):
             if mine:
                 held[name] = np.asarray(whole.addressable_data(0))[tuple(map(slice, shape))]
         if mine:
-            with checkpoint.atomic_file(stem.with_name(file)) as beside:
+            path = stem.with_name(file)
+            with checkpoint.atomic_file(path) as beside, checkpoint.disk_errors(path):
                 save_file(held, beside, metadata={"format": "pt"})
     if len(files) > 1 and jax.process_index() == 0:
         files[next(iter(files))] += extra or {}

@@ -100,7 +100,8 @@ def test_a_real_step_takes_what_was_planned_to_the_byte():
         planning.make_moments(optimizers["model"])
         tally.start()
         microbatches = [task.blank_batch(range(4))] * 2
-        train.update(task, "model", task.model, optimizers["model"], microbatches, 0, contextlib.nullcontext())
+        train.gradients(task, "model", task.model, microbatches, 0, contextlib.nullcontext())
+        train.descend(optimizers, lr=1e-3)
         real = planning.Plan.of(task, optimizers, ema, tally)
     plan = planned("tiny_llama", 1, "train.ema=0.9")
     assert real.peak == plan.peak and real.flops(True) == plan.flops(True)

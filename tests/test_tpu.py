@@ -295,6 +295,33 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(eight_devices, rows, t
     assert metrics(run) == metrics(eight_devices)
 
 
+def test_a_signal_ends_a_run_after_its_step(one_device, rows, tmp_path, monkeypatch):
+    def constants(s, step, constants_of=train_tpu.step_constants):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return constants_of(s, step)
+
+    monkeypatch.setattr(train_tpu, "step_constants", constants)
+    with pytest.raises(SystemExit) as stopped:
+        run_tpu(tmp_path / "run", (1, 1, 1), "train.steps=5", *rows)
+    monkeypatch.undo()
+    assert stopped.value.code == 143
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path / "run")] == ["step_00000003"]
+    run_tpu(tmp_path / "run", (1, 1, 1), "train.steps=5", *rows)
+    assert_same_bits(tmp_path / "run" / "step_00000005", one_device / "step_00000005")
+
+
+def test_steps_that_are_not_finite_are_skipped(rows, tmp_path):
+    """An absurd learning rate: the second step has no loss any more, nor the third, which is the last to be skipped."""
+    run = tmp_path / "run"
+    absurd = ["optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1", "train.max_skipped=2"]
+    message = refused(run_tpu, run, (1, 1, 1), *absurd, "train.steps=5", *rows)
+    assert message.startswith("step 3: loss is nan") and message.endswith(f"goes on from {run}/step_00000002")
+    first, second = (load_file(run / step / "model.safetensors") for step in ("step_00000001", "step_00000002"))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert [entry.get("skipped") for entry in metrics(run)] == [None, 1, None, 2]
+
+
 def test_a_checkpoint_opens_on_any_mesh(eight_devices, rows, tmp_path):
     """The same bits right after loading; the same run, to rounding, five steps later."""
     folder = eight_devices / "step_00000005"

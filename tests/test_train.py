@@ -340,12 +340,12 @@ def test_init_gives_the_shape_where_nothing_is_written(lvm_run, row_overrides, t
 def test_a_loss_that_is_no_number_stops_the_run(lvm_run, row_overrides, tmp_path):
     """An absurd learning rate: step 9 still has the good weights, step 10 has no gradient. Step 8 stays the newest."""
     run = copy_up_to(lvm_run, 8, tmp_path / "run")
-    absurd = ["optim.lr=1e30", "train.save_every=8", "train.ema=0.9", "train.keep=0", *QUIET]
+    absurd = ["optim.lr=1e30", "train.max_skipped=1", "train.save_every=8", "train.ema=0.9", "train.keep=0", *QUIET]
     message = refused(run_tiny, "llama", run, *absurd, *row_overrides)
     assert message.startswith("step 10: ") and "nan" in message and str(run / "step_00000008") in message
     assert [p.name for p in checkpoint.step_folders(run)] == ["step_00000004", "step_00000008"]
     assert_same_bits(run / "step_00000008", lvm_run / "step_00000008")
-    assert [entry["step"] for entry in metrics(run)] == list(range(1, 10))
+    assert [entry["step"] for entry in metrics(run)] == list(range(1, 11)) and "skipped" in metrics(run)[-1]
 
 
 def test_a_discriminator_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -358,7 +358,8 @@ def test_a_discriminator_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tasks, "Discriminator", Broken)
     run = tmp_path / "run"
-    message = refused(run_tiny, "vqgan", run, "loss.disc_start=0", "train.steps=2", "train.save_every=1", *QUIET)
+    options = ["loss.disc_start=0", "train.steps=2", "train.save_every=1", "train.max_skipped=1"]
+    message = refused(run_tiny, "vqgan", run, *options, *QUIET)
     assert message.startswith("step 1: ") and checkpoint.step_folders(run) == []
 
 
