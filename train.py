@@ -196,6 +196,7 @@ def loop(task, optimizers, ema, first, stop):
                 with log.paused():
                     save(done, task, optimizers, ema)
             if told_to_stop:
+                ranks.wait()  # for the main process, which writes: torchrun ends all when one of them ends
                 raise signals.Stopped(told_to_stop)
             if log.samples(done) and (ranks.is_main or ranks.sharded):
                 with log.paused(), autocast, evaluating(task, optimizers, ema, done, stop):
