@@ -7,7 +7,7 @@ into shares, computes the loss and its gradients, clips, and moves the weights. 
 shape, a dtype and a storage of so many bytes, no numbers. Its collectives are fake as well and send nothing. Between
 the code and these stands a Tally:
 
-    a step of train.py ─ each operation ─▶ Tally ─▶ a fake result
+    a whole step ─ each operation ─▶ Tally ─▶ a fake result
                                        ├─ storages that are alive: their bytes, and the most there ever were
                                        ├─ FLOPs, and bytes of memory that the operation reads and writes
                                        └─ bytes that a collective sends

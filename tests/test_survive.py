@@ -323,9 +323,8 @@ def test_two_ranks_skip_a_step_and_stop_together(parallel, script, rows, tmp_pat
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_rank_that_dies_takes_the_other_along_and_both_are_started_again(parallel, script, rows, tmp_path):
     run = tmp_path / "run"
-    before = time.monotonic()
     done = on_two(script, "die", run, f"train.parallel={parallel}", *rows, restarts=3)
-    assert done.returncode == 0 and time.monotonic() - before < 60, done.stderr
+    assert done.returncode == 0, done.stderr
     assert f"resumed from {run}/step_00000004" in done.stdout and steps(run) == [4, 8, 12]
     assert "error: rank 0: another process is gone" in done.stderr and "Traceback" not in done.stderr
 
