@@ -63,7 +63,7 @@ def unbroken(tmp_path_factory):
 
 
 PHASES = {  # what is called in each, the how-manieth call in a run, the step that must be saved
-    "start": (tasks.VQGANTask, "open_pictures", 1, None),
+    "start": (tasks.VQGANTask, "open_data", 1, None),
     "step": (tasks.VQGANTask, "loss", 9, 5),
     "evaluation": (tasks.VQGANTask, "measure", 1, 6),
     "sampling": (tasks.VQGANTask, "reconstruct", 1, 6),
