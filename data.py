@@ -36,6 +36,7 @@ import bisect
 import collections
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +44,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support import settings
-from support.chance import permutation, rng, shuffled
+from support.chance import rng, shuffled
 from support.formats import pick
 from support.pictures import jitter, random_motion
 from support.settings import UserError
@@ -150,9 +151,12 @@ class Shuffled:
         self.items, self.count = items, count
         self.sentences = -(-len(items) // count)  # in a pass
 
-    def permute(self, rng):
-        """Indices of the source's items, (sentences, count): one pass."""
-        return np.resize(rng.permutation(self.items), (self.sentences, self.count))
+    def choose(self, stream, seed, index, number):
+        """Which of the source's items is item `number` of sentence `index` of the endless passes."""
+        in_pass, row = divmod(index, self.sentences)
+        place = (row * self.count + number) % len(self.items)
+        (i,) = shuffled(stream, (seed,), len(self.items), [in_pass * len(self.items) + place])
+        return self.items[i]
 
     def substitutes(self, item):
         """The indices, ascending, of those that may replace a broken item."""
@@ -169,8 +173,14 @@ class FourCategories(Shuffled):
             self.members[source[i].category].append(i)
         blocks = [-(-len(members) // self.size) for members in self.members.values()]
         self.sentences = max(-(-sum(blocks) // 4), *blocks)
+        self._permuted = functools.lru_cache(8)(lambda *key: self._permute(rng(*key)))
 
-    def permute(self, rng):
+    def choose(self, stream, seed, index, number):
+        in_pass, row = divmod(index, self.sentences)
+        return int(self._permuted(stream, seed, in_pass)[row, number])
+
+    def _permute(self, rng):
+        """Indices of the source's items, (sentences, N): one pass."""
         # Taking a block from the four fullest categories each time needs the fewest sentences.
         whole = {}
         for category, members in self.members.items():
@@ -277,7 +287,6 @@ class Sentences:
         self.items_per_sentence, self.pictures_per_item = self.kind.layout(pictures, len(self.modalities))
         self.order = self.kind.order(source, items, self.items_per_sentence)
         self.count = max(1, round(len(self) * passes))
-        self._permuted = functools.lru_cache(8)(lambda number: self.order.permute(self._rng("order", number)))
 
     def _unmet(self, items):
         """What the kind needs that items, N or M do not offer, for an error; None: nothing."""
@@ -315,8 +324,7 @@ class Sentences:
 
     def _choose(self, index, number):
         """Item `number` of a sentence, or what replaces it if it is broken, and its Frames."""
-        pass_number, row = divmod(index, len(self))
-        wanted = int(self._permuted(pass_number)[row, number])
+        wanted = self.order.choose(f"order of {self.name}", self.seed, index, number)
         pool = self.order.substitutes(self.source[wanted])
         for i in around(pool, bisect.bisect_left(pool, wanted)):
             item = self.source[i]
@@ -487,10 +495,6 @@ class CaptionRows:
     def __len__(self):
         return len(self.pairs)
 
-    def items(self):
-        """All Items with a caption whose pictures can be read, in the order of the sources."""
-        return [item for item, _ in self.pairs if item.source.readable(item)]
-
     def batch(self, number, rows):
         """Rows `rows` (a range) of batch `number`: (n, side, side, 3) uint8, n captions."""
         pairs = [self.pair(number * self.batch_size + row) for row in rows]
@@ -499,8 +503,9 @@ class CaptionRows:
 
     def pair(self, position):
         """The picture and caption at one position of the endless sequence of passes."""
-        number, place = divmod(position, len(self))
-        for i in around(permutation("captions", (self.seed,), len(self), number), place):
+        for place in around(range(len(self)), position % len(self)):
+            in_pass = position - position % len(self) + place
+            (i,) = shuffled("captions", (self.seed,), len(self), [in_pass])
             item, moves = self.pairs[i]
             if item.source.readable(item):
                 image = item.image
@@ -525,8 +530,12 @@ class TokenRows:
     file is a pool: of R rows in all it gives round(R·wᵢ/Σw) to every epoch, and continues where the
     last epoch stopped; its rows come round again and again, in a new order each time.
 
+    No order is written down (chance.shuffled). If all rows have equally many tokens, any window is
+    found at once. If not, the lengths of the rows before it are summed up, of its own epoch only
+    (with weights: of all), `block` rows at a time, and the sums are kept.
+
     rows      RowsFiles: all readable rows; skipped: how many rows are broken and left out
-    pools     [(indices of its rows, how many of them make an epoch)]
+    pools     [(its first row, how many it has, how many of them make an epoch)]
     tokens    in all rows together
     """
 
@@ -541,11 +550,12 @@ class TokenRows:
         self.rows = RowsFiles(itertools.chain.from_iterable(map(rows_files, paths)), vocab_size, dtype)
         self.skipped, self.tokens = self.rows.skipped, self.rows.tokens
         self.weighted = bool(weights)
-        self.pools = [(np.arange(len(self.rows)), len(self.rows))]
-        if weights:
-            self.pools = self._weighted_pools(paths, weights)
-        self._epoch = functools.lru_cache(2)(self._permute)
-        self._epoch_starts = [0]  # of epochs whose lengths differ
+        self.pools = self._weighted_pools(paths, weights) if weights else [(0, len(self.rows), len(self.rows))]
+        self.ends = np.cumsum([count for _, _, count in self.pools])  # of the pools' shares of an epoch
+        self.block = min(2**16, int(self.ends[-1]))
+        self._block_ends = functools.lru_cache(4)(self._sum_block)
+        self._block_starts = functools.lru_cache(4)(lambda epoch: [epoch * self.tokens])
+        self._lock = threading.Lock()
 
     def _weighted_pools(self, entries, weights):
         shares = []  # of each file: an entry's weight, divided evenly among its files
@@ -554,54 +564,59 @@ class TokenRows:
             shares += [weight / count] * count
         pools = []
         for number, share in enumerate((np.array(shares) / sum(shares)).tolist()):
-            indices = np.flatnonzero(self.rows.file == number)
-            if share and not len(indices):
+            first, end = self.rows.first[number : number + 2].tolist()
+            if share and first == end:
                 raise UserError(f"{self.rows.paths[number]}: no readable rows in it, but it has a weight")
-            pools.append((indices, max(1, round(len(self.rows) * share)) if share else 0))
+            pools.append((first, end - first, max(1, round(len(self.rows) * share)) if share else 0))
         return pools
 
-    def _permute(self, epoch):
-        """(order of the rows in an epoch, running sum of their lengths)."""
-        order = np.concatenate([self._from_pool(number, epoch) for number in range(len(self.pools))])
+    def order(self, places):
+        """Which rows stand at these places (n,) of the endless sequence of epochs: (n,) int64."""
+        epochs, picks = np.divmod(places, self.ends[-1])
         if self.shuffle:
-            order = order[rng("epoch of rows", self.seed, epoch).permutation(len(order))]
-        return order, np.cumsum(self.rows.length[order])
-
-    def _from_pool(self, number, epoch):
-        """The rows that one pool gives to an epoch."""
-        indices, count = self.pools[number]
-        start = epoch * count
-        if self.weighted and self.shuffle:
-            return indices[shuffled("rows of a pool", (self.seed, number), len(indices), start, count)]
-        return indices[np.arange(start, start + count) % max(1, len(indices))]
+            picks = shuffled("epoch of rows", (self.seed,), int(self.ends[-1]), places)
+        which, rows = np.searchsorted(self.ends, picks, side="right"), np.empty(len(places), np.int64)
+        for number in np.unique(which).tolist():
+            first, size, count = self.pools[number]
+            from_pool = which == number
+            # where they stand in the pool's own endless passes, of which an epoch takes `count` rows
+            positions = epochs[from_pool] * count + picks[from_pool] - (self.ends[number] - count)
+            if self.weighted and self.shuffle:
+                positions = shuffled("rows of a pool", (self.seed, number), size, positions)
+            rows[from_pool] = first + positions % size
+        return rows
 
     def _locate(self, position):
-        """Position in the stream → (epoch, position in the epoch)."""
-        if all(len(indices) == count for indices, count in self.pools):  # epochs of one length
-            return divmod(position, self.tokens)
-        starts = self._epoch_starts[:]  # a copy, put back whole: threads may do this at once
-        while starts[-1] <= position:
-            starts.append(starts[-1] + int(self._epoch(len(starts) - 1)[1][-1]))
-        self._epoch_starts = starts
-        epoch = int(np.searchsorted(starts, position, side="right")) - 1
-        return epoch, position - starts[epoch]
+        """Position in the stream → (place of its row in the sequence of epochs, position in the row)."""
+        if self.rows.shortest == self.rows.longest:
+            return divmod(position, self.rows.longest)
+        epoch = 0 if self.weighted else position // self.tokens  # without weights, epochs have one length
+        with self._lock:
+            starts = self._block_starts(epoch)  # of its blocks, positions in the stream
+            while starts[-1] <= position:
+                starts.append(starts[-1] + int(self._block_ends(epoch, len(starts) - 1)[-1]))
+            block = bisect.bisect_right(starts, position) - 1
+        ends, position = self._block_ends(epoch, block), position - starts[block]
+        row = int(np.searchsorted(ends, position, side="right"))
+        return int(epoch * self.ends[-1]) + block * self.block + row, position - (int(ends[row - 1]) if row else 0)
+
+    def _sum_block(self, epoch, block):
+        """The running sum of the lengths of the rows in a block of an epoch: (self.block,) int64."""
+        places = epoch * self.ends[-1] + block * self.block + np.arange(self.block)
+        return np.cumsum(self.rows.lengths(self.order(places)))
 
     def stream(self, start, count):
         """Tokens start … start + count of the endless stream: (count,) int64."""
-        tokens = np.empty(count, np.int64)
-        filled = 0
-        epoch, place = self._locate(start)
+        tokens, filled, some = np.empty(count, np.int64), 0, min(256, self.block)
+        place, skipped = self._locate(start)
         while filled < count:
-            order, ends = self._epoch(epoch)
-            for i in range(int(np.searchsorted(ends, place, side="right")), len(order)):
-                # the row ends at ends[i]: drop what lies before `place`, and what is too many
-                codes = self.rows[order[i]]
-                codes = codes[place - int(ends[i]) + len(codes) :][: count - filled]
+            for row in self.order(place + np.arange(some)).tolist():
+                codes = self.rows[row][skipped:][: count - filled]
                 tokens[filled : filled + len(codes)] = codes
-                filled, place = filled + len(codes), place + len(codes)
+                filled, skipped = filled + len(codes), 0
                 if filled == count:
                     break
-            epoch, place = epoch + 1, 0
+            place += some
         return tokens
 
     def batch(self, number, rows):

@@ -43,8 +43,10 @@ Paper: Dong et al. 2023 (arXiv 2309.11499), section 3.2 (interleaved sequences),
 (its data).
 """
 
+import bisect
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -448,7 +450,7 @@ class DocumentRows(Skipping):
         for table in tables:
             batches = max(1, round(rows * table.weight / total_weight / batch_size))
             self.samples_per_epoch.append(batches * batch_size)
-        self._epoch = functools.lru_cache(2)(self._permute)
+        self.ends = list(itertools.accumulate(self.samples_per_epoch))
 
     def _open(self, table, opened, split, held_out_fraction):
         """A [[data.sources]] table → a source of rows."""
@@ -494,8 +496,7 @@ class DocumentRows(Skipping):
 
     def sample(self, position):
         """The Sample at a position of the endless sequence of epochs; its pictures are opened."""
-        epoch, index_in_epoch = divmod(position, len(self))
-        which, index = self._epoch(epoch)[index_in_epoch].tolist()
+        which, index = self.locate(position)
         source = self.sources[which]
         for step in range(min(len(source), MOST_SKIPPED)):
             row = (index + step) % len(source)
@@ -522,14 +523,14 @@ class DocumentRows(Skipping):
             images = [Image.fromarray(jitter(np.asarray(picture), rng)) for picture in images]
         return Sample(written.tokens, written.labels, images, images_dm)
 
-    def _permute(self, epoch):
-        """(samples, 2): source and row of each sample of an epoch."""
-        picked = np.concatenate([self._take(which, epoch) for which in range(len(self.sources))])
-        batches = picked.reshape(-1, self.batch_size, 2)
-        return rng("epoch of batches", self.seed, epoch).permutation(batches).reshape(-1, 2)
-
-    def _take(self, which, epoch):
-        """(samples, 2): source and row, those that an epoch takes from the source's passes."""
+    def locate(self, position):
+        """Source and row of the sample at a position of the endless sequence of epochs."""
+        batch, place = divmod(position, self.batch_size)
+        epoch, batches = position // len(self), len(self) // self.batch_size
+        (batch,) = shuffled("epoch of batches", (self.seed,), batches, [batch]).tolist()
+        which = bisect.bisect_right(self.ends, batch * self.batch_size)
+        # what this epoch takes of the source begins where the last one stopped
         count = self.samples_per_epoch[which]
-        rows = shuffled("rows of a source", (self.seed, which), len(self.sources[which]), epoch * count, count)
-        return np.stack([np.full_like(rows, which), rows], axis=1)
+        taken = epoch * count + batch * self.batch_size + place - (self.ends[which] - count)
+        (row,) = shuffled("rows of a source", (self.seed, which), len(self.sources[which]), [taken]).tolist()
+        return which, row

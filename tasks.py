@@ -14,6 +14,7 @@ of the seed and its number, the random numbers of the loss included.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -27,7 +28,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from tqdm import tqdm
 
 from clip import CLIP, CLIPConfig, TextConfig, contrastive_loss, sigmoid_loss, text_encoders
 from clip import Block as CLIPBlock
@@ -56,6 +56,7 @@ from published.llama import CONTEXT, in_context
 from support import checkpoint, parallel, settings
 from support.chance import rng, shuffled
 from support.formats import pick
+from support.latents import Latents
 from support.pictures import psnr, to_float, to_uint8
 from support.settings import MeshSettings, UserError, run_class
 from support.token_rows import RowsInfo, check_rows
@@ -697,43 +698,41 @@ class UNetTask(Task):
             if saved.exists():
                 return AutoencoderKL.from_pretrained(saved.parent).config.scaling_factor
             return self.model.vae.config.scaling_factor
-        means = self.pairs["train"][1][:, 0]
-        return round(1 / means.std().item(), 5)  # to unit variance, as the noise schedule assumes
+        return round(1 / self.pairs["train"][1].std(), 5)  # to unit variance, as the noise schedule assumes
 
     # -- pictures: encoded once, and kept for the next start --
 
     def open_pairs(self, split):
-        """→ ([captions of a picture, …], latents (N, 2, z, h, w): mean and log-variance of each one's picture)."""
+        """→ ([the Item of each picture, …], Latents: mean and log-variance of each one's picture)."""
         rows = CaptionRows(self.config.data, self.config.train.batch_size, self.config.train.seed, split)
-        items = rows.items()
-        if not items:
-            raise UserError(f"not one of the {len(rows)} captioned pictures can be read")
-        file = Path(self.config.run.dir) / f"latents_{split}_{self.fingerprint(items)}.safetensors"
-        if file.exists():
-            latents = checkpoint.read_tensors(file)["latents"]
-        else:
-            latents = self.encode([item.image for item in items], split)
-            if self.ranks.is_main:
-                checkpoint.write_tensors(file, {"latents": latents})
-        return [item.captions for item in items], latents
+        items = [item for item, _ in rows.pairs]
+        folder = Path(self.config.run.dir) / f"latents_{split}_{self.fingerprint(items)}"
+        encode, title = functools.partial(self.encode, items), f"latents of {split} pictures"
+        latents = Latents(folder, len(items), encode, self.ranks, title)
+        if not len(latents):
+            raise UserError(f"not one of the {len(items)} captioned pictures can be read")
+        return [items[place] for place in latents.places.tolist()], latents
 
     def fingerprint(self, items):
-        """Of all that the latents depend on: the pictures' names, their side, the autoencoder's weights."""
-        digest = hashlib.blake2b(repr([item.name for item in items]).encode(), digest_size=8)
-        digest.update(str(self.config.data.side).encode())
+        """Of all that the latents depend on: the pictures' names and files, their side, the autoencoder's weights."""
+        digest = hashlib.blake2b(str(self.config.data.side).encode(), digest_size=8)
+        for item in items:
+            digest.update(repr((item.name, item.source.stamp(item))).encode())
         for weight in self.model.vae.parameters():
             digest.update(weight.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def encode(self, pictures, split):
-        """Pictures → (N, 2, z, h, w) on the CPU."""
-        parts = []
-        title = f"latents of {split} pictures"
-        for start in tqdm(range(0, len(pictures), 64), desc=title, disable=not self.ranks.is_main):
-            images = 2 * to_float(pictures[start : start + 64], self.device) - 1
-            with torch.no_grad():
-                parts.append(torch.stack(self.model.vae.encode(images), dim=1).cpu())
-        return torch.cat(parts)
+    @torch.no_grad()
+    def encode(self, items, numbers):
+        """Items `numbers` (a range) → (which of them can be read, their latents (n, 2, z, h, w) on the CPU)."""
+        numbers = [number for number in numbers if items[number].source.readable(items[number])]
+        side = self.config.data.side // self.model.vae.config.factor
+        parts = [torch.zeros(0, 2, self.model.vae.config.latent_channels, side, side)]
+        for start in range(0, len(numbers), 64):
+            pictures = np.stack([items[number].image for number in numbers[start : start + 64]])
+            images = 2 * to_float(pictures, self.device) - 1
+            parts.append(torch.stack(self.model.vae.encode(images), dim=1).cpu())
+        return numbers, torch.cat(parts)
 
     # -- training --
 
@@ -754,10 +753,12 @@ class UNetTask(Task):
 
     def make_batch(self, split, pairs, number, rows):
         """Batch `number` of a split: captions, latents (B, 2, z, h, w), two noises (2, B, z, h, w), offsets, times."""
-        all_captions, all_latents = pairs
-        config, shape = self.config, all_latents.shape[2:]
-        start = number * config.train.batch_size + rows.start
-        order = shuffled("U-Net pairs", (config.train.seed,), len(all_captions), start, len(rows)).tolist()
+        items, all_latents = pairs
+        config = self.config
+        positions = number * config.train.batch_size + np.array(rows)
+        order = shuffled("U-Net pairs", (config.train.seed,), len(items), positions).tolist()
+        latents = all_latents[order]  # (B, 2, z, h, w)
+        shape = latents.shape[2:]
         captions, noises, offsets, times = [], [], [], []
         for row, i in zip(rows, order, strict=True):
             random = rng("U-Net noise", config.train.seed, number, row)
@@ -765,8 +766,8 @@ class UNetTask(Task):
             offsets.append(random.standard_normal((shape[0], 1, 1), np.float32))
             drops = random.random() < config.loss.drop and split == "train"
             times.append(random.integers(config.schedule.num_train_timesteps))
-            captions.append("" if drops else pick(all_captions[i], random))
-        return captions, all_latents[order], np.stack(noises, axis=1), np.stack(offsets), np.array(times)
+            captions.append("" if drops else pick(items[i].captions, random))
+        return captions, latents, np.stack(noises, axis=1), np.stack(offsets), np.array(times)
 
     def loss(self, phase, module, batch, step, microstep):
         captions, latents, noises, offsets, times = batch
@@ -784,12 +785,13 @@ class UNetTask(Task):
         """The first held-out captions, drawn twice, below the true pictures' reconstructions."""
         if self.held_out is None:
             return None
-        captions, latents = (x[:8] for x in self.held_out)
+        items, latents = self.held_out
+        items, latents = items[:8], latents[range(min(8, len(items)))]
         true = self.model.to_images(latents[:, 0].to(self.device) * self.model.vae.config.scaling_factor)
         rows = [true]
         for seed in (0, 8):
             options = {"steps": 25, "sampler": fitting_sampler(self.config.schedule), "size": self.config.data.side}
-            rows.append(self.model.generate(list(map(pick, captions)), guidance=3, seed=seed, **options))
+            rows.append(self.model.generate([item.caption for item in items], guidance=3, seed=seed, **options))
         return [list(to_uint8(images)) for images in rows]
 
 

@@ -7,7 +7,9 @@
     name ──what_is──▶ why a file of that kind is not read, and the way out
 """
 
+import functools
 import glob
+import itertools
 import math
 import os
 import posixpath
@@ -15,6 +17,9 @@ import re
 import tarfile
 import unicodedata
 
+import numpy as np
+
+from support.index import is_index, open_index
 from support.settings import FILE, UserError, content, decode, open_file
 
 # ---- what is left out, and why -------------------------------------------------------------------
@@ -66,7 +71,7 @@ def folder_files(folder):
             continue
         above[parent] = around | {real}
         folders.sort()
-        for name in sorted(names):
+        for name in sorted(name for name in names if not is_index(name, names)):
             path = os.path.join(parent, name)
             inside = os.path.relpath(path, folder).replace(os.sep, "/")
             # a Mac writes é as e and ´: the caption of a file may come from another machine
@@ -111,7 +116,7 @@ PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\
 
 
 def tar_files(tars, report):
-    """{shard/member: (tar, offset, size)}: headers are read now, the bytes when they are wanted.
+    """{shard/member: (tar, offset, size)}: of the tars' indexes; the bytes are read when they are wanted.
 
     What is wrong with a tar goes to `report`, a line each; a UserError if no tar can be read.
     """
@@ -120,13 +125,15 @@ def tar_files(tars, report):
     for path in tars:
         shard = os.path.relpath(os.path.abspath(path), top)
         try:
-            members, faults = _members(path)
+            index = open_index(path, MEMBERS, functools.partial(_scan_tar, path), report)
         except Exception as error:  # tarfile raises nearly everything on broken headers
             wrong.append(f"{path}: {_why_no_tar(path, error)}")
             continue
-        files |= {f"{shard}/{name}": place for name, place in members.items()}
-        for fault in faults:
-            report(f"skipped {fault}")
+        names = index.columns["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
+        places = zip(itertools.repeat(path), *(index.columns[name].tolist() for name in ("offset", "size")))
+        files |= zip(map(f"{shard}/".__add__, names), places, strict=True)
+        for before, after in index.facts["faults"]:
+            report(f"skipped {before}{path}{after}")
     if len(wrong) == len(tars):
         raise UserError(wrong[0])
     for line in wrong:
@@ -134,8 +141,11 @@ def tar_files(tars, report):
     return files
 
 
-def _members(path):
-    """→ ({member: (tar, offset, size)}, [what is lost of the tar, …])."""
+MEMBERS = {"names": "u1", "offset": "<i8", "size": "<i8"}  # of a tar's index: a zero byte ends each name
+
+
+def _scan_tar(path, add):
+    """Reads the headers of a tar → {"faults": [(what is lost, in words before the tar's name, and after it), …]}."""
     members, size, broken, faults = {}, os.path.getsize(path), "", []
     with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:  # uncompressed: it has offsets
         try:
@@ -146,23 +156,26 @@ def _members(path):
                 if member.issym() or member.islnk():  # another name of a file that came before
                     beside = posixpath.dirname(name) if member.issym() else ""
                     target = posixpath.normpath(posixpath.join(beside, member.linkname))
-                    members[name] = members.get(target, (path, 0, 0))
+                    members[name] = members.get(target, (0, 0))
                 elif member.issparse():
-                    faults.append(f"{path}/{name}: a file with holes: pack it without --sparse")
+                    faults.append(("", f"/{name}: a file with holes: pack it without --sparse"))
                 elif member.isfile():
                     if member.offset_data + member.size > size:
                         broken = f"{member.name} is cut off"
                         break
                     if name in members:  # as tar unpacks them, the last one stays
-                        faults.append(f"{path}/{name}: two files of that name; the later one is read")
-                    members[name] = (path, member.offset_data, member.size)
+                        faults.append(("", f"/{name}: two files of that name; the later one is read"))
+                    members[name] = member.offset_data, member.size
         except Exception as error:
             broken = str(error) or type(error).__name__
     if size % 512:  # tarfile ends in silence where a header is cut short
         broken = broken or "its end is missing"
     if broken:
-        faults.append(f"the end of {path}: truncated ({broken})")
-    return members, faults
+        faults.append(("the end of ", f": truncated ({broken})"))
+    add(names=np.frombuffer("".join(f"{name}\0" for name in members).encode(errors="surrogateescape"), np.uint8))
+    offset, sizes = np.array(list(members.values()), np.int64).reshape(-1, 2).T
+    add(offset=offset, size=sizes)
+    return {"faults": faults}
 
 
 def _why_no_tar(path, error):
@@ -186,6 +199,16 @@ def read(files, name, start=None):
     with open_file(path) as file:
         file.seek(offset)
         return file.read(size if start is None else min(start, size))
+
+
+def stamp(place):
+    """What changes when a file does: its size, when it was changed; of a tar's member also where it stands."""
+    path, *inside = [place] if isinstance(place, str) else place
+    try:
+        status = os.stat(path)
+    except OSError:  # a link that leads nowhere
+        return ()
+    return status.st_size, status.st_mtime_ns, *inside
 
 
 # ---- texts in files ------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     emoji ──▶ EmojiTexts ──▶ any row
     folder | .tar ──▶ FileSource ──▶ FilePairs ──▶ Picture | Pair
     .jsonl | .json ──▶ json_rows ──▶ formats.read_row ──▶ Captioned | Document | Conversation
-                         └─ JsonRows: an index of the rows; each is read again when it is used
+                         └─ JsonRows: an index of the rows; each is read when it is used
 
 A row names its pictures; they are opened later, and only those that a sample keeps. documents.py
 reads from a *source of rows*: it has a `path`, a length, `read(index, rng)` → row, `open(picture)`
@@ -15,6 +15,7 @@ import array
 import base64
 import binascii
 import collections
+import functools
 import glob
 import json
 import os
@@ -26,9 +27,10 @@ import numpy as np
 from PIL import Image
 
 from support.formats import IMAGE, Captioned, Conversation, Document, Pair, Picture, read_row
+from support.index import listed, open_index
 from support.pictures import load_picture
 from support.settings import UserError, open_file
-from support.sources import hash_to_unit, in_words, tally, warn
+from support.sources import crc32, in_words, tally, warn
 
 # ---- rows of emoji: what their names and categories say ------------------------------------------
 
@@ -290,42 +292,65 @@ class JsonRows:
              own bytes, if it has no picture): rows that begin with one picture are on the same side
     skip     is called with a line about each row that cannot be used, and whether to say it
 
-    Opening reads and checks every row, and keeps only where it is: `index` (rows, 4) int64 holds
-    its file, offset, length in bytes, and place. Ten rows that cannot be used are said one by one,
-    more of them in a line that counts them by their faults; so is what is left out of other rows.
+    Each file has an index for each kind, ROWS.KIND.index: making it reads and checks every row. Ten
+    rows that cannot be used are said one by one, more of them in a line that counts them by their
+    faults; so is what is left out of other rows.
+
+    rows, first   of each file, which rows of its index belong to the split, and how many came before them
     """
 
     def __init__(self, path, kind, images, split, held_out_fraction, skip):
         self.path, self.kind = path, kind
         self.files = sorted(glob.glob(path)) or [path]
         self.folder = Path(images) if images else Path(self.files[0]).parent
-        index, usable = array.array("q"), 0  # compact: there may be millions of rows
-        unusable, left_out = [], []  # (fault, row), (what is left out of it, row)
-        for number, file in enumerate(self.files):
-            for place, offset, raw in json_rows(file):
-                name = row_name(file, place)
-                try:
-                    row = self.parse_row(raw)
-                    key = hash_to_unit(row.pictures[0] if row.pictures else raw.decode())
-                except ValueError as error:
-                    unusable.append((fault_kind(str(error)), name))
-                    skip(f"{name}: {error}", len(unusable) <= NAMED)
-                    continue
-                usable += 1
-                if getattr(row, "left_out", ""):
-                    left_out.append((row.left_out, name))
-                if (key < held_out_fraction) == (split == "held_out"):
-                    index.extend((number, offset, len(raw), place))
+        self.indexes, self.rows, unusable, left_out = [], [], [], {}
+        for file in self.files:
+            index = self._open_index(file)
+            for place, reason in index.facts["faults"]:
+                unusable.append((fault_kind(reason), row_name(file, place)))
+                skip(f"{row_name(file, place)}: {reason}", len(unusable) <= NAMED)
+            for what, (count, place) in index.facts["left_out"].items():
+                before, first = left_out.get(what, (0, row_name(file, place)))
+                left_out[what] = before + count, first
+            held_out = index.columns["crc"] < held_out_fraction * 2**32  # hash_to_unit(…) < held_out_fraction
+            self.indexes.append(index)
+            self.rows.append(np.flatnonzero(held_out == (split == "held_out")))
         if len(unusable) > NAMED:
             warn(f"{path}: skipped {in_words(tally(unusable))}")
         if left_out:
-            warn(f"{path}: left out of rows: {in_words(tally(left_out))}")
+            warn(f"{path}: left out of rows: {in_words(left_out)}")
+        usable = sum(len(index.columns["crc"]) for index in self.indexes)
         if not usable:
             raise UserError(f'{path}: no row in it can be used for kind "{kind.name}"')
-        if not index:
+        self.first = np.cumsum([0, *map(len, self.rows)])
+        if not len(self):
             empty = f"{path}: none of its {usable} rows falls into the {split} split"
             raise UserError(f"{empty}: change data.held_out_fraction")
-        self.index = np.array(index).reshape(-1, 4)  # (rows, 4)
+
+    def _open_index(self, file):
+        try:
+            return open_index(file, self.COLUMNS, functools.partial(self._scan, file), warn, self.kind.name)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise UserError(f"{file}: {getattr(error, 'strerror', error)}") from None
+
+    COLUMNS = {"offset": "<i8", "length": "<i8", "place": "<i8", "crc": "<u4"}  # crc: decides about the split
+
+    def _scan(self, file, add):
+        """Reads a file's rows → {"faults": [(place, reason), …], "left_out": {what: (count, place of the first)}}."""
+        columns, faults, left_out = {name: array.array("q") for name in self.COLUMNS}, [], []
+        for place, offset, raw in json_rows(file):
+            try:
+                row = self.parse_row(raw)
+                key = crc32(row.pictures[0] if row.pictures else raw.decode())
+            except ValueError as error:
+                faults.append((place, str(error)))
+                continue
+            if getattr(row, "left_out", ""):
+                left_out.append((row.left_out, place))
+            for column, value in zip(columns.values(), (offset, len(raw), place, key), strict=True):
+                column.append(value)
+        add(**{name: np.array(column) for name, column in columns.items()})
+        return {"faults": listed(faults), "left_out": tally(left_out)}
 
     def parse_row(self, raw, rng=None):
         """The bytes of a row → Picture | Pair | Document | Conversation, as the kind wants it."""
@@ -338,18 +363,24 @@ class JsonRows:
         return self.kind.convert(row)
 
     def __len__(self):
-        return len(self.index)
+        return int(self.first[-1])
+
+    def _entry(self, index):
+        """→ (file, offset, length, place) of a row."""
+        number = int(np.searchsorted(self.first, index, side="right")) - 1
+        row, columns = self.rows[number][index - self.first[number]], self.indexes[number].columns
+        return self.files[number], *(int(columns[name][row]) for name in ("offset", "length", "place"))
 
     def where(self, index):
-        file, _, _, place = self.index[index].tolist()
-        return row_name(self.files[file], place)
+        file, _, _, place = self._entry(index)
+        return row_name(file, place)
 
     def open(self, name):
         return open_picture(self.folder, name)
 
     def read(self, index, rng):
-        file, offset, length, _ = self.index[index].tolist()
-        with open(self.files[file], "rb") as opened:
+        file, offset, length, _ = self._entry(index)
+        with open(file, "rb") as opened:
             opened.seek(offset)
             return self.parse_row(opened.read(length), rng)
 

@@ -68,7 +68,7 @@ def newest_step(run, kind, ranks=whole.ALONE):
     return folder, whole.read_state(folder)
 
 
-STREAMS = "named"  # how batches get their random numbers (support/chance.py); before, keys ended in numbers
+STREAMS = "keyed"  # how batches get their rows and random numbers (support/chance.py); before: "named", or nothing
 
 
 def write_state(folder, step, ranks=whole.ALONE, **more):
@@ -91,7 +91,7 @@ def start_run(run, s, state):
         raise UserError(f"run.dir {str(run)!r}: cannot be made ({reason})") from None
     remove_parts(run)
     if first and state.get("streams") != STREAMS:
-        print(f"step {first} was made before random streams had names: from here on, the batches are new ones")
+        print(f"step {first} was made with an older order of the data: from here on, the batches are new ones")
     for change in changes(run, s) if first else ():
         print(f"resuming with another setting than before: {change}")
     write_text(run / "config.toml", settings.dumps(s))

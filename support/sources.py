@@ -171,6 +171,10 @@ class PictureSource(Skipping):
             self.report(f"{self.path}: {len(self) - len(items)} of {len(self)} pictures are left out: no caption")
         return items
 
+    def stamp(self, item):
+        """What changes when an item's picture does: of its files, when they were changed, and how large they are."""
+        return ()
+
     def readable(self, item, frames=(("image", None),)):
         """Whether these pictures of an item, [(modality, frame), …], can be made; else `skip`s."""
         try:
@@ -222,7 +226,11 @@ def first_readable(source, start):
 
 def hash_to_unit(name):
     """A fixed number in [0, 1) for a name: the CRC-32 of its bytes, scaled."""
-    return zlib.crc32(name.encode(errors="surrogateescape")) / 2**32
+    return crc32(name) / 2**32
+
+
+def crc32(name):
+    return zlib.crc32(name.encode(errors="surrogateescape"))
 
 
 # ---- emoji: 4,009 pictures that pip installs -----------------------------------------------------
@@ -463,6 +471,9 @@ class FileSource(PictureSource):
             return files.read(self.files, name, start)
         except OSError as error:
             raise UserError(f"{self.path}/{name}: {error.strerror}") from None
+
+    def stamp(self, item):
+        return [files.stamp(self.files[name]) for name in item.parts["image"]]
 
     def _count_frames(self, name):
         try:

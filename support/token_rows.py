@@ -2,6 +2,7 @@
 
     rows.jsonl             a visual sentence or a text a line, {"tokens": base64 of little-endian int32}
     rows.jsonl.info.json   what they were made with: RowsInfo. LVM's own rows have no such file
+    rows.jsonl.index       where each row begins: made once of anybody's rows, and may be deleted
 
 Others write int64 or uint16 (numpy's habits), which their bytes tell, or plain lists of numbers.
 prepare.py writes both, data.TokenRows reads the rows, and a run compares the rest with its
@@ -12,18 +13,20 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import itertools
 import json
-import mmap
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from support import checkpoint, settings
+from support.index import ENDING, listed, open_index
 from support.rows import NAMED, fault_kind, no_json
 from support.settings import UserError
 from support.sources import Skipping, in_words, tally, warn
@@ -45,15 +48,25 @@ def decode_row(line, vocab_size=None, dtype="int32"):
 
     dtype: a key of DTYPES.
     """
+    codes = row_codes(line, dtype)
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= (vocab_size or 2**31):
+        raise ValueError(outside(low if low < 0 else high, vocab_size))
+    return codes.astype(np.int32)
+
+
+def outside(code, vocab_size):
+    return f"code {code} lies outside the vocabulary of {vocab_size}"
+
+
+def row_codes(line, dtype):
+    """The codes (n,) of a line, whatever numbers they are; ValueError: what is wrong."""
     codes = row_data(line)
     if isinstance(codes, bytes):
         if not codes or len(codes) % np.dtype(DTYPES[dtype]).itemsize:
             raise ValueError(f"{len(codes)} bytes are no whole number of {dtype} codes")
         codes = np.frombuffer(codes, DTYPES[dtype])
-    low, high = int(codes.min()), int(codes.max())
-    if low < 0 or high >= (vocab_size or 2**31):
-        raise ValueError(f"code {low if low < 0 else high} lies outside the vocabulary of {vocab_size}")
-    return codes.astype(np.int32)
+    return codes
 
 
 def row_data(line):
@@ -116,15 +129,15 @@ INFO = ".info.json"  # ROWS.info.json lies beside ROWS
 
 def rows_files(name):
     """[path, …] of an entry of data.rows or data.held_out, which may be a pattern."""
-    found = sorted(path for path in glob.glob(str(name)) if not path.endswith(INFO))
+    found = sorted(path for path in glob.glob(str(name)) if not path.endswith((INFO, ENDING)))
     return found or [str(name)]
 
 
 @contextlib.contextmanager
 def new_rows(path, info):
-    """Gives an open text file for rows, which becomes `path` when the block ends; `info` beside it.
+    """Gives an open text file for rows, which becomes `path` when the block ends; `info` and index beside it.
 
-    Both appear whole, or not at all. The rows come first: rows without an info are read unchecked,
+    Each appears whole, or not at all. The rows come first: rows without an info are read unchecked,
     a wrong one would stop a run.
     """
     beside = Path(f"{path}{INFO}")
@@ -133,78 +146,181 @@ def new_rows(path, info):
         with checkpoint.atomic_file(path) as rows_file, open(rows_file, "w", newline="\n") as file:
             yield file
             beside.unlink(missing_ok=True)  # of rows that were there before
+    rows_index(path, "int32")
 
 
 class RowsFiles(Skipping):
     """All readable rows of some rows files: rows[i] → its tokens, (n,) int32.
 
-    Opening reads and checks all of them (seconds per gigabyte); a broken one is counted in `skipped`
-    and left out. NAMED of them are said one by one, more in a line that counts their faults.
-    The files stay mapped into memory, and a row is decoded when it is asked for.
+    Where the rows are is read from indexes (`rows_index`), which stay mapped to memory; a row itself
+    is read and decoded when it is asked for. A broken one is counted in `skipped` and left out. NAMED
+    of them are said one by one, more in a line that counts their faults.
 
-    paths, dtypes        the files, and of each that of its codes: a key of DTYPES
-    file, start, end     (rows,) in which file a row's line is, and which of its bytes
-    length               (rows,) tokens in a row; tokens: in all of them
+    paths, dtypes   the files, and of each that of its codes: a key of DTYPES
+    first           (files + 1,) number of the first row of each; the last is the number of all
+    tokens          in all rows; the shortest and the longest of them have `shortest` and `longest`
 
     dtype: of all the files; "auto" tells it file by file, and says so where it is not LVM's int32.
     """
 
     def __init__(self, paths, vocab_size=None, dtype="auto"):
         super().__init__()
-        self.paths, self.dtypes = list(paths), []
-        self._maps = [_mapped(path) for path in self.paths]
-        for path, text in zip(self.paths, self._maps, strict=True):
-            self.dtypes.append(dtype_of(path, vocab_size, text) if dtype == "auto" else dtype)
-        files = zip(self.paths, self._maps, self.dtypes, strict=True)
-        lines = [self._index(path, text, vocab_size, of_file) for path, text, of_file in files]
-        counts = list(map(len, lines))
-        self.file = np.repeat(np.arange(len(counts)), counts)
-        self.start, self.end, self.length = np.concatenate(lines).T
-        self.tokens = int(self.length.sum())
+        self.paths, self.dtypes, self.columns, self.tokens = list(paths), [], [], 0
+        counts, ranges = [0], []
+        for path in self.paths:
+            self.dtypes.append(dtype_of(path, vocab_size) if dtype == "auto" else dtype)
+            index = rows_index(path, self.dtypes[-1])
+            rows = self._usable(path, index, vocab_size)
+            counts.append(len(rows["tokens"]))
+            self.columns.append(rows)
+            if counts[-1]:
+                whole = counts[-1] == index.facts["rows"]
+                ranges += index.facts["lengths"] if whole else [int(rows["tokens"].min()), int(rows["tokens"].max())]
+                self.tokens += index.facts["tokens"] if whole else int(rows["tokens"].sum())
+        self.first = np.cumsum(counts)
         if self.skipped > NAMED:
             faults = [reason.partition(": ") for reason in self.reasons]
             warn(f"rows: skipped {in_words(tally((fault_kind(fault), name) for name, _, fault in faults))}")
         if not len(self):
             raise UserError(f"{', '.join(self.paths)}: no readable rows in it")
+        self.shortest, self.longest = min(ranges), max(ranges)
 
-    def _index(self, path, text, vocab_size, dtype):
-        """(rows, 3) int64: start and end of each readable line, and the tokens in it."""
-        rows = []
-        for number, start, end in _lines(text):
-            try:
-                rows.append((start, end, len(decode_row(text[start:end], vocab_size, dtype))))
-            except ValueError as error:
-                self.skip(f"{path}:{number}: {error}", self.skipped < NAMED)
-        return np.array(rows, np.int64).reshape(-1, 3)
+    def _usable(self, path, index, vocab_size):
+        """The index's columns of those rows whose codes lie in the vocabulary; the others are skipped."""
+        least, greatest = index.facts["codes"]
+        faults, columns = list(index.facts["faults"]), index.columns
+        if least < 0 or greatest >= (vocab_size or 2**31):
+            usable = (columns["extreme"] >= 0) & (columns["extreme"] < (vocab_size or 2**31))
+            for line, code in zip(columns["line"][~usable].tolist(), columns["extreme"][~usable].tolist(), strict=True):
+                faults.append([line, outside(code, vocab_size)])
+            columns = {name: column[usable] for name, column in columns.items()}
+        for line, fault in sorted(faults):
+            self.skip(f"{path}:{line}: {fault}", self.skipped < NAMED)
+        return columns
 
     def __len__(self):
-        return len(self.length)
+        return int(self.first[-1])
 
     def __getitem__(self, i):
-        file = self.file[i]
-        return decode_row(self._maps[file][self.start[i] : self.end[i]], dtype=self.dtypes[file])
+        file = int(np.searchsorted(self.first, i, side="right")) - 1
+        with open(self.paths[file], "rb") as opened:
+            opened.seek(self.columns[file]["start"][i - self.first[file]])
+            return decode_row(opened.readline(), dtype=self.dtypes[file])
+
+    def lengths(self, rows):
+        """How many tokens these rows (n,) have: (n,) int64."""
+        if self.shortest == self.longest:
+            return np.full(len(rows), self.longest)
+        lengths, files = np.empty(len(rows), np.int64), np.searchsorted(self.first, rows, side="right") - 1
+        for file in np.unique(files).tolist():
+            lengths[files == file] = self.columns[file]["tokens"][rows[files == file] - self.first[file]]
+        return lengths
 
 
-def dtype_of(path, vocab_size=None, text=None):
-    """The dtype of a rows file's codes, told by its first thousand rows; said if not int32."""
+def dtype_of(path, vocab_size=None):
+    """The dtype of a rows file's codes, told by its first rows (a megabyte of them); said if not int32."""
     if os.path.exists(f"{path}{INFO}"):
         return "int32"  # new_rows wrote it
-    text = _mapped(path) if text is None else text
-    dtype = tell_dtype((text[start:end] for _, start, end in itertools.islice(_lines(text), 1000)), vocab_size)
+    with open_rows(path) as file:
+        dtype = tell_dtype(file.readlines(2**20)[:1000], vocab_size)
     if dtype != "int32":
         warn(f"{path}: its codes are read as {dtype}, by their bytes (data.row_dtype would say otherwise)")
     return dtype
 
 
-def _lines(text):
-    """Yields number, start and end of each line of a file's bytes that is not blank."""
-    start, number = 0, 1
-    while start < len(text):
-        end = text.find(b"\n", start)
-        end = len(text) if end < 0 else end
-        if end - start > 100 or text[start:end].strip():
-            yield number, start, end
-        start, number = end + 1, number + 1
+# ---- their indexes -------------------------------------------------------------------------------
+
+COLUMNS = {  # of an index, an entry for each row that can be decoded
+    "start": "<i8",  # its first byte in the file
+    "line": "<i8",  # for messages
+    "tokens": "<i4",  # how many there are in it
+    "extreme": "<i8",  # the least of its codes if that is negative, else the greatest
+}
+BLOCK = 2**20  # bytes that are scanned at once: they stay in the processor's cache
+
+
+def rows_index(path, dtype):
+    """The Index of a rows file, whose codes are of a key of DTYPES. Making it reads and checks every row.
+
+    facts   rows, tokens: their numbers; lengths, codes: [least, greatest] of them; faults: [[line, reason], …]
+    """
+    with open_rows(path):  # or says why not
+        pass
+    about = "" if dtype == "int32" else dtype
+    return open_index(path, COLUMNS, functools.partial(_scan, path, dtype), warn, about)
+
+
+def _scan(path, dtype, add):
+    """Reads a rows file block by block: its rows to `add`, the facts about them returned."""
+    counts, faults, ranges = np.zeros(2, np.int64), [], []
+    with open_rows(path) as file:
+        offset, line = 0, 1
+        while block := file.read(BLOCK) + file.readline():  # whole lines
+            found = scan_plain(block, dtype)
+            if found is None:
+                found, wrong = scan_lines(block, dtype)
+                faults += [(line + number, reason) for number, reason in wrong]
+            start, number, tokens, extreme = found
+            add(start=offset + start, line=line + number, tokens=tokens, extreme=extreme)
+            if len(tokens):
+                counts += len(tokens), tokens.sum()
+                ranges.append((tokens.min(), tokens.max(), extreme.min(), extreme.max()))
+            offset, line = offset + len(block), line + block.count(b"\n")
+    low, high = (reduce(ranges, axis=0).tolist() if ranges else [0] * 4 for reduce in (np.min, np.max))
+    facts = {"rows": int(counts[0]), "tokens": int(counts[1]), "faults": listed(faults)}
+    return facts | {"lengths": [low[0], high[1]], "codes": [low[2], high[3]]}
+
+
+def scan_plain(block, dtype):
+    """Where the rows of a block of lines start, their lines' numbers, how many tokens they have, the extreme code.
+
+    (rows,) each; None if a line is not `{"tokens": "BASE64"}` of a whole number of codes. No loop: all
+    of the base64 is decoded at once, with A (six zero bits) in place of each row's = (none).
+    """
+    opening = re.match(rb'\{"tokens": ?"', block)
+    if not opening or not block.endswith(b'"}\n'):
+        return None
+    frame = b'"}\n' + opening[0]  # what stands between two rows' base64
+    texts = block.split(frame)
+    texts[0], texts[-1] = texts[0][len(opening[0]) :], texts[-1][:-3]
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    if not sizes.all() or (sizes % 4).any():
+        return None
+    letters = np.frombuffer(bytearray().join(texts), np.uint8)
+    last = np.cumsum(sizes) - 1
+    ends = letters[last] == ord("=")
+    ends_twice = ends & (letters[last - 1] == ord("="))
+    letters[last[ends]], letters[last[ends_twice] - 1] = ord("A"), ord("A")
+    try:
+        data = np.frombuffer(binascii.a2b_base64(letters, strict_mode=True), np.uint8)
+    except binascii.Error:
+        return None
+    size = np.dtype(DTYPES[dtype]).itemsize
+    last = np.cumsum(sizes // 4 * 3) - 1
+    tokens, odd = np.divmod(sizes // 4 * 3 - ends - ends_twice, size)
+    if odd.any():
+        return None
+    if ends.any():
+        data = np.delete(data, np.concatenate((last[ends], last[ends_twice] - 1)))
+    codes, first = data.view(DTYPES[dtype]), np.cumsum(tokens) - tokens
+    low, high = np.minimum.reduceat(codes, first), np.maximum.reduceat(codes, first)
+    number = np.arange(len(sizes))
+    return np.cumsum(sizes) - sizes + number * len(frame), number, tokens, np.where(low < 0, low, high)
+
+
+def scan_lines(block, dtype):
+    """The same of any lines, one by one: → (the four arrays, [(number of a line, what is wrong with it), …])."""
+    rows, wrong, start = [], [], 0
+    for number, line in enumerate(block.split(b"\n")):
+        try:
+            if line.strip():
+                codes = row_codes(line, dtype)
+                low, high = int(codes.min()), min(int(codes.max()), 2**63 - 1)
+                rows.append((start, number, len(codes), low if low < 0 else high))
+        except ValueError as error:
+            wrong.append((number, str(error)))
+        start += len(line) + 1
+    return np.array(rows, np.int64).reshape(-1, 4).T, wrong
 
 
 NO_ROWS = {  # what holds codes in another way, by its ending or how it begins
@@ -215,18 +331,19 @@ NO_ROWS = {  # what holds codes in another way, by its ending or how it begins
 }
 
 
-def _mapped(path):
-    """The bytes of a file, mapped into memory; a UserError if they are no lines of JSON."""
+def open_rows(path):
+    """A rows file, open in binary; a UserError if it cannot be opened, or holds no lines of JSON."""
     try:
-        with settings.open_file(path) as file:
-            start, size = file.read(64), os.fstat(file.fileno()).st_size
-            if what := NO_ROWS.get(Path(path).suffix.lower()):
-                raise UserError(f'{path}: {what}: write a line {{"tokens": [1, 2, …]}} for each of its rows')
-            if what := no_json(path, start):
-                raise UserError(f"{path}: {what}")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        file = settings.open_file(path)
+        start = file.read(64)
+        file.seek(0)
     except (OSError, ValueError) as error:  # ValueError: a name with NUL in it
         raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from None
+    if what := NO_ROWS.get(Path(path).suffix.lower()):
+        raise UserError(f'{path}: {what}: write a line {{"tokens": [1, 2, …]}} for each of its rows')
+    if what := no_json(path, start):
+        raise UserError(f"{path}: {what}")
+    return file
 
 
 # ---- what rows were made with --------------------------------------------------------------------

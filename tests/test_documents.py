@@ -868,7 +868,7 @@ def test_a_batchs_shapes_hold_without_pictures(tmp_path):
 def test_every_row_comes_once_a_pass_and_weights_decide_the_shares(mixed):
     """30 rows an epoch, mixed 1 : 3 : 2: a batch of the first source, three of the second, two of the third."""
     rows = mixed()
-    epochs = [[tuple(pair) for pair in rows._epoch(epoch).tolist()] for epoch in range(4)]
+    epochs = [[rows.locate(30 * epoch + i) for i in range(30)] for epoch in range(4)]
     for epoch in epochs:
         assert [sum(which == i for which, _ in epoch) for i in range(3)] == [5, 15, 10]
         assert {row for which, row in epoch if which == 2} == set(range(10))
@@ -886,7 +886,7 @@ def test_the_coin_is_fair_and_falls_by_position():
 def test_a_batch_is_of_one_source(mixed):
     rows = mixed()
     for number in range(6):
-        assert len({which for which, _ in rows._epoch(0)[5 * number : 5 * number + 5].tolist()}) == 1
+        assert len({rows.locate(5 * number + i)[0] for i in range(5)}) == 1
 
 
 def test_emoji_to_look_at_are_moved_and_those_to_draw_are_not():

@@ -146,7 +146,7 @@ def test_the_info_is_no_rows_file(rows):
 
 def test_rows_and_info_are_written_whole_or_not_at_all(rows, tmp_path, capsys, config, monkeypatch):
     before = {path: path.read_bytes() for path in tmp_path.glob("rows.jsonl*")}
-    assert len(before) == 2
+    assert len(before) == 3
     monkeypatch.setattr(prepare, "encode_row", lambda codes: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(capsys, "tokenize", "--config", config, "--out", rows)

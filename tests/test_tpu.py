@@ -484,7 +484,7 @@ def test_a_checkpoint_of_another_shape_is_named(one_device, tmp_path):
         shutil.copy(folder / "config.json", tmp_path / str(number))
         assert said in refused(train_tpu.read_weights, tmp_path / str(number), layout)
     state = json.loads((folder / "state.json").read_text())
-    assert (state["step"], state["streams"]) == (5, "named") and "training/state.safetensors" in state["files"]
+    assert (state["step"], state["streams"]) == (5, "keyed") and "training/state.safetensors" in state["files"]
 
 
 def test_between_slices_only_the_data_axis_runs():
