@@ -600,7 +600,7 @@ def test_a_compiled_run_has_the_same_loss(row_overrides, tmp_path, capsys):
 SHORT = [
     *("train.steps=4", "train.save_every=1", "train.keep=0", "train.eval_every=2", "train.sample_every=2"),
     *("loss.disc_start=1", "loss.disc_warmup=1", "loss.entropy=0.1", "train.batch_size=4", "train.accumulate=2"),
-    "train.seed=2",  # of 1 to 4, measured at the third step: 1e-4, 6e-6, 5e-5, 1e-3, as near the game is to a tie
+    "train.seed=4",  # of 1 to 4, measured up to the third step: 6e-5, 2e-3, 7e-5, 5e-5, as near the game is to a tie
 ]
 
 
