@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.checkpoint import atomic_file
-from support.settings import UserError
+from support.settings import UserError, open_file, parse_json
 
 ENDING = ".index"
 SIGN = b'{"picturebook index": 1, '  # how the file begins; 1: of what is in it
@@ -43,7 +43,8 @@ def open_index(path, dtypes, scan, report, about=""):
     about    what the scan depends on beside the file: each has its own index, FILE.ABOUT.index
     """
     file = Path(f"{path}.{about}{ENDING}" if about else f"{path}{ENDING}")
-    status = os.stat(path)
+    with open_file(path) as opened:  # or an OSError says why not
+        status = os.fstat(opened.fileno())
     stamp = [status.st_size, status.st_mtime_ns]
     index, wrong = _read(file, stamp, dtypes)
     if index:
@@ -78,7 +79,7 @@ def open_index(path, dtypes, scan, report, about=""):
 def _read(file, stamp, dtypes):
     """→ (the Index in a file or None, what is wrong with the file: "" if there is none)."""
     try:
-        with open(file, "rb") as opened:
+        with open_file(file) as opened:
             if opened.read(len(SIGN)) != SIGN:
                 return None, OTHERS
             return _parse(opened, stamp, dtypes), ""
@@ -93,7 +94,7 @@ def _read(file, stamp, dtypes):
 def _parse(file, stamp, dtypes):
     """The Index in an open file; a ValueError, KeyError or TypeError if it is damaged, or of another stamp."""
     file.seek(0)
-    header = json.loads(file.readline())
+    header = parse_json(file.readline())
     if header["file"] != stamp:
         raise ValueError(STALE)
     begins, columns = file.tell(), {}

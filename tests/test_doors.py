@@ -18,6 +18,7 @@ from PIL import Image
 
 import sample
 import tasks
+from documents import KINDS
 from model import LLaMA, LLaMAConfig, sample_token
 from support import checkpoint, files, pictures, settings
 from support.pictures import load_picture, stretch
@@ -174,7 +175,7 @@ def test_every_door_refuses_it(strange, name):
     for read in (load_picture, checkpoint.read_json, checkpoint.read_tensors, settings.read, settings.read_bytes):
         assert str(file) in refused(read, file)
     (strange / "x.jsonl").symlink_to(name)
-    assert "x.jsonl" in refused(JsonRows, str(strange / "x.jsonl"), None, "", "train", 0, None)
+    assert "x.jsonl" in refused(JsonRows, str(strange / "x.jsonl"), KINDS["pair"], "", "train", 0, None)
     texts = TextFiles(str(strange / "x.jsonl"), str) if name != "gone.png" else []
     assert list(texts) == []
     (strange / "x.tar").symlink_to(name)
