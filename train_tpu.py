@@ -508,6 +508,14 @@ def held_out_metrics(s, held_out, program, params):
     return {"held_out_loss": total / count, "held_out_perplexity": math.exp(min(total / count, 50))}
 
 
+def check_memory(layout):
+    """Raises a UserError if weights and moments do not fit: on a CPU, which gives more memory away than it has."""
+    count = sum(math.prod(shape) for *_, shape in tensor_names(layout))
+    if layout.mesh.devices.flat[0].platform == "cpu" and 12 * count > settings.memory():
+        size = f"{count:,} parameters, 12 bytes each with their moments"
+        raise UserError(f"[model] describes a LLaMA of {size}: too large for the memory")
+
+
 def announce(s, layout, run, resume, state):
     """Prints what is trained from which start, and makes the run's folder."""
     count = sum(math.prod(shape) for *_, shape in tensor_names(layout))
@@ -538,6 +546,7 @@ def train(s, explicit_keys, devices=None):
                 print(runs.already_complete(run, s, explicit_keys, first))
             return run
         layout = lay_out(model_config(s, explicit_keys, resume), make_mesh(s.mesh, devices or jax.devices()))
+        check_memory(layout)
         # a TPU multiplies float32 in bfloat16 unless told otherwise
         precision = "highest" if s.train.dtype == "float32" else "default"
         with jax.set_mesh(layout.mesh), jax.default_matmul_precision(precision):

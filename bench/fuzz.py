@@ -99,7 +99,8 @@ def doubled(rng, data):
 
 def spliced(rng, data):
     """A piece of it stands once more, over another place or between two."""
-    a, b, place = sorted(rng.integers(0, len(data) + 1, 2)) + [rng.integers(0, len(data) + 1)]
+    a, b = sorted(rng.integers(0, len(data) + 1, 2))
+    place = rng.integers(0, len(data) + 1)
     return data[:place] + data[a:b] + data[place + (b - a) * rng.integers(2) :]
 
 
@@ -121,10 +122,11 @@ def replaced(rng, data):
 
 @functools.cache
 def bombs():
-    """→ (a gigabyte of zeros as gzip has it, the pixels of 13,300 black rows as PNG has them)."""
-    rows = zlib.compressobj(1)
-    packed = b"".join(rows.compress(bytes(3 * 13_300 + 1)) for _ in range(13_300)) + rows.flush()
-    return gzip.compress(bytes(10**9), 1), packed
+    """→ (three gigabytes of zeros as gzip has them, the pixels of 13,300 black rows as PNG has them)."""
+    hundred, packer = bytes(100 * (3 * 13_300 + 1)), zlib.compressobj(9)
+    first = packer.compress(hundred) + packer.flush(zlib.Z_FULL_FLUSH)
+    other = packer.compress(hundred) + packer.flush(zlib.Z_FULL_FLUSH)  # which may stand any number of times
+    return gzip.compress(bytes(10**7)) * 300, first + 132 * other + packer.flush()
 
 
 def hostile_pickle(rng):
@@ -681,7 +683,8 @@ def try_input(door, seed, number, work, show=False):
         text = f"error {error}" if door.lines else str(error)
         if number < 0:
             return what, f"refused   the good input: {text!r:.300}"
-        is_good = any(name in text for name in names) and "\n" not in str(error)
+        is_named = any(name in text for name in names) or how == "other_text"  # what a text names instead is named
+        is_good = is_named and "\n" not in str(error)
         return what, "" if is_good else f"unnamed   {text!r:.300}"
     except Exception as error:
         if show:

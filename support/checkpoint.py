@@ -41,7 +41,8 @@ def atomic_file(path):
     if not _writes_whole_files:
         yield Path(os.devnull)
         return
-    with renamed_when_whole(out_file(path).resolve()) as beside:  # a link stays one: what it leads to is replaced
+    target = Path(os.path.realpath(out_file(path)))  # a link stays one: what it leads to is replaced
+    with renamed_when_whole(target) as beside:
         yield beside
 
 
@@ -108,7 +109,7 @@ def out_folder(path, ours=None):
     ours: a regex of whole file names; None: the folder must be absent or empty.
     """
     path = _writable(path)
-    if path.resolve() == Path.cwd():
+    if os.path.realpath(path) == os.getcwd():
         raise UserError(f"{path}: is the folder you are in: name one of its own")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file: name a folder")

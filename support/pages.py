@@ -10,8 +10,8 @@ characters are replaced.
 
 import base64
 import html
+import os
 import re
-from pathlib import Path
 
 from support import checkpoint
 from support.settings import plain
@@ -32,7 +32,7 @@ def save_page(pieces, folder, title):
     other file in it is a UserError.
     """
     markdown, body, number = [], [], 0
-    with checkpoint.atomic_folder(Path(folder).resolve(), PAGE_FILE) as beside:
+    with checkpoint.atomic_folder(os.path.realpath(folder), PAGE_FILE) as beside:
         for piece in pieces:
             if isinstance(piece, str):
                 text = plain(piece).strip()

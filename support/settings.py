@@ -319,7 +319,7 @@ def parse_json(text):
     return parse(json.loads, text)
 
 
-DOTTED = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){%d}""" % DEPTH)
+DOTTED = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){{{DEPTH}}}""")
 
 
 def parse_toml(text):

@@ -4,6 +4,7 @@ Every field of every configuration class is set to what it must not be: another 
 list, null. In our TOML, by an override; in the published files, by writing the file anew.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -101,6 +102,19 @@ def test_a_damaged_section_of_ours_is_one_line_or_a_model_that_runs(kind, key):
             continue
         if key.startswith(("model", "schedule")):
             assert run_model(kind, s).isfinite().all() or "std" in key, toml
+
+
+WILD = ("1e300", "-1e300", "1e-300", "inf", "nan", "-1.5")
+
+
+def test_every_number_of_a_run_has_bounds():
+    for key, kind in {key: kind for kind, key in KEYS}.items():
+        accepted = []
+        for value in WILD:
+            with contextlib.suppress(UserError):
+                tasks.read_run(str(ROOT / "configs" / f"tiny_{kind}.toml"), [f"{key}={value}"])
+                accepted.append(value)
+        assert accepted in ([], list(WILD)), (kind, key)  # a text may be anything
 
 
 SOURCES = [

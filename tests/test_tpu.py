@@ -495,3 +495,10 @@ def test_between_slices_only_the_data_axis_runs():
     grid = train_tpu.make_mesh(settings.MeshSettings(data=4, fsdp=2, tensor=2), devices).devices
     assert [{device.slice_index for device in copy.flat} for copy in grid] == [{0}, {0}, {1}, {1}]
     assert "multiple of the 2 slices" in refused(train_tpu.make_mesh, settings.MeshSettings(data=1), devices)
+
+
+def test_a_model_larger_than_the_memory_is_refused(tmp_path):
+    sizes = ["model.dim=65536", "model.hidden_dim=65536", "model.n_layers=10", f"run.dir={tmp_path}"]
+    s, keys = train_tpu.read_run(ROOT / "configs" / "tiny_llama.toml", sizes)
+    with pytest.raises(settings.UserError, match="too large for the memory"):
+        train_tpu.train(s, keys, jax.devices()[:1])
