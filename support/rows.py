@@ -279,6 +279,7 @@ def read_rows(path):
                 yield None, str(error), name, ""
 
 
+COLUMNS = {"offset": "<i8", "length": "<i8", "place": "<i8", "crc": "<u4"}  # of an index; crc: decides about the split
 NAMED = 10  # rows that cannot be used: as many are said one by one
 
 
@@ -329,15 +330,13 @@ class JsonRows:
 
     def _open_index(self, file):
         try:
-            return open_index(file, self.COLUMNS, functools.partial(self._scan, file), warn, self.kind.name)
+            return open_index(file, COLUMNS, functools.partial(self._scan, file), warn, self.kind.name)
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise UserError(f"{file}: {getattr(error, 'strerror', error)}") from None
 
-    COLUMNS = {"offset": "<i8", "length": "<i8", "place": "<i8", "crc": "<u4"}  # crc: decides about the split
-
     def _scan(self, file, add):
         """Reads a file's rows → {"faults": [(place, reason), …], "left_out": {what: (count, place of the first)}}."""
-        columns, faults, left_out = {name: array.array("q") for name in self.COLUMNS}, [], []
+        columns, faults, left_out = {name: array.array("q") for name in COLUMNS}, [], []
         for place, offset, raw in json_rows(file):
             try:
                 row = self.parse_row(raw)

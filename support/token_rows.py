@@ -257,6 +257,7 @@ def _scan(path, dtype, add):
         offset, line = 0, 1
         while block := file.read(BLOCK) + file.readline():  # whole lines
             found = scan_plain(block, dtype)
+            lines = block.count(b"\n") if found is None else len(found[0])
             if found is None:
                 found, wrong = scan_lines(block, dtype)
                 faults += [(line + number, reason) for number, reason in wrong]
@@ -265,7 +266,7 @@ def _scan(path, dtype, add):
             if len(tokens):
                 counts += len(tokens), tokens.sum()
                 ranges.append((tokens.min(), tokens.max(), extreme.min(), extreme.max()))
-            offset, line = offset + len(block), line + block.count(b"\n")
+            offset, line = offset + len(block), line + lines
     low, high = (reduce(ranges, axis=0).tolist() if ranges else [0] * 4 for reduce in (np.min, np.max))
     facts = {"rows": int(counts[0]), "tokens": int(counts[1]), "faults": listed(faults)}
     return facts | {"lengths": [low[0], high[1]], "codes": [low[2], high[3]]}

@@ -12,11 +12,13 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from test_documents import png, rows_of
 
 from data import TokenRows
-from support import files, index, token_rows
+from support import files, index, latents, token_rows
 from support.chance import shuffled
+from support.parallel import Ranks
 from support.sources import open_source
 from support.token_rows import RowsFiles, encode_row, new_rows, rows_index
 
@@ -77,9 +79,19 @@ def test_scanning_all_at_once_finds_what_line_by_line_finds(dtype):
 
 @pytest.mark.parametrize(
     "line",
-    ["{oops\n", '{"tokens": "AA=="}\n', '{"tokens": "AAAA=AAA"}\n', '{"tokens": "AAAAA==="}\n', '{"tokens": ""}\n', "\n",
-     '{"tokens": [1, 2]}\n', '{"tokens":"AQAAAA=="}\n', '{"tokens": "AQAAAA==", "id": 1}\n', '{"tokens": "AQAA\\/A=="}\n']
-)  # fmt: skip
+    [
+        "{oops\n",
+        '{"tokens": "AA=="}\n',
+        '{"tokens": "AAAA=AAA"}\n',
+        '{"tokens": "AAAAA==="}\n',
+        '{"tokens": ""}\n',
+        "\n",
+        '{"tokens": [1, 2]}\n',
+        '{"tokens":"AQAAAA=="}\n',
+        '{"tokens": "AQAAAA==", "id": 1}\n',
+        '{"tokens": "AQAA\\/A=="}\n',
+    ],
+)
 def test_a_block_with_any_other_line_is_read_line_by_line(line):
     block = (encode_row([1, 2]) + line + encode_row([3])).encode()
     assert token_rows.scan_plain(block, "int32") is None
@@ -217,3 +229,26 @@ def test_rows_in_json_are_read_once_for_each_kind(tmp_path, capsys, monkeypatch)
             monkeypatch.setattr("support.rows.json_rows", None)
     assert found[0] == found[2] and len(found[0][0]) == 20 and ":21: not JSON" in found[2][1]
     assert sorted(path.name for path in tmp_path.glob("*.index")) == ["rows.jsonl.image.index", "rows.jsonl.pair.index"]
+
+
+# ---- latents -----------------------------------------------------------------------------------------
+
+
+def test_latents_are_made_once_and_a_broken_picture_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 4)
+    encoded, random = [], torch.randn(10, 2, 3, 2, 2)
+
+    def encode(numbers):
+        encoded.extend(numbers)
+        good = [number for number in numbers if number != 5]
+        return good, random[good]
+
+    options = (tmp_path, 10, encode, Ranks(0, 1, torch.device("cpu")), "latents")
+    first = latents.Latents(*options)
+    (tmp_path / "00001.safetensors").unlink()  # a start that was killed
+    again = latents.Latents(*options)
+    assert encoded == [*range(10), *range(4, 8)] and len(again) == 9
+    good = [0, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert first.places.tolist() == again.places.tolist() == good
+    assert torch.equal(again[[8, 0, 5]], random[[9, 0, 6]])
+    assert again.std() == pytest.approx(random[good, 0].std().item(), rel=1e-6)
