@@ -335,24 +335,29 @@ def why_skipped(task, values, step):
 def plan(config, explicit_keys, gpus):
     """What a step would need of each of `gpus` GPUs: a planning.Plan. Nothing is trained, no weights are made."""
     config = from_scratch(settings.with_dtype(config, has_bfloat16=True), explicit_keys)
-    train = config.train
-    check_rows_divide(train.batch_size, gpus)
+    check_rows_divide(config.train.batch_size, gpus)
+    with planning.pretend(gpus, config.train.parallel) as (ranks, tally):
+        return counted_step(config, explicit_keys, ranks, tally)
+
+
+def counted_step(config, explicit_keys, ranks, tally):
+    """What one step of a run without data needs, as `tally` counts it, on ranks that are planned → a planning.Plan."""
+    train, last = config.train, config.train.steps - 1
     few = dataclasses.replace(train, compile=False, accumulate=min(train.accumulate, planning.MICROSTEPS))
-    with planning.pretend(gpus, train.parallel) as (ranks, tally):
-        task, optimizers, ema = begin(dataclasses.replace(config, train=few), explicit_keys, ranks, None)
-        modules = parallel.distribute(task)
-        planning.send_gradients(modules)
-        for optimizer in optimizers.values():
-            planning.make_moments(optimizer)
-        batch = task.blank_batch(ranks.rows(train.batch_size))
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.dtype == "bfloat16")
-        tally.start()
-        for phase in optimizers:
-            microbatches = tally.microbatches(batch, train.accumulate)
-            gradients(task, phase, modules[phase], microbatches, train.steps - 1, autocast)
-        descend(optimizers, config.optim.lr)
-        average(ema, task.main, train.ema, train.steps - 1)
-        return planning.Plan.of(task, optimizers, ema, tally)
+    task, optimizers, ema = begin(dataclasses.replace(config, train=few), explicit_keys, ranks, None)
+    task.may_skip_weights = False  # a blank batch skips none, and looking for those that are skipped takes numbers
+    modules = parallel.distribute(task)
+    planning.send_gradients(modules)
+    for optimizer in optimizers.values():
+        planning.make_moments(optimizer)
+    batch = task.blank_batch(ranks.rows(train.batch_size))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=train.dtype == "bfloat16")
+    tally.start()
+    for phase in optimizers:
+        gradients(task, phase, modules[phase], tally.microbatches(batch, train.accumulate), last, autocast)
+    descend(optimizers, config.optim.lr)
+    average(ema, task.main, train.ema, last)
+    return planning.Plan.of(task, optimizers, ema, tally)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """train.py --plan: what it counts is what arithmetic says, and what a real step takes."""
 
-import contextlib
 import functools
 
 import pytest
@@ -96,13 +95,7 @@ def test_a_real_step_takes_what_was_planned_to_the_byte():
     config, keys = tasks.read_run(ROOT / "configs" / "tiny_llama.toml", ["train.ema=0.9"])
     ranks = Ranks(0, 1, torch.device("cpu"), planned=True)  # without data; but its tensors are real
     with planning.Tally() as tally:
-        task, optimizers, ema = train.begin(config, keys, ranks, None)
-        planning.make_moments(optimizers["model"])
-        tally.start()
-        microbatches = [task.blank_batch(range(4))] * 2
-        train.gradients(task, "model", task.model, microbatches, 0, contextlib.nullcontext())
-        train.descend(optimizers, lr=1e-3)
-        real = planning.Plan.of(task, optimizers, ema, tally)
+        real = train.counted_step(config, keys, ranks, tally)
     plan = planned("tiny_llama", 1, "train.ema=0.9")
     assert real.peak == plan.peak and real.flops(True) == plan.flops(True)
     assert (real.parameters, real.moments, real.averaged) == (plan.parameters, plan.moments, plan.averaged)
