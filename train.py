@@ -357,7 +357,7 @@ def counted_step(config, explicit_keys, ranks, tally):
         gradients(task, phase, modules[phase], tally.microbatches(batch, train.accumulate), last, autocast)
     descend(optimizers, config.optim.lr)
     average(ema, task.main, train.ema, last)
-    return planning.Plan.of(task, optimizers, ema, tally)
+    return planning.Plan.of(optimizers, ema, tally)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------

@@ -13,9 +13,9 @@ the code and these stands a Tally:
                                        └─ bytes that a collective sends
 
 Seconds are those of a roofline: an operation takes as long as its FLOPs or its bytes need, whichever is more, at a
-share of the datasheet's rates that well-kept code reaches (REACHED: assumed). What the Tally does not see: the memory of CUDA,
-NCCL and cuBLAS and the gaps between blocks (USABLE leaves room); what torch.compile fuses, so that bytes read and
-written are an upper bound; the latency of many small operations or messages; waiting for data.
+share of the datasheet's rates (REACHED: assumed). What the Tally does not see: the memory of CUDA, NCCL and cuBLAS and
+the gaps between blocks (USABLE leaves room); what torch.compile fuses, so that bytes read and written are an upper
+bound; the latency of many small operations or messages; waiting for data.
 """
 
 import contextlib
@@ -239,13 +239,13 @@ class Plan:
     gradients: int
     moments: int
     averaged: int
-    frozen: int  # other weights, and buffers
+    frozen: int  # other weights, buffers, and DDP's buckets of gradients
     peak: int  # the most that is alive at a time
     work: Counter  # Tally's
     sent: Counter
 
     @classmethod
-    def of(cls, task, optimizers, ema, tally):
+    def of(cls, optimizers, ema, tally):
         trained, moments = 0, 0
         for optimizer in optimizers.values():
             for weight, state in optimizer.state.items():
@@ -295,7 +295,7 @@ def report(config, gpus, make_plan, savers):
         "gradients": plan.gradients,
         "moments": plan.moments,
         "averaged weights": plan.averaged,
-        "frozen, buffers": plan.frozen,
+        "frozen, buckets": plan.frozen,
         "activations and …": plan.activations,
         "peak": plan.peak,
     }
@@ -345,8 +345,11 @@ def changes(config, gpus, savers):
             yield _changed(config, changed, gpus)
     batch_size, accumulate = train.batch_size, train.accumulate
     while batch_size % (2 * gpus) == 0:
-        batch_size, accumulate = batch_size // 2, accumulate * 2
-        changed |= {"batch_size": batch_size, "accumulate": accumulate}
+        if config.model.kind == "clip":  # its loss compares the rows of a microstep
+            gpus *= 2
+        else:
+            batch_size, accumulate = batch_size // 2, accumulate * 2
+            changed |= {"batch_size": batch_size, "accumulate": accumulate}
         yield _changed(config, changed, gpus)
     while gpus > 1 and changed.get("parallel", train.parallel) == "fsdp" and accumulate % 2 == 0:
         gpus, batch_size, accumulate = 2 * gpus, 2 * batch_size, accumulate // 2
