@@ -172,15 +172,17 @@ def write_json(path, content):
 
 @contextlib.contextmanager
 def disk_errors(path):
-    """Within, what the disk refuses safetensors is an OSError with its number, as when Python writes itself."""
+    """Within, what the disk refuses safetensors or torch is an OSError with its number, as if Python wrote itself."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except SafetensorError as error:
-        if not (number := re.search(r"os error (\d+)", str(error))):
+    except (SafetensorError, RuntimeError) as error:  # a RuntimeError of torch comes after the OSError of its file
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else getattr(error.__context__, "errno", None)
+        if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def write_tensors(path, tensors, metadata=None):
@@ -271,8 +273,8 @@ def write_bin(path, tensors):
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         _write_bin_shares(path, tensors)
         return
-    with atomic_file(path) as beside:
-        torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, beside)
+    with atomic_file(path) as beside, disk_errors(path), open(beside, "wb") as file:
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, file)
 
 
 def _write_bin_shares(path, tensors):

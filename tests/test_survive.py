@@ -1,6 +1,7 @@
 """A run that is told to end, meets a NaN, loses a rank or its disk: a step is lost at most; a line says what to do."""
 
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -258,6 +259,15 @@ def test_a_disk_that_refuses_is_one_line_and_the_last_checkpoint_stays_whole(
     if disk == "full for checkpoints":
         run_tiny("vqgan", run, *LIGHT)
         assert_same_bits(run / "step_00000012", unbroken / "step_00000012")
+
+
+@pytest.mark.parametrize("write", [checkpoint.write_tensors, checkpoint.write_bin])
+def test_a_weight_file_that_finds_no_space_is_an_error_of_the_disk(write, tmp_path):
+    with mended(), pytest.raises(OSError) as error:
+        limit_files(None)
+        write(tmp_path / "weights", {"x": torch.zeros(10_000)})
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(tmp_path / "weights")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_clock_that_is_set_back_changes_nothing(unbroken, tmp_path, monkeypatch):
