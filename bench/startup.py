@@ -30,10 +30,10 @@ from support.sources import open_source
 from support.token_rows import encode_row
 
 
-def write_rows(path, count):
+def write_rows(folder, count):
     random = np.random.default_rng(0)
     some = "".join(encode_row(random.integers(0, 8192, random.integers(100, 274))) for _ in range(10_000)).encode()
-    with open(path, "wb") as file:
+    with open(folder / "rows.jsonl", "wb") as file:
         for _ in range(count // 10_000):
             file.write(some)
 
@@ -41,21 +41,23 @@ def write_rows(path, count):
 def write_tars(folder, count):
     picture = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(picture, "jpeg")
-    for number in range(count):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as archive:
-            for key in range(500):
-                for ending, data in ((".jpg", picture.getvalue()), (".txt", b"a red square")):
-                    member = tarfile.TarInfo(f"{number:05d}{key:04d}{ending}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
+    first = folder / "00000.tar"
+    with tarfile.open(first, "w") as archive:
+        for key in range(500):
+            for ending, data in ((".jpg", picture.getvalue()), (".txt", b"a red square")):
+                member = tarfile.TarInfo(f"{key:09d}{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    for number in range(1, count):
+        shutil.copy(first, folder / f"{number:05d}.tar")
 
 
-def open_rows(path):
+def open_rows(folder):
     """Opens the rows as a run does, and reads a batch at the beginning and one in the middle of the first epoch."""
-    began = time.process_time()
+    path, began = folder / "rows.jsonl", time.process_time()
     rows, seconds = timed(lambda: TokenRows([path], context=2048, batch_size=64, seed=0, vocab_size=8192))
     found = {"opening": seconds, "of them computing": time.process_time() - began}
-    found["MB/s"] = Path(path).stat().st_size / 1e6 / seconds
+    found["MB/s"] = path.stat().st_size / 1e6 / seconds
     found["first batch"] = timed(lambda: rows.batch(0, range(64)))[1]
     found["memory, MB"] = memory()
     found["batch in the middle"] = timed(lambda: rows.batch(rows.tokens // 2 // (64 * 2048), range(64)))[1]
@@ -63,11 +65,16 @@ def open_rows(path):
 
 
 def open_tars(folder):
+    began = time.process_time()
     names, seconds = timed(lambda: files.tar_files(files.matches(f"{folder}/*.tar"), print))
-    found = {"opening": seconds, "members": len(names), "memory, MB": memory()}
-    del names
-    found["as a source of pictures"] = timed(lambda: open_source(f"{folder}/*.tar", 64))[1]
-    return found
+    computing = time.process_time() - began
+    return {"opening": seconds, "of them computing": computing, "members": len(names), "memory, MB": memory()}
+
+
+def open_pictures(folder):
+    """What a run does with the members: it finds out which of them belong together."""
+    source, seconds = timed(lambda: open_source(f"{folder}/*.tar", 64))
+    return {"opening": seconds, "of them computing": time.process_time(), "pictures": len(source)}
 
 
 def timed(function):
@@ -81,6 +88,9 @@ def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+OPEN = {"rows": open_rows, "tars": open_tars, "pictures": open_pictures}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -88,25 +98,26 @@ def main():
     )
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--tars", type=int, default=1000)
-    parser.add_argument("--open", choices=("rows", "tars"), help=argparse.SUPPRESS)  # what a process of its own does
+    parser.add_argument("--open", choices=OPEN, help=argparse.SUPPRESS)  # what a process of its own does
     a = parser.parse_args()
     if a.open:
-        print(json.dumps(open_rows(a.out / "rows.jsonl") if a.open == "rows" else open_tars(a.out)))
+        print(json.dumps(OPEN[a.open](a.out)))
         return
     a.out.mkdir(parents=True)
     try:
-        for what, write, count in (("rows", lambda n: write_rows(a.out / "rows.jsonl", n), a.rows),
-                                   ("tars", lambda n: write_tars(a.out, n), a.tars)):  # fmt: skip
+        for write, count, openings in (
+            (write_rows, a.rows, ["rows"] * 2),
+            (write_tars, a.tars, ["tars", "tars", "pictures"]),
+        ):
             if not count:
                 continue
-            write(count)
-            size = sum(file.stat().st_size for file in a.out.iterdir())
-            print(f"{what}: {count:,}, {size / 1e9:.2f} GB")
-            for title in ("first", "second"):
+            write(a.out, count)
+            print(f"{count:,} {openings[0]}, {sum(file.stat().st_size for file in a.out.iterdir()) / 1e9:.2f} GB")
+            for number, what in enumerate(openings, 1):
                 command = [sys.executable, __file__, "--out", a.out, "--open", what]
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 found = ", ".join(f"{name} {value:,.2f}" for name, value in json.loads(said.splitlines()[-1]).items())
-                print(f"  {title}: {found}")
+                print(f"  {number}, {what}: {found}", flush=True)
             for file in a.out.iterdir():
                 file.unlink()
     finally:
