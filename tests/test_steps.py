@@ -129,7 +129,7 @@ def test_an_empty_step_is_no_step(run, capsys):
 
 def test_steps_from_before_there_were_checksums_are_used(run):
     forget_checksums(run / "step_00000008")
-    assert runs.newest_step(run, "llama") == (run / "step_00000008", {"step": 8, "streams": "named", "threads": 1})
+    assert runs.newest_step(run, "llama") == (run / "step_00000008", {"step": 8, "streams": runs.STREAMS, "threads": 1})
 
 
 def test_large_files_are_summed_in_pieces(tmp_path, monkeypatch):
