@@ -18,6 +18,7 @@ Both are one operation; in the paper a picture has 256 codes, and 16 pictures fi
     symbol  B prompts   N pictures of each   h·w codes of a picture
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ TEXTS = ("tokenizer", "text_tokenizer", "template", "system")  # what else than 
 
 def run_data(run):
     """The [data] section of the run that `run` is, or of which it is a step; {} if there is none."""
-    if not Path(run).exists():
+    if not os.path.exists(run):
         raise UserError(f"{run}: no such file or folder")
     for folder in (Path(run), *Path(run).resolve().parents[:2]):  # the run; or its step, or that step's ema
         if (folder / "config.toml").exists():

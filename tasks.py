@@ -18,6 +18,7 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def shape_of(cls, folder, otherwise, name):
 
     So, too, if the folder is not here, and then `name` says what is planned instead.
     """
-    if folder and Path(folder).exists():
+    if folder and os.path.exists(folder):
         with unset_fake_temporarily():
             return cls.from_pretrained(folder).config
     if folder:
@@ -862,7 +863,7 @@ class DreamLLMTask(Task):
         tokenizer.add(ADDED)
         vicuna, sd = LLaMAConfig.named("vicuna_7b"), "Stable Diffusion 2.1-base"
         unet = dataclasses.replace(UNetConfig.named("sd21"), sample_size=64)
-        if section.init and Path(section.init).exists():
+        if section.init and os.path.exists(section.init):
             with unset_fake_temporarily():
                 whole = DreamLLM.from_pretrained(section.init, one_dtype=False)
             shapes = whole.llama.config, whole.clip.config, whole.diffusion.unet.config, whole.diffusion.vae.config

@@ -65,7 +65,7 @@ from support.pictures import load_picture
 from support.rows import JsonRows
 from support.settings import UserError
 from support.sources import TextFiles, open_source
-from support.token_rows import RowsInfo, encode_row
+from support.token_rows import RowsFiles, RowsInfo, encode_row
 from support.tokenizer import CLIPTokenizer, Tokenizer, train_bpe, write_merges
 from vqgan import VQGAN, VQGANConfig
 
@@ -266,6 +266,7 @@ WITHIN = {  # by how a file's name ends, what else can be done to it
     ".toml": (other_number, other_number, other_number, other_text, other_text, other_text),
     ".yaml": (other_number, other_number),
     ".csv": (other_number,),
+    ".index": (other_number, other_number),
     ".txt": (other_number,),
     ".safetensors": (other_header, other_header, other_header),
     ".bin": (other_record, other_record, other_record),
@@ -277,7 +278,7 @@ WITHIN = {  # by how a file's name ends, what else can be done to it
 }
 ANY = (flipped, flipped, cut, doubled, spliced, foreign, replaced)
 BLIND = {kind.__name__ for kind in ANY}  # what does not put a checksum right
-CHECKSUMS = (".bin", ".pt", ".pth", ".ckpt", ".png")  # files that have some
+CHECKSUMS = (".bin", ".pt", ".pth", ".ckpt", ".png", ".index")  # files that have some, or can be made anew
 
 
 def damage(rng, path):
@@ -447,6 +448,10 @@ def make_rows(folder):
         (folder / f"{kind}.json").write_text(json.dumps(own, indent=1))
     (folder / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (folder / "text.txt").write_text("a text of 3 lines\n2\n3\n")
+    for file in folder.glob("*.jsonl"):  # which leaves their indexes
+        with contextlib.suppress(UserError):
+            check.print_findings(str(file))
+            open_rows(file)
 
 
 def make_tokenizers(folder):
@@ -533,6 +538,12 @@ def open_rows(path):
     check.print_findings(str(path))
 
 
+def open_tokens(folder):
+    check.print_findings(str(folder / "tokens.jsonl"))
+    rows = RowsFiles([str(folder / "tokens.jsonl")])
+    return [rows[index].tobytes() for index in range(len(rows))]
+
+
 def use_tokenizer(folder):
     tokenizer = Tokenizer.from_pretrained(folder)
     tokenizer.decode(tokenizer.encode("Hello, wörld! 123 \n the cats", bos=True))
@@ -562,6 +573,7 @@ def doors(work):
             if file.is_file():
                 tar.add(file, str(file.relative_to(good / "pictures")))
     shutil.copytree(GOLDEN, good / "golden", ignore=shutil.ignore_patterns("io.safetensors", "*sequences*"))
+    open_pictures(good / "tar" / "x.tar")  # which leaves its index
     return [*data_doors(good), *model_doors(good), *command_doors(good)]
 
 
@@ -575,9 +587,10 @@ def data_doors(good):
     yield Door("tar", good / "tar", lambda f: open_pictures(f / "x.tar"))
     for kind, ending in itertools.product(("pair", "document", "conversation"), (".jsonl", ".json")):
         name = kind + ending
-        yield Door(f"rows.{name}", rows, lambda f, name=name: open_rows(f / name), (name, name, name, "a.png"))
+        damaged = (name, name, name, f"{name}*.index", "a.png")
+        yield Door(f"rows.{name}", rows, lambda f, name=name: open_rows(f / name), damaged)
     yield Door("texts", rows, lambda f: list(TextFiles(str(f), lambda line: None)), ("text*",))
-    yield Door("tokens", rows, lambda f: check.print_findings(str(f / "tokens.jsonl")), ("tokens*",))
+    yield Door("tokens", rows, open_tokens, ("tokens*",), lambda sentences: b"".join(sentences))
     for kind in ("json", "ranks", "sentencepiece"):
         yield Door(f"tokenizer.{kind}", tokenizers / kind, use_tokenizer)
     for kind in ("clip", "clip_gz"):

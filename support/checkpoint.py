@@ -406,7 +406,7 @@ def read_tensors(path, variant=None):
     short, or holds something else (support/foreign.py).
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         file = find_weights(path, variant)
         if file is None:
             raise UserError(f"{path}: no weights in this folder, {_reason(path)}")
@@ -414,14 +414,14 @@ def read_tensors(path, variant=None):
             left = ", ".join(other.name for other in others if other != file)
             print(f"{path}: {file.name} is read; {left}: not", file=sys.stderr)
         path = file
-    if not path.exists() and (index := path.with_name(f"{path.name}.index.json")).exists():
+    if not os.path.exists(path) and os.path.exists(index := path.with_name(f"{path.name}.index.json")):
         path = index
     if re.search(r"\.index(\.\S+)?\.json$", path.name):
         return _read_shards(path)
     try:
         foreign.refuse(path, foreign.of_file(path))
     except OSError as error:
-        raise UserError(f"{path}: {'no such file' if not path.exists() else error.strerror}") from None
+        raise UserError(f"{path}: {'no such file' if not os.path.exists(path) else error.strerror}") from None
     tensors = _unwrapped(_read_file(path), path)
     foreign.refuse(path, foreign.of_names(tensors))
     return {name: tensor.to("meta") for name, tensor in tensors.items()} if _headers_only() else tensors
@@ -531,8 +531,8 @@ def _read_shards(index):
         raise UserError(f"{index}: has no table weight_map")
     shards = where["weight_map"].values()
     for shard in sorted(set(map(str, shards))):
-        if Path(shard).name != shard or shard.endswith(".json") or not (index.parent / shard).is_file():
-            raise UserError(f"{index}: names {shard}, which is no file of weights beside it")
+        if Path(shard).name != shard or shard.endswith(".json") or not os.path.isfile(index.parent / shard):
+            raise UserError(f"{index}: names {shard:.200}, which is no file of weights beside it")
         tensors |= read_tensors(index.parent / shard)
     return tensors
 
@@ -686,8 +686,9 @@ def weights_folder(path):
     Of the hub's cache it is the snapshot.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: {'a link to what is not there' if path.is_symlink() else 'no such file or folder'}")
+    if not os.path.exists(path):  # Path.exists raises an error if a name is too long, here and below
+        reason = "a link to what is not there" if os.path.islink(path) else "no such file or folder"
+        raise UserError(f"{path}: {reason}")
     path = _snapshot(path)
     newest = latest_step_folder(path)
     if newest is None:
@@ -700,7 +701,7 @@ def _snapshot(path):
     if (path / "snapshots").is_dir():
         main = path / "refs" / "main"
         found = [path / "snapshots" / settings.read_text(main).strip()] if main.exists() else []
-        if not found or not found[0].is_dir():
+        if not found or not os.path.isdir(found[0]):
             found = sorted((path / "snapshots").iterdir())
         inside = "snapshots"
     else:

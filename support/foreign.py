@@ -9,6 +9,7 @@ checkpoint.py asks before it reads, so that a GGUF file is "a GGUF file" in ever
 weight that is missing. What does open stands in checkpoint.KINDS.
 """
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -225,9 +226,9 @@ def missing_shards(folder, names):
         if re.search(r"\.index(\.\w+)?\.json$", name):
             table = json_table(folder / name).get("weight_map")
             shards = set(table.values()) if isinstance(table, dict) and set(map(type, table.values())) == {str} else ()
-            absent = sorted(shard for shard in shards if not (folder / shard).exists())
+            absent = sorted(shard for shard in shards if not os.path.exists(folder / shard))
             if absent:
-                return f"{len(absent)} of the {len(shards)} shards that {name} names are ({absent[0]})"
+                return f"{len(absent)} of the {len(shards)} shards that {name} names are ({absent[0]:.200})"
     for name in names:
         shard = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)", name)
         if shard and not any(".index." in other for other in names):

@@ -384,7 +384,7 @@ class RowsInfo:
     def read(cls, rows):
         """What the rows file of this name was made with, or None if that is not known."""
         path = Path(f"{rows}{INFO}")
-        if not path.exists():
+        if not os.path.exists(path):
             return None
         names = {field.name: field.name for field in dataclasses.fields(cls)}
         return settings.build(cls, settings.published(checkpoint.read_json(path), path, names))

@@ -44,6 +44,7 @@ import html
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -925,7 +926,7 @@ class CLIPTokenizer:
         or their folder.
         """
         path = Path(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             names = find_clip_files(path)
             if not names:
                 raise UserError(f"{path}: no CLIP tokenizer in this folder (looked for {clip_file_names()})")
