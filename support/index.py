@@ -4,6 +4,7 @@
 
     FILE.index      {"picturebook index": 1, "file": [its size, when it was changed], "columns": …, "facts": …}⏎
                     the bytes of the columns, one after the other: they are mapped to memory
+                    the CRC-32 of all this, in 8 bytes
 
 An index belongs to the file that has this size and this time of change: of another one it is made
 anew. It may be deleted. Where none can be written beside FILE, it is an unnamed temporary file.
@@ -13,8 +14,8 @@ import contextlib
 import json
 import mmap
 import os
-import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,26 +101,37 @@ def _parse(file, stamp, dtypes):
     begins, columns = file.tell(), {}
     file.flush()
     whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    if zlib.crc32(whole[:-8]) != int.from_bytes(whole[-8:].tobytes(), "little"):
+        raise ValueError("its checksum differs")
     for name, dtype in dtypes.items():
         size = header["columns"][name]
         columns[name] = whole[begins : begins + size].view(dtype)
         begins += size + -size % 8
-    if begins != len(whole):
+    if begins != len(whole) - 8:
         raise ValueError("its end is missing")
     return Index(header["facts"], columns)
 
 
 def _write(out, stamp, facts, parts):
     """Writes an index; parts: {column: open file of its numbers}."""
-    sizes = {name: part.tell() for name, part in parts.items()}
+    sizes = {name: part.seek(0, os.SEEK_END) for name, part in parts.items()}
     header = SIGN + json.dumps({"file": stamp, "columns": sizes, "facts": facts})[1:].encode()
-    out.write(header + b" " * (-(len(header) + 1) % 8) + b"\n")  # numbers lie at multiples of 8 bytes
+    checksum = 0
+    for piece in _pieces(header + b" " * (-(len(header) + 1) % 8) + b"\n", sizes, parts):
+        out.write(piece)
+        checksum = zlib.crc32(piece, checksum)
+    out.write(checksum.to_bytes(8, "little"))
+    out.flush()
+
+
+def _pieces(header, sizes, parts):
+    """Yields the bytes of an index, but for its checksum; numbers lie at multiples of 8 bytes."""
+    yield header
     for name, part in parts.items():
         part.seek(0)
-        shutil.copyfileobj(part, out, 2**20)
-        part.seek(sizes[name])
-        out.write(bytes(-sizes[name] % 8))
-    out.flush()
+        while data := part.read(2**20):
+            yield data
+        yield bytes(-sizes[name] % 8)
 
 
 MOST_FAULTS = 10**5

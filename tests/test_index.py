@@ -126,7 +126,9 @@ def test_a_file_that_changed_gets_a_new_index_and_it_is_said(tmp_path, capsys):
     assert [row.tolist() for row in RowsFiles([path])] == [[3, 4]]
     assert capsys.readouterr().err.count("rows.jsonl: has changed") == 1
     beside = tmp_path / "rows.jsonl.index"
-    for damaged in (beside.read_bytes()[:-8], beside.read_bytes()[:40], index.SIGN + b"}\n"):
+    whole = beside.read_bytes()
+    flipped = whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]
+    for damaged in (whole[:-8], whole[:40], index.SIGN + b"}\n", flipped):
         beside.write_bytes(damaged)
         assert [row.tolist() for row in RowsFiles([path])] == [[3, 4]]
         assert "the index was made anew" in capsys.readouterr().err
