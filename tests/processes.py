@@ -2,6 +2,7 @@
 
     run("train.py", "--config", …)        → .returncode, .stdout, .stderr, as `python train.py --config …` has them
     ranks(2, "train.py", …)               the same, of the processes that torchrun would start
+    spawn(function, …)                    function(0, …) and function(1, …), as torch.multiprocessing has it
     start("train.py", "--config", …)      → a multiprocessing.Process: .kill(), .join(), .exitcode
 
 Each is a process of its own, with its own environment, that can be killed; only the three seconds of imports are gone.
@@ -17,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from conftest import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -40,6 +42,11 @@ def start(script, *arguments, cwd=ROOT, environment=(), out=os.devnull, err=None
     process = SERVER.Process(target=_program, args=arguments, daemon=True)  # ends with pytest, if not before
     process.start()
     return process
+
+
+def spawn(function, *arguments):
+    """function(rank, *arguments) in two processes; what one of them raises is raised here."""
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
 def run(script, *arguments, **options):

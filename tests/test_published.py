@@ -319,17 +319,21 @@ print(max(peak, anonymous()) - before, sum(t.numel() * t.element_size() for t in
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
-@pytest.mark.parametrize(("dtype", "share"), [("None", 0.1), ("torch.float32", 1.1), ("'int8'", 1.1)])
-def test_loading_needs_hardly_more_memory_than_the_model(tmp_path, dtype, share):
-    """As stored, the weights stay in the file; else each is copied once. Checking for NaN costs nothing.
-
-    The embedding is large and in bfloat16: a check that made a copy of it would show.
-    """
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A LLaMA of 118 MB. Its embedding is large and in bfloat16: a check that made a copy of it would show."""
+    folder = tmp_path_factory.mktemp("large")
     torch.manual_seed(0)
     config = LLaMAConfig(vocab_size=40000, dim=512, n_layers=12, n_heads=8, hidden_dim=1408, tie_embeddings=True)
-    LLaMA(config).bfloat16().save_pretrained(tmp_path)
-    program = MEASURE.format(root=str(ROOT), folder=str(tmp_path), dtype=dtype)
+    LLaMA(config).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+@pytest.mark.parametrize(("dtype", "share"), [("None", 0.1), ("torch.float32", 1.1), ("'int8'", 1.1)])
+def test_loading_needs_hardly_more_memory_than_the_model(large, dtype, share):
+    """As stored, the weights stay in the file; else each is copied once. Checking for NaN costs nothing."""
+    program = MEASURE.format(root=str(ROOT), folder=str(large), dtype=dtype)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     peak, size = map(int, run.stdout.split())

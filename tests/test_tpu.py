@@ -169,7 +169,7 @@ def test_weights_are_split_as_declared():
     """Each device holds 1/(fsdp·tensor) of every matrix, of its moments too, after an update as before."""
     for mesh in ((1, 8, 1), (1, 1, 4), (2, 2, 2)):
         s, layout, state = opened(None, mesh)
-        with jax.set_mesh(layout.mesh), jax.default_matmul_precision("highest"):  # as train() has it, so compiled before
+        with jax.set_mesh(layout.mesh), jax.default_matmul_precision("highest"):  # compiled by train() already
             program = train_tpu.prepare(s, layout)
             tokens = jax.device_put(np.full(program.batch.shape, 7, np.int32), program.batch.sharding)
             state, _ = program.update(state, tokens, train_tpu.step_constants(s, 0))
