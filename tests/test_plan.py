@@ -124,3 +124,23 @@ def test_the_slowest_of_flops_and_bytes_decides():
     plan = planning.Plan(0, 0, 0, 0, 0, 0, work, {"all-gather": chip.nvlink})
     assert plan.seconds(chip, 8) == pytest.approx({"products": 4 / 0.6, "memory": 1 / 0.8, "network": 1 / 0.75})
     assert plan.seconds(chip, 16)["network"] == pytest.approx(450 / 400 / 0.75)
+
+
+def test_norms_are_in_float32_as_autocast_of_a_gpu_has_them():
+    with planning.pretend(1, "ddp") as (_, tally), torch.autocast("cpu", torch.bfloat16):
+        half = torch.ones(2, 4, 3, dtype=torch.bfloat16)
+        assert torch.nn.GroupNorm(2, 4)(half).dtype == torch.nn.LayerNorm(3)(half).dtype == torch.float32
+    assert tally.bytes > 0
+
+
+def test_less_memory_is_looked_for_in_an_order_that_keeps_what_is_learned():
+    config, _ = tasks.read_run(ROOT / "configs" / "lvm.toml", ["train.activation_checkpointing=false"])
+    savers = {"parallel": "fsdp", "activation_checkpointing": True}
+    written = [text for text, _, _ in planning.changes(config, 16, savers)]
+    fsdp = "train.parallel=fsdp"
+    recomputing = f"{fsdp} train.activation_checkpointing=true"
+    smaller = f"{recomputing} train.batch_size=16 train.accumulate=8"
+    assert written[:3] == [f"{text} --plan 16" for text in (fsdp, recomputing, smaller)]
+    assert written[3] == f"{recomputing} train.batch_size=32 train.accumulate=4 --plan 32"
+    clip, _ = tasks.read_run(ROOT / "configs" / "clip.toml")  # its loss compares all rows of a microstep
+    assert [text for text, _, _ in planning.changes(clip, 8, {})][:2] == ["--plan 16", "--plan 32"]
