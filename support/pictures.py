@@ -26,7 +26,7 @@ from support.settings import FILE, UserError, content
 
 # ---- files -----------------------------------------------------------------------------------
 
-PIXELS = 1 << 26  # of a picture, as of 8192 × 8192: while it is decoded they take a gigabyte
+PIXELS = 1 << 26  # of a picture, as of 8192 × 8192: while it is decoded they take up to 1.4 GB
 LARGE = 1 << 24  # from so many on, one picture is decoded at a time, whichever threads want them
 _one_at_a_time = threading.Lock()
 

@@ -165,7 +165,8 @@ class TrainSettings:
     def __post_init__(self):
         one_of(self, ("auto", "float32", "bfloat16"), "dtype")
         one_of(self, ("ddp", "fsdp"), "parallel")
-        at_least(self, 1, "steps", "batch_size", "accumulate", "save_every", "log_every", "eval_batches", "max_skipped")
+        within(self, 1, 2**20, "batch_size", "accumulate")  # rows lie in memory together
+        at_least(self, 1, "steps", "save_every", "log_every", "eval_batches", "max_skipped")
         at_least(self, 0, "seed", "keep", "eval_every", "sample_every")
         one_of(self, ("", "tensorboard", "wandb"), "log")
         fraction(self, "ema")
