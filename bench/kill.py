@@ -91,19 +91,20 @@ def ranks_of(process, processes):
     return list(map(int, found.stdout.split()))
 
 
-def is_saving(run):
-    """Whether a checkpoint is being written: its folder has a temporary name."""
-    return any(run.glob(".*.part.step_*"))
+def unfinished(run):
+    """The checkpoints that are being written, or were: their folders have temporary names."""
+    return set(run.glob(".*.part.step_*"))
 
 
 def kill_once(config, run, processes, chance, aims_at_save, longest):
     """Starts the run and kills a rank → what was done, in words; "" if the run came to its end before."""
+    left_over = unfinished(run)
     process, before = start(config, run, processes), time.monotonic()
     instant, pids, what = chance.uniform(0, longest), [], ""
     while process.poll() is None:
         pids = pids or ranks_of(process, processes)
         passed = time.monotonic() - before
-        if pids and (is_saving(run) if aims_at_save else passed > instant):
+        if pids and (unfinished(run) - left_over if aims_at_save else passed > instant):
             time.sleep(chance.uniform(0, 0.01) if aims_at_save else 0)
             rank = chance.randrange(len(pids))
             os.kill(pids[rank], signal.SIGKILL)

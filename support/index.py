@@ -35,6 +35,12 @@ class Index(NamedTuple):
     columns: dict  # {name: array of whole numbers}
 
 
+def stamp_of(opened):
+    """What tells whether an open file has been changed: [its size, when it was written]."""
+    status = os.fstat(opened.fileno())
+    return [status.st_size, status.st_mtime_ns]
+
+
 def open_index(path, dtypes, scan, report, about=""):
     """The Index of the file at `path`: the one beside it, or a new one.
 
@@ -45,8 +51,7 @@ def open_index(path, dtypes, scan, report, about=""):
     """
     file = Path(f"{path}.{about}{ENDING}" if about else f"{path}{ENDING}")
     with open_file(path) as opened:  # or an OSError says why not
-        status = os.fstat(opened.fileno())
-    stamp = [status.st_size, status.st_mtime_ns]
+        stamp = stamp_of(opened)
     index, wrong = _read(file, stamp, dtypes)
     if index:
         return index

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from support import checkpoint, settings
-from support.index import ENDING, listed, open_index
+from support.index import ENDING, listed, open_index, stamp_of
 from support.rows import NAMED, fault_kind, no_json
 from support.settings import UserError
 from support.sources import Skipping, in_words, tally, warn
@@ -166,6 +166,7 @@ class RowsFiles(Skipping):
     def __init__(self, paths, vocab_size=None, dtype="auto"):
         super().__init__()
         self.paths, self.dtypes, self.columns, self.tokens = list(paths), [], [], 0
+        self.stamps = []  # of each file, by which a change under a run is noticed
         counts, ranges = [0], []
         for path in self.paths:
             self.dtypes.append(dtype_of(path, vocab_size) if dtype == "auto" else dtype)
@@ -173,6 +174,8 @@ class RowsFiles(Skipping):
             rows = self._usable(path, index, vocab_size)
             counts.append(len(rows["tokens"]))
             self.columns.append(rows)
+            with open(path, "rb") as opened:
+                self.stamps.append(stamp_of(opened))
             if counts[-1]:
                 whole = counts[-1] == index.facts["rows"]
                 ranges += index.facts["lengths"] if whole else [int(rows["tokens"].min()), int(rows["tokens"].max())]
@@ -204,6 +207,8 @@ class RowsFiles(Skipping):
     def __getitem__(self, i):
         file = int(np.searchsorted(self.first, i, side="right")) - 1
         with open(self.paths[file], "rb") as opened:
+            if stamp_of(opened) != self.stamps[file]:
+                raise UserError(f"{self.paths[file]}: was changed after it was opened; start again to read it anew")
             opened.seek(self.columns[file]["start"][i - self.first[file]])
             return decode_row(opened.readline(), dtype=self.dtypes[file])
 

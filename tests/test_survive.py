@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import itertools
+import json
 import math
 import os
 import resource
@@ -259,6 +260,19 @@ def test_a_disk_that_refuses_is_one_line_and_the_last_checkpoint_stays_whole(
     if disk == "full for checkpoints":
         run_tiny("vqgan", run, *LIGHT)
         assert_same_bits(run / "step_00000012", unbroken / "step_00000012")
+
+
+def test_rows_that_change_under_a_run_are_one_line(rows, tmp_path, monkeypatch):
+    def change():
+        with open(file, "a") as opened:
+            opened.write(encode_row(np.arange(64)))
+
+    file = shutil.copy(json.loads(rows[0].partition("=")[2])[0], tmp_path)
+    at_call(monkeypatch, tasks.LLaMATask, "after_step", 2, change)
+    here = [f'data.rows=["{file}"]', *rows[1:], "train.sample_every=0", "train.save_every=1", "train.steps=40"]
+    message = refused(run_tiny, "llama", tmp_path / "run", *here)
+    assert message == f"{file}: was changed after it was opened; start again to read it anew"
+    assert steps(tmp_path / "run")
 
 
 @pytest.mark.parametrize("write", [checkpoint.write_tensors, checkpoint.write_bin])
