@@ -312,11 +312,12 @@ def test_a_signal_ends_a_run_after_its_step(one_device, rows, tmp_path, monkeypa
 
 
 def test_steps_that_are_not_finite_are_skipped(rows, tmp_path):
-    """An absurd learning rate: the second step has no loss any more, nor the third, which is the last to be skipped."""
+    """An absurd learning rate: the second step has no gradient any more, nor the third, the last one skipped."""
     run = tmp_path / "run"
     absurd = ["optim.lr=1e30", "optim.warmup_steps=0", "train.save_every=1", "train.max_skipped=2"]
     message = refused(run_tpu, run, (1, 1, 1), *absurd, "train.steps=5", *rows)
-    assert message.startswith("step 3: loss is nan") and message.endswith(f"goes on from {run}/step_00000002")
+    assert message.startswith("step 3: ") and "grad_norm is nan (batches 4 to 5); stopped" in message
+    assert message.endswith(f"goes on from {run}/step_00000002")
     first, second = (load_file(run / step / "model.safetensors") for step in ("step_00000001", "step_00000002"))
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert [entry.get("skipped") for entry in metrics(run)] == [None, 1, None, 2]
