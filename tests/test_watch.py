@@ -1,6 +1,7 @@
 """Watching a run: what a line of the log measures of the machine, curves in a browser, a trace of some steps."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -61,7 +62,7 @@ def test_flops_are_six_a_weight_and_token_and_those_of_attention(recomputed):
 
 
 def test_mfu_is_the_share_of_what_the_chip_could_do(rows, tmp_path, monkeypatch):
-    monkeypatch.setitem(chips.CHIPS, "mine", chips.Chip("cpu", 1e10, 1, 1, 1))
+    monkeypatch.setitem(chips.CHIPS, "mine", dataclasses.replace(chips.CHIPS["H100"], device_name="cpu", flops=1e10))
     for entry in entries(run_tiny("llama", tmp_path / "run", *rows)):
         flops = 1.0 * model_flops(TINY, 1) * entry["tokens_per_second"]
         assert entry["mfu"] == pytest.approx(flops / 1e10, rel=0.15)  # 0.1 for attention that is computed again
