@@ -83,7 +83,8 @@ PART = r"\.\d+\.part\.."  # so begins the name of what is not whole yet
 
 
 def _beside(path):
-    return path.with_name(f".{os.getpid()}.part.{path.name}")  # the ending stays: it tells Pillow the format
+    number = f"{os.getpid()}{int(os.environ.get('RANK', 0)):05}"  # on several hosts processes may have one pid
+    return path.with_name(f".{number}.part.{path.name}")  # the ending stays: it tells Pillow the format
 
 
 def out_file(path, endings=(), inputs=()):

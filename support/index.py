@@ -6,8 +6,10 @@
                     the bytes of the columns, one after the other: they are mapped to memory
                     the CRC-32 of all this, in 8 bytes
 
-An index belongs to the file that has this size and this time of change: of another one it is made
-anew. It may be deleted. Where none can be written beside FILE, it is an unnamed temporary file.
+The checksum of an index beyond CHECKED bytes is not compared, so that opening it costs nothing;
+whoever reads FILE at the places that it names looks at what is there. An index belongs to the file
+that has this size and this time of change: of another one it is made anew. It may be deleted.
+Where none can be written beside FILE, it is an unnamed temporary file.
 """
 
 import contextlib
@@ -25,6 +27,7 @@ from support.checkpoint import atomic_file
 from support.settings import UserError, open_file, parse_json
 
 ENDING = ".index"
+CHECKED = 64 << 20  # bytes: read in a twentieth of a second
 SIGN = b'{"picturebook index": 1, '  # how the file begins; 1: of what is in it
 OTHERS, STALE = "is no index", "has changed, or its index was damaged: the index was made anew"
 _told = set()  # folders in which no index can be kept
@@ -106,7 +109,7 @@ def _parse(file, stamp, dtypes):
     begins, columns = file.tell(), {}
     file.flush()
     whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    if zlib.crc32(whole[:-8]) != int.from_bytes(whole[-8:].tobytes(), "little"):
+    if len(whole) <= CHECKED and zlib.crc32(whole[:-8]) != int.from_bytes(whole[-8:].tobytes(), "little"):
         raise ValueError("its checksum differs")
     for name, dtype in dtypes.items():
         size = header["columns"][name]

@@ -165,6 +165,7 @@ class RowsFiles(Skipping):
 
     def __init__(self, paths, vocab_size=None, dtype="auto"):
         super().__init__()
+        self.vocab_size = vocab_size
         self.paths, self.dtypes, self.columns, self.tokens = list(paths), [], [], 0
         self.stamps = []  # of each file, by which a change under a run is noticed
         counts, ranges = [0], []
@@ -206,11 +207,19 @@ class RowsFiles(Skipping):
 
     def __getitem__(self, i):
         file = int(np.searchsorted(self.first, i, side="right")) - 1
-        with open(self.paths[file], "rb") as opened:
-            if stamp_of(opened) != self.stamps[file]:
-                raise UserError(f"{self.paths[file]}: was changed after it was opened; start again to read it anew")
-            opened.seek(self.columns[file]["start"][i - self.first[file]])
-            return decode_row(opened.readline(), dtype=self.dtypes[file])
+        path, place = self.paths[file], i - self.first[file]
+        start, line, tokens = (int(self.columns[file][name][place]) for name in ("start", "line", "tokens"))
+        try:
+            with open(path, "rb") as opened:
+                if stamp_of(opened) != self.stamps[file]:
+                    raise UserError(f"{path}: was changed after it was opened; start again to read it anew")
+                opened.seek(start)
+                codes = decode_row(opened.readline(), self.vocab_size, self.dtypes[file])
+            if len(codes) != tokens:
+                raise ValueError(f"{len(codes)} codes where there were {tokens}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}:{line}: is not as its index says ({error}): remove the index") from None
+        return codes
 
     def lengths(self, rows):
         """How many tokens these rows (n,) have: (n,) int64."""

@@ -19,6 +19,7 @@ from data import TokenRows
 from support import files, index, latents, token_rows
 from support.chance import shuffled
 from support.parallel import Ranks
+from support.settings import UserError
 from support.sources import open_source
 from support.token_rows import RowsFiles, encode_row, new_rows, rows_index
 
@@ -152,6 +153,19 @@ def test_a_pattern_of_rows_takes_no_index_for_rows(tmp_path):
     for name in "ab":
         RowsFiles([written(tmp_path / f"rows-{name}", [[1]])])
     assert len(RowsFiles(token_rows.rows_files(tmp_path / "rows-*"))) == 2
+
+
+def test_a_damaged_index_too_large_for_its_checksum_to_be_compared_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(map(encode_row, some_rows(10))))
+    RowsFiles([str(path)], 8192)
+    file = tmp_path / "rows.jsonl.index"
+    data = bytearray(file.read_bytes())
+    data[data.index(b"\n") + 9] ^= 1  # where the second row begins
+    file.write_bytes(data)
+    monkeypatch.setattr(index, "CHECKED", 0)
+    with pytest.raises(UserError, match=rf"{path}:2: is not as its index says"):
+        RowsFiles([str(path)], 8192)[1]
 
 
 def test_tokenize_writes_the_index_with_the_rows(tmp_path, monkeypatch):
