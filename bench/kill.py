@@ -156,8 +156,8 @@ def test(folder, kills, parallel="", seed=0, steps=60, save_every=2):
     finish(config, unbroken, processes)
     longest = time.monotonic() - before
     print(f"unbroken: {steps} steps, saved every {save_every}, in {longest:.1f} s")
-    done, found = 0, []
-    while done < kills or run.exists():
+    done, found, what = 0, [], ""
+    while done < kills or what:  # after the last kill it comes to its end
         if done < kills:
             what = kill_once(config, run, processes, chance, done % 3 == 2, longest)
         else:
