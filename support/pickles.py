@@ -16,7 +16,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 from support import whole
-from support.settings import UserError
+from support.settings import UserError, open_file
 
 
 def read(path, headers_only=False):
@@ -150,9 +150,9 @@ def inert_classes(path):
 def is_torchscript(path):
     """Whether the file at `path` is a TorchScript archive: those alone keep their constants apart."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # on broken records, zipfile raises more than its own
         return False
 
 
