@@ -131,6 +131,7 @@ def bombs():
 
 def hostile_pickle(rng):
     """A pickle that would run a command, build a class, nest itself, or name what is no text."""
+
     class Command:
         def __reduce__(self):
             return os.system, ("touch /tmp/fuzz_was_here",)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import LLaMA, LLaMAConfig
+from support.machine import can_compile
 from tasks import read_run, start_model
-from train import can_compile, make_optimizer
+from train import make_optimizer
 from vqgan import VQGAN, VQGANConfig
 
 ROOT = Path(__file__).resolve().parent.parent

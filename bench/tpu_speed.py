@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_tpu
 from bench.speed import ROUNDS, STEPS, llama_step
 from model import LLaMA, LLaMAConfig
+from support.machine import can_compile
 from tasks import read_run, start_model
-from train import can_compile, make_optimizer
+from train import make_optimizer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo_lvm.toml"
 

@@ -20,8 +20,8 @@ def rng(stream, *key):
 def shuffled(stream, key, size, positions):
     """Which items stand at `positions` (n,) of an endless stream of passes over 0 … size - 1: (n,) int64.
 
-    Every pass has each item once, in an order of its own, and no order is ever written down: a pass
-    over 10⁹ rows costs nothing to begin. key: a tuple, (seed, …).
+    Every pass has each item once, in an order of its own, and no order is ever written down: where an
+    item of 10⁹ stands is found without the others. key: a tuple, (seed, …).
     """
     numbers, places = np.divmod(np.asarray(positions, np.int64), size)
     items = np.empty_like(places)
@@ -44,7 +44,7 @@ def _permute(x, size, keys):
 
     A Feistel network permutes the numbers of 2·bits bits (Luby and Rackoff 1988). Those that it
     leads outside of 0 … size - 1 go through it again, until they are inside: cycle walking (Black and
-    Rogaway 2002), 4 times on average at most. From 16 numbers on it has orders enough.
+    Rogaway 2002). There are at most four times as many numbers as items, and 16 for fewer than four.
     """
     bits = np.uint64(max(2, ((size - 1).bit_length() + 1) // 2))
     x = _feistel(x, bits, keys)

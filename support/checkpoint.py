@@ -368,9 +368,7 @@ def weight_files(folder):
 
     Files of no variant ("") come before others, all but non_ema before that, safetensors before .bin.
     """
-    name = re.compile(
-        rf"({'|'.join(STEMS)})(?:\.({VARIANT}))?\.(safetensors|bin)(?:\.index(?:\.({VARIANT}))?\.json)?"
-    )
+    name = re.compile(rf"({'|'.join(STEMS)})(?:\.({VARIANT}))?\.(safetensors|bin)(?:\.index(?:\.({VARIANT}))?\.json)?")
     found = []
     for file in folder.iterdir():
         if match := name.fullmatch(file.name):

@@ -1,10 +1,10 @@
 """Files: what lies in a folder or in tars, as names and bytes, and what is left out of it, by its name.
 
-    a folder ─▶ folder_files ┐
-    .tar ─────▶ tar_files ───┴▶ {name: path, or (tar, offset, size)} ──read──▶ bytes ──text_of──▶ str
+a folder ─▶ folder_files ┐
+.tar ─────▶ tar_files ───┴▶ {name: path, or (tar, offset, size)} ──read──▶ bytes ──text_of──▶ str
 
-    pattern, shards/{00..09}.tar ──matches──▶ [path, …]
-    name ──what_is──▶ why a file of that kind is not read, and the way out
+pattern, shards/{00..09}.tar ──matches──▶ [path, …]
+name ──what_is──▶ why a file of that kind is not read, and the way out
 """
 
 import functools
@@ -96,7 +96,7 @@ BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}")
 
 
 def braces(text):
-    """"s-{08..10}.tar" → ["s-08.tar", "s-09.tar", "s-10.tar"]; "{a,b}" → ["a", "b"], as in a shell."""
+    """ "s-{08..10}.tar" → ["s-08.tar", "s-09.tar", "s-10.tar"]; "{a,b}" → ["a", "b"], as in a shell."""
     if os.path.exists(text) or not (found := BRACES.search(text)):
         return [text]
     if math.prod(len(_choices(each)) for each in BRACES.finditer(text)) > NAMES:

@@ -1,8 +1,8 @@
 """A run over several processes: what each of them holds of the model.
 
     "ddp"    all of it. Every rank reads rows of its own; gradients are averaged before AdamW moves all alike.
-    "fsdp"   a share: of every weight the rows r·n/N … of its first dimension, and the same rows of its gradient and
-             of AdamW's moments, 16 / N bytes a parameter instead of 16. A block's weights are brought together just
+    "fsdp"   a share: of every weight ⌈n/N⌉ of the n rows of its first dimension (the last ranks may have fewer), and
+             the same rows of its gradient and of AdamW's moments, 16 / N bytes a parameter instead of 16. A block's weights are brought together just
              before the block computes, forward and again backward, and dropped after; its gradients are summed over
              the ranks and cut (reduce-scatter).
 
@@ -11,13 +11,13 @@
                             float32, or cast to bfloat16        reduce-scatter in float32
 
 A share is a run of rows, so in a weight file it is a run of bytes: every rank reads and writes its own, and no
-process ever holds a whole model (support/checkpoint.py, write_shares).
+process ever holds a whole model (support/checkpoint.py, write_shares). Only a U-Net or an autoencoder from scratch is
+small enough to be made whole before it is cut.
 
 Papers: Rajbhandari et al. 2020 (ZeRO, stage 3), Zhao et al. 2023 (PyTorch FSDP). Here: torch's FSDP2, `fully_shard`.
 """
 
 import contextlib
-import ctypes
 import datetime
 import os
 import secrets
@@ -31,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from support.machine import give_back_freed_memory
 from support.settings import UserError
 
 
@@ -47,7 +48,7 @@ class Ranks:
 
     @property
     def is_main(self):
-        """Whether this is the one process that prints and writes."""
+        """Whether this is the process that prints, and writes what is not in shares."""
         return self.rank == 0
 
     def rows(self, batch_size):
@@ -120,15 +121,6 @@ def start_ranks(device, parallel="ddp"):
         give_back_freed_memory()
     mesh = init_device_mesh(torch.device(device).type, (world,)) if sharded else None
     return Ranks(rank, world, torch.device(device), sharded, mesh)
-
-
-def give_back_freed_memory():
-    """Tells glibc to give back memory of 1 MB and more as soon as it is freed, where it would keep up to 32 MB a piece.
-
-    On a CPU weights are brought together and dropped in such pieces; kept, they came to several times the shares.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another system, another library
-        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 @contextlib.contextmanager

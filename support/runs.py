@@ -360,12 +360,12 @@ def resident_memory():
 
 
 def not_finite(values):
-    """"loss is nan, grad_norm is inf": which of the numbers {name: number} are not finite."""
+    """ "loss is nan, grad_norm is inf": which of the numbers {name: number} are not finite."""
     return ", ".join(f"{name} is {float(value)}" for name, value in values.items() if not math.isfinite(value))
 
 
 def batches(step, accumulate):
-    """"batches 6 to 7": the numbers of a step's batches in the run."""
+    """ "batches 6 to 7": the numbers of a step's batches in the run."""
     first = step * accumulate
     return f"batch {first}" if accumulate == 1 else f"batches {first} to {first + accumulate - 1}"
 
@@ -377,7 +377,7 @@ def batches(step, accumulate):
 def new_step(run, step, keep=0):
     """Gives a folder to fill, which then appears whole as run/step_XXXXXXXX; the `keep` newest stay (0: all).
 
-    A damaged one is none of those `keep`.
+    Damaged steps are not counted.
     """
     folder = Path(run) / f"step_{step:08d}"
     with atomic_folder(folder) as beside:

@@ -5,13 +5,18 @@
     SIGINT    Ctrl-C                                                         130
 
 Codes are 128 + the signal's number, as a shell has it. The second signal ends the process at once: nothing is lost but
-the steps since the last checkpoint. No torch here: train_tpu.py has none either.
+the steps since the last checkpoint. But a SIGTERM or SIGHUP that follows its like within ECHO seconds is the same one,
+come another way: a scheduler tells the process, and torchrun as well, which passes it on. No torch here: train_tpu.py has none either.
 """
 
 import contextlib
 import os
 import signal
 import threading
+import time
+
+
+ECHO = 1.0
 
 
 class Stopped(SystemExit):
@@ -25,19 +30,20 @@ class Stopped(SystemExit):
 class Stop:
     """Within `with Stop() as stop`, the first signal is kept in stop.number, and the loop ends when it is ready to.
 
-        with Stop() as stop:
-            …                                  a signal ends this where it stands: there is nothing to lose yet
-            stop.waits = True
-            for step in …:
-                …                              a signal waits
-                with stop.anywhere():
-                    …                          a signal ends this where it stands
-                if stop.number:
-                    raise Stopped(stop.number)
+    with Stop() as stop:
+        …                                  a signal ends this where it stands: there is nothing to lose yet
+        stop.waits = True
+        for step in …:
+            …                              a signal waits
+            with stop.anywhere():
+                …                          a signal ends this where it stands
+            if stop.number:
+                raise Stopped(stop.number)
     """
 
     def __init__(self):
         self.number = 0  # of the signal that came; 0: none
+        self.came = 0.0  # when, in seconds
         self.waits = False  # whether a signal waits until the loop asks for it
         self.before = {}  # {signal: what was done about it before}
 
@@ -46,7 +52,7 @@ class Stop:
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python refuses handlers
         for number in numbers if in_main_thread else ():
-            # nohup has a program ignore SIGHUP: so be it
+            # nohup has a program ignore SIGHUP: it stays ignored
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
                 self.before[number] = signal.signal(number, self.handle)
         return self
@@ -58,9 +64,12 @@ class Stop:
             raise Stopped(self.number)
 
     def handle(self, number, frame):
+        now = time.monotonic()
+        if number == self.number != signal.SIGINT and now - self.came < ECHO:
+            return
         if self.number:
             os._exit(128 + number)
-        self.number = number
+        self.number, self.came = number, now
         for output in (1, 2):  # of a terminal that was closed: what is printed from now on goes nowhere
             try:
                 os.write(output, b"")

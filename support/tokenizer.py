@@ -579,8 +579,8 @@ NORMALIZERS = {  # a step → a function: text → text
         ("NFC", "NFD", "NFKC", "NFKD"), lambda step: functools.partial(unicodedata.normalize, step["type"])
     ),
     "Prepend": lambda step: lambda text: text and step["prepend"] + text,
-    "Replace": lambda step: lambda text: regex.sub(
-        pattern_of(step), lambda _: step["content"], text, flags=FLAGS, timeout=patience(text)
+    "Replace": lambda step: (
+        lambda text: regex.sub(pattern_of(step), lambda _: step["content"], text, flags=FLAGS, timeout=patience(text))
     ),
     "ByteLevel": lambda step: to_letters,
 }

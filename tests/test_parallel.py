@@ -48,9 +48,7 @@ def one(row_overrides, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("parallel", "count"), [("ddp", 2), ("fsdp", 4)])
-def test_a_llama_ends_with_the_same_weights_on_any_number_of_processes(
-    parallel, count, one, row_overrides, tmp_path
-):
+def test_a_llama_ends_with_the_same_weights_on_any_number_of_processes(parallel, count, one, row_overrides, tmp_path):
     """Its first weights too: each matrix has a seed of its own, of which a process draws its share."""
     run = tmp_path / "run"
     succeed(train_on(count, "llama", run, *TEN_STEPS, f"train.parallel={parallel}", *row_overrides))

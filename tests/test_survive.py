@@ -103,15 +103,35 @@ def child(do):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_second_signal_ends_it_at_once(number):
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGINT"), ("SIGINT", "SIGINT"), ("SIGINT", "SIGHUP")])
+def test_the_second_signal_ends_it_at_once(first, second):
+    def twice():
+        with signals.Stop() as stop:
+            stop.waits = True
+            os.kill(os.getpid(), signal.Signals[first])
+            os.kill(os.getpid(), signal.Signals[second])
+
+    assert child(twice) == SIGNALS[signal.Signals[second]]
+
+
+def test_a_signal_that_comes_two_ways_is_one(monkeypatch):
+    """A scheduler tells torchrun and each of its processes, and torchrun passes it on."""
+
     def twice():
         with signals.Stop() as stop:
             stop.waits = True
             os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(signals, "ECHO", 0.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(1)
 
-    assert child(twice) == SIGNALS[number]
+    with signals.Stop() as stop:
+        stop.waits = True
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        stop.number = 0  # still here
+    assert child(twice) == SIGNALS[signal.SIGTERM]
 
 
 def test_what_nohup_ignores_stays_ignored():
@@ -238,9 +258,7 @@ DISKS = {  # what happens to the disk during step 6 of 12, the first one logged 
 
 
 @pytest.mark.parametrize("disk", DISKS)
-def test_a_disk_that_refuses_is_one_line_and_the_last_checkpoint_stays_whole(
-    disk, unbroken, tmp_path, monkeypatch
-):
+def test_a_disk_that_refuses_is_one_line_and_the_last_checkpoint_stays_whole(disk, unbroken, tmp_path, monkeypatch):
     do, says = DISKS[disk]
     run = tmp_path / "run"
     at_call(monkeypatch, tasks.VQGANTask, "after_step", 6, lambda: do(run))

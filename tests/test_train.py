@@ -27,7 +27,7 @@ import vqgan
 from clip import CLIP, text_encoders
 from diffusion import LatentDiffusion
 from model import LLaMA
-from support import checkpoint, settings
+from support import checkpoint, machine, settings
 from support.settings import OptimSettings, UserError
 from vqgan import VQGAN
 
@@ -565,13 +565,13 @@ def test_recomputing_activations_changes_no_bit(row_overrides, tmp_path):
 def test_auto_computes_in_bfloat16_only_where_the_processor_has_it(row_overrides, tmp_path):
     """Without its instructions, bfloat16 takes 50 times as long; the run's folder says which one was used."""
     device = torch.device("cpu")
-    dtype = "bfloat16" if train.has_bfloat16(device) else "float32"
+    dtype = "bfloat16" if machine.has_bfloat16(device) else "float32"
     a, b = (first_update(tmp_path / name, f'train.dtype="{name}"', *row_overrides) for name in ("auto", dtype))
     assert a[0] == b[0] and all(torch.equal(a[1][name], b[1][name]) for name in a[1])
     assert tomllib.loads((tmp_path / "auto" / "config.toml").read_text())["train"]["dtype"] == dtype
     if Path("/proc/cpuinfo").exists():
         flags = Path("/proc/cpuinfo").read_text().split()
-        assert train.has_bfloat16(device) == ("avx512_bf16" in flags or "amx_bf16" in flags)
+        assert machine.has_bfloat16(device) == ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 def test_bfloat16_changes_rounding_only_and_weights_stay_float32(row_overrides, tmp_path):
