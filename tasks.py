@@ -494,7 +494,7 @@ class LLaMATask(Task):
     def initialize(self):
         """Random weights as LLaMA's own, each matrix from a seed of its own: a process can fill its share of it."""
         for name, weight in self.model.named_parameters() if self.from_scratch else ():
-            values = torch.ones(weight.shape)
+            values = torch.zeros(weight.shape) if name.endswith("bias") else torch.ones(weight.shape)
             if weight.ndim == 2:
                 random = rng(f"initial {name}", self.config.train.seed)
                 values = torch.from_numpy(random.standard_normal(weight.shape, np.float32)) * INITIAL_STD

@@ -1,6 +1,6 @@
 """What a step of training would need on each of N GPUs that need not be there: train.py --plan N.
 
-    python train.py --config configs/lvm.toml model.size=lvm_7b train.parallel=fsdp --plan 64
+    python train.py --config configs/lvm.toml model.size=lvm_7b train.parallel=fsdp --plan 8
 
 Nothing is modelled by hand. train.py's own code runs, one step of it, as rank 0 of N: it builds the model, cuts it
 into shares, computes the loss and its gradients, clips, and moves the weights. But its tensors are fake: they have a
@@ -177,7 +177,7 @@ def unseen(function):
 
 
 class PlannedRanks(Ranks):
-    """Rank 0 of ranks that are not there: what it hears from them is what it says."""
+    """Rank 0 of ranks that are not there: their values are taken to be its own."""
 
     def mean(self, values):
         return values
