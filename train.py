@@ -78,7 +78,7 @@ def descend(optimizers, lr):
 
 
 def all_finite(tensors):
-    """Whether all numbers are, as a tensor: whoever looks into it waits for the device, but no memory is needed."""
+    """Whether all numbers are finite: a tensor, for which the program need not wait. (A norm needs no memory.)"""
     return torch.stack(torch._foreach_norm([t for t in tensors if t.numel()], math.inf)).isfinite().all()
 
 
@@ -143,7 +143,7 @@ def loop(task, optimizers, ema, first, stop):
     meter = watch.Meter(ranks.device)  # how fast; and the log knows when: log_every, eval_every …
     log = runs.Log(run, config.train, first, task.unit, items, ranks.is_main, meter.measured)
     with contextlib.closing(log):
-        stop.waits = True
+        stop.waits = True  # from here on, a signal waits for the end of its step
         for step, microbatches in enumerate(batches(task, first, log, meter), first):
             # -- gradients of each phase --
             values, buffers = {}, copies(task)
@@ -151,7 +151,8 @@ def loop(task, optimizers, ema, first, stop):
                 if task.active(phase, step):
                     with meter.counting(phase):
                         values |= gradients(task, phase, module, microbatches, step, autocast)
-            # once a step, the process waits here for its device, and the ranks agree
+            # once a step, the process waits here for its device. All ranks then know what one of them knows:
+            # that it was told to stop, or that its numbers are not finite
             told_to_stop, skipped = ranks.most(stop.number, ~all_finite(values.values()))
 
             # -- update: AdamW, then the average. Or all stays as it was --

@@ -619,8 +619,8 @@ def load_into(model, tensors, path, dtype=None, device="cpu"):
     """Puts `tensors` into `model` (built on the meta device), every one of them, or says which is wrong.
 
     dtype None keeps each weight as it is stored and, on the CPU, where it is stored: memory-mapped, copy-on-write,
-    so that training does not alter the file. With a dtype, each gets memory of its own; so it is, with one dtype for
-    all, if they are stored in several (a merged QLoRA's).
+    so that training does not alter the file. With a dtype, each gets memory of its own. Weights that are stored in
+    several dtypes (a merged QLoRA's) all get one of these.
     """
     check_tensors(tensors, model, path)
     if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:

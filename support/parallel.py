@@ -44,7 +44,7 @@ class Ranks:
     device: torch.device
     sharded: bool = False  # whether it holds a share of the model
     mesh: DeviceMesh | None = None  # of all ranks, if so
-    planned: bool = False  # whether nothing of this is there: support/plan.py
+    planned: bool = False  # whether it only pretends, for a plan (support/plan.py)
 
     @property
     def is_main(self):
@@ -91,10 +91,10 @@ class Ranks:
             dist.barrier()
 
 
-# How long a rank waits for the others where all must come, on every backend. It is for one that hangs, so it is longer
-# than all that one rank may do while the others wait: index its rows, compile, save, sample. One that *dies* is noticed
-# before: gloo sees its connection close, NCCL too between machines, and torchrun sees it exit and ends the others, at
-# once where a signal reaches them, 30 seconds later (--shutdown-timeout) where they hang in NCCL.
+# How long a rank waits for the others where all must come, on every backend. What ends a wait when another rank
+#   dies     gloo, and NCCL between machines: its connection closes. Else torchrun, which sees it exit and ends the
+#            others: at once where a signal reaches them, after --shutdown-timeout (30 s) where they hang in NCCL
+#   hangs    this time. It is longer than all that one rank may do alone: index its rows, compile, save, sample
 PATIENCE = datetime.timedelta(minutes=30)
 
 
