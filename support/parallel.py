@@ -2,9 +2,9 @@
 
     "ddp"    all of it. Every rank reads rows of its own; gradients are averaged before AdamW moves all alike.
     "fsdp"   a share: of every weight ⌈n/N⌉ of the n rows of its first dimension (the last ranks may have fewer), and
-             the same rows of its gradient and of AdamW's moments, 16 / N bytes a parameter instead of 16. A block's weights are brought together just
-             before the block computes, forward and again backward, and dropped after; its gradients are summed over
-             the ranks and cut (reduce-scatter).
+             the same rows of its gradient and of AdamW's moments, 16 / N bytes a parameter instead of 16. A block's
+             weights are brought together just before the block computes, forward and again backward, and dropped
+             after; its gradients are summed over the ranks and cut (reduce-scatter).
 
     share of rank 0   ┐                                                       ┌ share of rank 0
     share of rank 1   ┴─ all-gather ─▶ a block's weights ─▶ its gradients ───▶┴ share of rank 1

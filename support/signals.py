@@ -6,7 +6,9 @@
 
 Codes are 128 + the signal's number, as a shell has it. The second signal ends the process at once: nothing is lost but
 the steps since the last checkpoint. But a SIGTERM or SIGHUP that follows its like within ECHO seconds is the same one,
-come another way: a scheduler tells the process, and torchrun as well, which passes it on. No torch here: train_tpu.py has none either.
+come another way: a scheduler tells the process, and torchrun as well, which passes it on.
+
+No torch here: train_tpu.py has none either.
 """
 
 import contextlib
@@ -14,7 +16,6 @@ import os
 import signal
 import threading
 import time
-
 
 ECHO = 1.0
 
