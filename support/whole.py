@@ -65,6 +65,7 @@ def described(folder, state, ranks):
 
     What they have written is on the disk then. While that is waited for, the processor computes checksums.
     """
+    ranks.wait()  # until all have written: half-written files lie beside theirs
     with ThreadPoolExecutor(1) as pool:
         flushed = pool.submit(flush, files_in(folder))
         if ranks.world > 1:  # the others read what this one has written, perhaps on another machine

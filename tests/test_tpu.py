@@ -79,7 +79,7 @@ def run_tpu(run, mesh, *overrides):
 
 def opened(folder, mesh, *overrides):
     """What train() holds at its start from `folder`: (settings, Layout, state)."""
-    s, explicit_keys = train_tpu.read_run(CONFIG, ["run.dir=", *TINY, *on_mesh(mesh), *overrides])
+    s, explicit_keys = train_tpu.read_run(CONFIG, ["run.dir=unused", *TINY, *on_mesh(mesh), *overrides])
     c = train_tpu.model_config(s, set() if folder else explicit_keys, folder)
     layout = train_tpu.lay_out(c, train_tpu.make_mesh(s.mesh, jax.devices()[: math.prod(mesh)]))
     return s, layout, train_tpu.start(s, layout, folder)
@@ -257,7 +257,7 @@ def test_published_folders_are_opened(name):
     """Grouped heads, tied embeddings, stretched rotary wavelengths, sharded files, pieces: the loss of model.py."""
     folder = GOLDEN / name
     reference = LLaMA.from_pretrained(folder, dtype=torch.float32)
-    s, _ = train_tpu.read_run(CONFIG, ["run.dir=", *on_mesh((2, 2, 2))])
+    s, _ = train_tpu.read_run(CONFIG, ["run.dir=unused", *on_mesh((2, 2, 2))])
     layout = train_tpu.lay_out(train_tpu.model_config(s, set(), folder), train_tpu.make_mesh(s.mesh, jax.devices()))
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, layout.config.vocab_size, (2, 4, 48)))
     with jax.set_mesh(layout.mesh), torch.inference_mode():
@@ -467,7 +467,7 @@ def test_a_field_that_is_not_implemented_here_is_refused_at_the_start(tmp_path, 
     found = refused(lambda: run_tpu(tmp_path / "run", (1, 1, 1), "model.qk_norm=true"))
     assert found == "model.qk_norm = True: train_tpu.py does not implement it, train.py does"
     LLaMA(extended(66, 32, 1, 4, hidden_dim=64, qk_norm=True)).save_pretrained(tmp_path / "llama")
-    s, _ = train_tpu.read_run(CONFIG, ["run.dir=", f"model.init={tmp_path / 'llama'}"])
+    s, _ = train_tpu.read_run(CONFIG, ["run.dir=unused", f"model.init={tmp_path / 'llama'}"])
     assert refused(train_tpu.model_config, s, set(), None) == found
 
 

@@ -457,7 +457,11 @@ def test_a_folder_of_another_kind_of_run_is_left_alone(tokenizer_run, row_overri
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tokenizer_run.rglob("*")} == before
 
 
-@pytest.mark.parametrize("folder", ["", ".", "x" * 300, "README.md", "README.md/run"])
+def test_a_run_has_a_folder(row_overrides):
+    assert refused(run_tiny, "llama", "", *row_overrides).endswith("[run] dir is empty: name the run's folder")
+
+
+@pytest.mark.parametrize("folder", [".", "x" * 300, "README.md", "README.md/run"])
 def test_a_run_needs_a_folder_of_its_own(folder, row_overrides, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert refused(run_tiny, "llama", folder, *row_overrides).startswith("run.dir ")
