@@ -129,9 +129,10 @@ def tar_files(tars, report):
         except Exception as error:  # tarfile raises nearly everything on broken headers
             wrong.append(f"{path}: {_why_no_tar(path, error)}")
             continue
-        names = index.columns["names"].tobytes().decode(errors="surrogateescape").split("\0")[:-1]
+        names = f"\0{index.columns['names'].tobytes().decode(errors='surrogateescape')}"
+        names = names.replace("\0", f"\0{shard}/").split("\0")[1:-1]
         places = zip(itertools.repeat(path), *(index.columns[name].tolist() for name in ("offset", "size")))
-        files |= zip(map(f"{shard}/".__add__, names), places, strict=True)
+        files |= zip(names, places, strict=True)
         for before, after in index.facts["faults"]:
             report(f"skipped {before}{path}{after}")
     if len(wrong) == len(tars):

@@ -208,17 +208,17 @@ class RowsFiles(Skipping):
 
     def __getitem__(self, i):
         file = int(np.searchsorted(self.first, i, side="right")) - 1
-        path, place = self.paths[file], i - self.first[file]
-        start, line, tokens = (int(self.columns[file][name][place]) for name in ("start", "line", "tokens"))
+        path, columns, place = self.paths[file], self.columns[file], i - self.first[file]
         try:
             with open(path, "rb") as opened:
                 if stamp_of(opened) != self.stamps[file]:
                     raise UserError(f"{path}: was changed after it was opened; start again to read it anew")
-                opened.seek(start)
+                opened.seek(columns["start"][place])
                 codes = decode_row(opened.readline(), self.vocab_size, self.dtypes[file])
-            if len(codes) != tokens:
-                raise ValueError(f"{len(codes)} codes where there were {tokens}")
+            if len(codes) != columns["tokens"][place]:
+                raise ValueError(f"{len(codes)} codes where there were {columns['tokens'][place]}")
         except (OSError, ValueError) as error:
+            line = columns["line"][place]  # looked at only here: it would be another page in memory for each row
             raise UserError(f"{path}:{line}: is not as its index says ({error}): remove the index") from None
         return codes
 
