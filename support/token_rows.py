@@ -30,7 +30,6 @@ from support.index import ENDING, listed, open_index, stamp_of
 from support.rows import NAMED, fault_kind, no_json
 from support.settings import UserError
 from support.sources import Skipping, in_words, tally, warn
-from support.threads import prefetch
 
 # ---- one row -----------------------------------------------------------------------------------
 
@@ -251,7 +250,7 @@ COLUMNS = {  # of an index, an entry for each row that can be decoded
     "tokens": "<i4",  # how many there are in it
     "extreme": "<i8",  # the least of its codes if that is negative, else the greatest
 }
-BLOCK = 2**18  # bytes that are scanned at once: they stay in the cache of a processor
+BLOCK = 2**20  # bytes that are scanned at once: they stay in the processor's cache
 
 
 def rows_index(path, dtype):
@@ -267,37 +266,24 @@ def rows_index(path, dtype):
 
 def _scan(path, dtype, add):
     """Reads a rows file block by block: its rows to `add`, the facts about them returned."""
-    counts, faults, ranges, line = np.zeros(2, np.int64), [], [], 1
-    blocks = range(-(-os.path.getsize(path) // BLOCK))
-    for offset, lines, found, wrong in prefetch(functools.partial(_scan_block, path, dtype), blocks, workers=2):
-        faults += [(line + number, reason) for number, reason in wrong]
-        start, number, tokens, extreme = found
-        add(start=offset + start, line=line + number, tokens=tokens, extreme=extreme)
-        if len(tokens):
-            counts += len(tokens), tokens.sum()
-            ranges.append((tokens.min(), tokens.max(), extreme.min(), extreme.max()))
-        line += lines
+    counts, faults, ranges = np.zeros(2, np.int64), [], []
+    with open_rows(path) as file:
+        offset, line = 0, 1
+        while block := file.read(BLOCK) + file.readline():  # whole lines
+            found = scan_plain(block, dtype)
+            lines = block.count(b"\n") if found is None else len(found[0])
+            if found is None:
+                found, wrong = scan_lines(block, dtype)
+                faults += [(line + number, reason) for number, reason in wrong]
+            start, number, tokens, extreme = found
+            add(start=offset + start, line=line + number, tokens=tokens, extreme=extreme)
+            if len(tokens):
+                counts += len(tokens), tokens.sum()
+                ranges.append((tokens.min(), tokens.max(), extreme.min(), extreme.max()))
+            offset, line = offset + len(block), line + lines
     low, high = (reduce(ranges, axis=0).tolist() if ranges else [0] * 4 for reduce in (np.min, np.max))
     facts = {"rows": int(counts[0]), "tokens": int(counts[1]), "faults": listed(faults)}
     return facts | {"lengths": [low[0], high[1]], "codes": [low[2], high[3]]}
-
-
-def _scan_block(path, dtype, number):
-    """Lines that begin in a block of a file → (where the first begins, how many, as scan_lines: rows, faults)."""
-    begin, end = number * BLOCK, (number + 1) * BLOCK
-    with open(path, "rb") as file:
-        if begin:
-            file.seek(begin - 1)
-            file.readline()  # the last one of the block before
-        offset = file.tell()
-        block = file.read(max(0, end - offset))
-        if not block.endswith(b"\n") and block:
-            block += file.readline()
-    found, wrong = scan_plain(block, dtype), []
-    lines = block.count(b"\n") if found is None else len(found[0])
-    if found is None:
-        found, wrong = scan_lines(block, dtype)
-    return offset, lines, found, wrong
 
 
 def scan_plain(block, dtype):
