@@ -56,8 +56,10 @@ def gradients(task, phase, module, microbatches, step, autocast):
     prefix = "" if phase == task.main_phase else f"{phase}_"
     values = {}
     for microstep, batch in enumerate(microbatches):
-        # several processes average their gradients once a step: with the last microbatch
-        with parallel.synchronize(module, now=microstep + 1 == train.accumulate):
+        # several processes average their gradients once a step: with the last microbatch. (FSDP cannot put off those
+        # of a part that no microbatch has used yet)
+        last, always = microstep + 1 == train.accumulate, task.ranks.sharded and task.may_skip_weights
+        with parallel.synchronize(module, now=last or always):
             with autocast:
                 loss, logged = task.loss(phase, module, batch, step, microstep)
             (loss / train.accumulate).backward()

@@ -120,7 +120,10 @@ def test_a_checkpoint_survives_any_change_of_processes_to_the_bit(one, row_overr
 
 
 EVERY_PART = 'model.trained=["llama", "projector", "dream_queries", "condition", "clip", "diffusion.unet"]'
-STAGES = {"every part": [EVERY_PART, "model.drop=0.5"], "create": ["model.stage=create", "model.w_lm=0"]}
+STAGES = {
+    "every part": [EVERY_PART, "model.drop=0.5", "train.accumulate=2"],
+    "create": ["model.stage=create", "model.w_lm=0"],
+}
 
 
 @pytest.mark.parametrize(("stage", "count"), [("every part", 4), ("create", 2)])
