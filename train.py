@@ -56,10 +56,8 @@ def gradients(task, phase, module, microbatches, step, autocast):
     prefix = "" if phase == task.main_phase else f"{phase}_"
     values = {}
     for microstep, batch in enumerate(microbatches):
-        # several processes average their gradients once a step: with the last microbatch. (FSDP cannot put off those
-        # of a part that no microbatch has used yet)
-        last, always = microstep + 1 == train.accumulate, task.ranks.sharded and task.may_skip_weights
-        with parallel.synchronize(module, now=last or always):
+        # several processes average their gradients once a step: with the last microbatch
+        with parallel.synchronize(task, module, last=microstep + 1 == train.accumulate):
             with autocast:
                 loss, logged = task.loss(phase, module, batch, step, microstep)
             (loss / train.accumulate).backward()
@@ -330,7 +328,6 @@ def counted_step(config, explicit_keys, ranks, tally):
     train, last = config.train, config.train.steps - 1
     few = dataclasses.replace(train, compile=False, accumulate=min(train.accumulate, planning.MICROSTEPS))
     task, optimizers, ema = begin(dataclasses.replace(config, train=few), explicit_keys, ranks, None)
-    task.may_skip_weights = False  # a blank batch skips none, and looking for those that are skipped takes numbers
     modules = parallel.distribute(task)
     planning.send_gradients(modules)
     for optimizer in optimizers.values():

@@ -142,19 +142,21 @@ def distribute(task):
     """{phase: its module}, wrapped so that the ranks average their gradients if there are several."""
     if task.ranks.world == 1 or task.ranks.sharded:  # a sharded module does so itself
         return task.modules
-    options = {"broadcast_buffers": False, "find_unused_parameters": task.may_skip_weights}
+    skips = task.may_skip_weights and not task.ranks.planned  # fake gradients cannot be looked at
+    options = {"broadcast_buffers": False, "find_unused_parameters": skips}
     return {phase: DistributedDataParallel(module, **options) for phase, module in task.modules.items()}
 
 
-def synchronize(module, now):
+def synchronize(task, module, last):
     """Whether the next backward pass of a distributed module averages gradients: a context.
 
-    With several microbatches it is needed once a step only, with the last one.
+    It is needed once a step only, with the last microbatch. But FSDP cannot put off the gradients of a part that no
+    microbatch has used yet: where there may be such parts, it averages every time.
     """
-    if isinstance(module, DistributedDataParallel) and not now:
+    if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(now)
+        module.set_requires_gradient_sync(last or task.may_skip_weights)
     return contextlib.nullcontext()
 
 
